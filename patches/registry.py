@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every patch record of the pack, and how one is applied. At most 12 records and 25 symbols: see README.md."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Iterable
+
+from . import signature
+from .record import PatchRecord, Symbol
+
+logger = logging.getLogger("vllm.vllm_ext")
+
+RECORDS: tuple[PatchRecord, ...] = (
+    PatchRecord(
+        name="engine_config",
+        feature="core",
+        process="every",
+        symbols=(Symbol("vllm.engine.arg_utils:EngineArgs.create_engine_config", "6ed5996fbeca"),),
+        reason="vLLM has no plugin hook that sees an engine's arguments before its configuration is built",
+        change="parses --additional-config.vllm_ext, checks what combines, exports the active features; "
+        "calls the original at once where nothing of ours is used",
+        removal="vLLM offers general plugins a configuration callback",
+        apply="vllm_ext.patches.engine_config:wrap_create_engine_config",
+    ),
+    PatchRecord(
+        name="metrics_route",
+        feature="core",
+        process="api",
+        symbols=(
+            Symbol("vllm.entrypoints.serve.instrumentator.metrics:attach_router", "a287ccbefbbe"),
+            Symbol("vllm.v1.metrics.prometheus:get_prometheus_registry", "5d704f29a71d"),
+        ),
+        reason="with --api-server-count above 1 the registry behind /metrics is built anew at every request, "
+        "and custom collectors cannot join it",
+        change="answers /metrics of such a server from the same registry with the pack's collector added; "
+        "a single API server is left alone",
+        removal="vLLM lets plugins add collectors to the registry behind /metrics",
+        apply="vllm_ext.patches.metrics:wrap_attach_router",
+    ),
+)
+
+
+def find_record(name: str) -> PatchRecord:
+    """The record of this name; KeyError names the known ones."""
+    for record in RECORDS:
+        if record.name == name:
+            return record
+    raise KeyError(f"no patch record {name!r}; known: {', '.join(record.name for record in RECORDS)}")
+
+
+def select_records(features: Iterable[str], process: str) -> list[PatchRecord]:
+    """Records to apply in `process` for `features`; "core" records count wherever any feature is on."""
+    wanted = set(features)
+    if wanted:
+        wanted.add("core")
+    return [record for record in RECORDS if record.process == process and record.feature in wanted]
+
+
+def find_mismatch(record: PatchRecord) -> str | None:
+    """Why the record does not fit the imported vLLM, in one line; None when every symbol matches."""
+    for symbol in record.symbols:
+        try:
+            live = signature.read_live_signature(symbol.target)
+        except signature.SymbolAbsentError as error:
+            return f"{error} (absent)"
+        if signature.compute_digest(live) != symbol.digest:
+            return f"{symbol.target} is now {live}"
+    return None
+
+
+def apply_record(name: str) -> bool:
+    """Apply one record if vLLM still is what it was written against; otherwise warn in one line and return False."""
+    record = find_record(name)
+    mismatch = find_mismatch(record)
+    if mismatch is not None:
+        logger.warning(
+            "vllm-ext: patch %s is left out, so %s is off: %s. `vllm-ext doctor` lists all patches.",
+            record.name,
+            "the whole pack" if record.feature == "core" else record.feature,
+            mismatch,
+        )
+        return False
+    module, _, function = record.apply.partition(":")
+    getattr(importlib.import_module(module), function)()
+    return True

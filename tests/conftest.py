@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shared fixtures: the shipped model, and an environment in which vLLM starts small and offline."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# Set before any test imports vLLM, which reads them at import; engines in child processes inherit them.
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# The machines that run these tests are shared and noisy: how long an example takes says nothing about the code.
+settings.register_profile("shared-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared-machine")
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """Root of the source tree."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def tiny_moe() -> str:
+    """Directory of the shipped trained MoE."""
+    return str(REPOSITORY / "bench" / "models" / "tiny_moe")
+
+
+class Recorder(logging.Handler):
+    """Keeps the text of every record."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+@pytest.fixture
+def messages() -> Iterator[list[str]]:
+    """What the pack logs; its logger is tapped directly, since vLLM's set-up stops propagation to the root."""
+    logger, recorder = logging.getLogger("vllm.vllm_ext"), Recorder()
+    logger.addHandler(recorder)
+    yield recorder.texts
+    logger.removeHandler(recorder)

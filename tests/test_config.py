@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vllm_ext block: strict parsing, and the compatibility table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_ext import config
+
+STOCK = {
+    "enable_eplb": False,
+    "enable_lora": False,
+    "scheduler_cls": None,
+    "worker_cls": "auto",
+    "distributed_executor_backend": "mp",
+}
+
+
+def engine_args(**changes: Any) -> SimpleNamespace:
+    """The fields of vLLM's EngineArgs that the table reads, at vLLM's defaults."""
+    return SimpleNamespace(**{**STOCK, **changes})
+
+
+def test_defaults_and_blocks() -> None:
+    settings = config.parse({"smartspec": {"k_max": 6}, "semipd": {"slo_ttft_ms": 300}, "cache_dir": "/x"})
+    assert settings.smartspec == config.SmartSpecSettings(k_max=6)
+    assert settings.semipd is not None
+    assert settings.semipd.slo_ttft_ms == 300.0
+    assert settings.kv_cache is None
+    assert settings.cache_path == Path("/x")
+    assert config.parse(None) == config.parse({}) == config.Settings()
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"smartspek": {}}, r"unknown setting vllm_ext\.smartspek; did you mean vllm_ext\.smartspec\?"),
+        ({"smartspec": {"kmax": 3}}, r"unknown setting vllm_ext\.smartspec\.kmax; did you mean .*k_max\?"),
+        ({"zzz": 1}, r"unknown setting vllm_ext\.zzz; known keys: smartspec, structured"),
+        ({"smartspec": {"k_max": "four"}}, r"vllm_ext\.smartspec\.k_max must be int, not 'four'"),
+        ({"smartspec": {"k_max": True}}, r"k_max must be int, not True"),
+        ({"smartspec": {"drafter": "tree"}}, r"drafter must be one of 'carrier', 'trie', not 'tree'"),
+        ({"smartspec": 3}, r"vllm_ext\.smartspec must be a mapping of settings, not 3"),
+        ("smartspec", r"vllm_ext must be a mapping of settings, not 'smartspec'"),
+        ({"semipd": {"slo_ttft_ms": None, "mode": []}}, r"semipd\.mode must be one of"),
+    ],
+)
+def test_bad_blocks_name_the_key_and_the_fix(block: Any, message: str) -> None:
+    with pytest.raises(config.ConfigError, match=message):
+        config.parse(block)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+keys = st.sampled_from(
+    ["smartspec", "structured", "semipd", "kv_cache", "nested", "cache_dir", "enabled", "k_max", "x"]
+)
+
+
+@given(st.dictionaries(keys, json_values | st.dictionaries(keys, json_values, max_size=3), max_size=4))
+def test_any_json_parses_or_is_refused_by_name(block: dict[str, Any]) -> None:
+    try:
+        outcome: object = config.parse(block)
+    except config.ConfigError as error:
+        outcome = str(error)
+    assert isinstance(outcome, config.Settings) or "vllm_ext" in str(outcome)
+
+
+def test_features_in_use() -> None:
+    assert config.find_features(config.parse(None), None) == ()
+    assert config.find_features(config.parse(None), "MxMoE") == ("mxmoe",)
+    assert config.find_features(config.parse({"semipd": {}, "smartspec": {}}), "fp8") == ("smartspec", "semipd")
+    assert config.find_features(config.parse({"semipd": {"enabled": False}}), None) == ()
+
+
+@pytest.mark.parametrize(
+    ("features", "changes", "message"),
+    [
+        (("mxmoe",), {"enable_eplb": True}, "mxmoe does not run with --enable-eplb: .*drop --enable-eplb"),
+        (("mxmoe",), {"enable_lora": True}, "mxmoe does not run with --enable-lora: "),
+        (("smartspec",), {"scheduler_cls": "my.Scheduler"}, "smartspec does not run with --scheduler-cls CLASS: "),
+        (("structured",), {"scheduler_cls": int}, "structured does not run with --scheduler-cls CLASS: "),
+        (("semipd",), {"worker_cls": "my.Worker"}, "semipd does not run with --worker-cls CLASS: "),
+        (("semipd",), {"distributed_executor_backend": int}, "semipd does not run with --distributed-executor-backend"),
+        (("smartspec",), {}, r"vllm_ext\.smartspec .*is not part of vllm-ext .*smartspec\.enabled to false"),
+    ],
+)
+def test_refusals_name_both_sides_and_the_fix(features: tuple[str, ...], changes: dict, message: str) -> None:
+    with pytest.raises(config.ConfigError, match=message):
+        config.check_compatibility(features, engine_args(**changes))
+
+
+def test_what_is_not_refused_passes() -> None:
+    config.check_compatibility(("mxmoe",), engine_args(scheduler_cls="my.Scheduler", worker_cls="my.Worker"))
+    config.check_compatibility((), engine_args(enable_eplb=True, enable_lora=True, scheduler_cls="my.Scheduler"))
+    config.check_compatibility(("mxmoe",), engine_args(distributed_executor_backend="ray"))
+
+
+def test_table_in_the_docs_is_generated(repository: Path) -> None:
+    assert config.render_compatibility_table() in (repository / "docs" / "activation.md").read_text()

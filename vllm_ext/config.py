@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one parse of `--additional-config.vllm_ext.*`, and the table of what combines with what.
+
+A block that is present means the feature is on, unless it says `enabled: false`. Unknown keys and wrong types
+are errors that name the key and the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from vllm_ext import __version__
+
+
+class ConfigError(ValueError):
+    """A `vllm_ext` setting that cannot be honoured; the message names the key, the value and the fix."""
+
+
+# --- settings: field names are the user's keys; None means the feature decides -----------------------------
+
+
+@dataclass(frozen=True)
+class SmartSpecSettings:
+    """Goodput-based speculation (docs/activation.md lists the state of each feature)."""
+
+    enabled: bool = True
+    drafter: Literal["carrier", "trie"] = "carrier"
+    k_max: int | None = None
+    probe_every: int | None = None
+    policy: str | None = None
+
+
+@dataclass(frozen=True)
+class StructuredSettings:
+    """Structured generation: routing, compile budgets (milliseconds, MiB), forced tokens, pre-warm."""
+
+    enabled: bool = True
+    forced_tokens: Literal["auto", "on", "off"] = "auto"
+    max_compile_ms: float | None = None
+    max_compile_mib: float | None = None
+    prewarm: str | None = None
+    store_dir: str | None = None
+    whitespace: str | None = None
+
+
+@dataclass(frozen=True)
+class SemiPDSettings:
+    """Prefill and decode as two lanes; service-level objectives in milliseconds."""
+
+    enabled: bool = True
+    mode: Literal["auto", "always", "off"] = "auto"
+    slo_ttft_ms: float | None = None
+    slo_tpot_ms: float | None = None
+    percentile: float | None = None
+    window: float | None = None
+    splits: list | None = None
+    fairness: float | None = None
+
+
+@dataclass(frozen=True)
+class KVCacheSettings:
+    """KV-cache quantizers: full-precision window and sinks in tokens, calibration file, per-layer bits."""
+
+    enabled: bool = True
+    window: int | None = None
+    sinks: int | None = None
+    group_size: int | None = None
+    clip: float | None = None
+    calibration: str | None = None
+    layer_bits: dict | None = None
+
+
+@dataclass(frozen=True)
+class NestedSettings:
+    """Nested-precision experts under a device-memory budget in GiB."""
+
+    enabled: bool = True
+    budget_gib: float | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The whole `vllm_ext` block; a feature's block is None where the user gave none."""
+
+    smartspec: SmartSpecSettings | None = None
+    structured: StructuredSettings | None = None
+    semipd: SemiPDSettings | None = None
+    kv_cache: KVCacheSettings | None = None
+    nested: NestedSettings | None = None
+    cache_dir: str | None = None
+
+    @property
+    def cache_path(self) -> Path:
+        """Directory of compiled ops and other caches; created with mode 0700 by its first user."""
+        return Path(self.cache_dir).expanduser() if self.cache_dir else Path.home() / ".cache" / "vllm_ext"
+
+
+def parse(block: Any) -> Settings:
+    """Turn the `vllm_ext` value of `--additional-config` into `Settings`; None means an empty block.
+
+    Raises ConfigError for an unknown key (with the nearest valid one) or a value of the wrong type.
+    """
+    return typing.cast(Settings, _parse_fields(Settings, {} if block is None else block, "vllm_ext"))
+
+
+def _parse_fields(cls: type, values: Any, path: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path} must be a mapping of settings, not {values!r}")
+    known = typing.get_type_hints(cls)
+    for key in values:
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"did you mean {path}.{nearest[0]}?" if nearest else f"known keys: {', '.join(known)}"
+            raise ConfigError(f"unknown setting {path}.{key}; {hint}")
+    return cls(**{key: _parse_value(known[key], value, f"{path}.{key}") for key, value in values.items()})
+
+
+def _parse_value(annotation: Any, value: Any, path: str) -> Any:
+    """Check one value against a field's annotation; nested dataclasses are parsed, ints pass as floats."""
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    for option in options:
+        if dataclasses.is_dataclass(option) and isinstance(option, type):
+            return _parse_fields(option, value, path)
+        if typing.get_origin(option) is Literal:
+            if value in typing.get_args(option):
+                return value
+        elif option is float:
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                return float(value)
+        elif isinstance(value, option) and not (option is int and isinstance(value, bool)):
+            return value
+    expected = " or ".join(_name_type(option) for option in options if option is not types.NoneType)
+    raise ConfigError(f"{path} must be {expected}, not {value!r}")
+
+
+def _name_type(option: Any) -> str:
+    choices = typing.get_args(option)
+    return "one of " + ", ".join(map(repr, choices)) if choices else option.__name__
+
+
+# --- features and what they combine with ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One switchable part of the pack.
+
+    `is_available` is False until this release can run it; `owns` lists the engine arguments holding classes
+    that the pack sets for it, where a class of the user's own cannot stay.
+    """
+
+    name: str
+    summary: str
+    switch: str
+    is_available: bool = True
+    owns: tuple[Literal["scheduler_cls", "worker_cls", "distributed_executor_backend"], ...] = ()
+
+
+FEATURES: Mapping[str, Feature] = {
+    feature.name: feature
+    for feature in (
+        Feature("mxmoe", "mixed-precision MoE experts", "--quantization mxmoe"),
+        Feature("smartspec", "draft length from measured goodput", "smartspec", False, ("scheduler_cls",)),
+        Feature(
+            "structured",
+            "structured generation with budgets and forced tokens",
+            "structured",
+            False,
+            ("scheduler_cls",),
+        ),
+        Feature(
+            "semipd",
+            "prefill and decode as two lanes",
+            "semipd",
+            False,
+            ("scheduler_cls", "worker_cls", "distributed_executor_backend"),
+        ),
+        Feature("kv_cache", "KV-cache quantizers", "kv_cache", False),
+        Feature("nested", "nested-precision experts", "nested", False),
+    )
+}
+
+#: Values of `--quantization` that are ours, and the feature each one switches on.
+QUANTIZATION_FEATURES = {"mxmoe": "mxmoe"}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One row of the compatibility table: `feature` does not run together with `condition`."""
+
+    feature: str
+    condition: str
+    applies: Callable[[Any], bool]
+    reason: str
+    fix: str
+
+
+def _is_class_given(name: str) -> Callable[[Any], bool]:
+    """Whether the user chose this class: vLLM's defaults are None, "auto" and the names of its own executors."""
+    stock = (None, "auto", "mp", "ray", "uni", "external_launcher")
+    return lambda engine_args: getattr(engine_args, name) not in stock
+
+
+REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "mxmoe",
+        "--enable-eplb",
+        lambda engine_args: bool(engine_args.enable_eplb),
+        "expert load balancing moves experts as equal rows of one tensor; experts of different widths have none",
+        "drop --enable-eplb",
+    ),
+    Refusal(
+        "mxmoe",
+        "--enable-lora",
+        lambda engine_args: bool(engine_args.enable_lora),
+        "vLLM adds expert adapters inside its own MoE kernels, which mixed-width experts do not use",
+        "drop --enable-lora, or serve the bf16 model",
+    ),
+    *(
+        Refusal(
+            feature.name,
+            "--" + owned.replace("_", "-") + " CLASS",
+            _is_class_given(owned),
+            "vLLM has one such class per engine and this feature needs the pack's",
+            "drop " + "--" + owned.replace("_", "-") + f", or switch {feature.name} off",
+        )
+        for feature in FEATURES.values()
+        for owned in feature.owns
+    ),
+)
+
+
+def find_features(settings: Settings, quantization: str | None) -> tuple[str, ...]:
+    """Names of the features in use, in the order of `FEATURES`; `quantization` as vLLM resolved or was given it."""
+    wanted = {QUANTIZATION_FEATURES.get((quantization or "").lower())}
+    for name in FEATURES:
+        block = getattr(settings, name, None)
+        if block is not None and block.enabled:
+            wanted.add(name)
+    return tuple(name for name in FEATURES if name in wanted)
+
+
+def check_compatibility(features: tuple[str, ...], engine_args: Any) -> None:
+    """Refuse what does not combine, by name, before an engine is built.
+
+    `engine_args` is vLLM's EngineArgs. Raises ConfigError with the first refusal of `REFUSALS` that applies,
+    or for a feature that this release does not have yet.
+    """
+    for row in REFUSALS:
+        if row.feature in features and row.applies(engine_args):
+            raise ConfigError(f"{row.feature} does not run with {row.condition}: {row.reason}; {row.fix}")
+    for name in features:
+        if not FEATURES[name].is_available:
+            raise ConfigError(
+                f"vllm_ext.{name} ({FEATURES[name].summary}) is not part of vllm-ext {__version__}: "
+                f"remove the block or set vllm_ext.{name}.enabled to false"
+            )
+
+
+def render_compatibility_table() -> str:
+    """The refusals as a Markdown table; docs/activation.md carries it and a test keeps the two equal."""
+    rows = [f"| {row.feature} | {row.condition} | {row.reason} | {row.fix} |" for row in REFUSALS]
+    return "\n".join(["| feature | does not run with | because | do |", "|---|---|---|---|", *rows])

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics that cross processes: EngineCore and workers write a shared-memory record, the API process serves it.
+
+vLLM's messages between EngineCore and the API server are typed and drop extra fields, so numbers travel beside
+them. The API process makes a private directory in shared memory and names it in VLLM_EXT_METRICS_DIR. Every
+process that writes owns one file there, eight-byte floats only:
+
+    header  [layout, engine_index]        then one value per entry of METRICS
+
+A file is written by one process and read by any; an aligned eight-byte store is not torn, so no lock is shared.
+At a scrape the Prometheus collector sums the files of each engine. Without the variable, writing does nothing.
+"""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import mmap
+import os
+import shutil
+import tempfile
+import threading
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+#: Directory of this server's records; set by the API process, inherited by the others.
+DIRECTORY_ENV = "VLLM_EXT_METRICS_DIR"
+
+_DIRECTORY_PREFIX = f"vllm_ext-{os.getuid()}-"
+_LOCK_NAME = "owner.lock"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One exported number; `name` follows vllm_ext:<feature>_<noun>_<unit>[_total]."""
+
+    name: str
+    kind: Literal["counter", "gauge"]
+    help: str
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric("vllm_ext:mxmoe_layer_count", "gauge", "MoE layers whose experts are held in mixed precision."),
+    Metric(
+        "vllm_ext:mxmoe_weight_bytes",
+        "gauge",
+        "Stored bytes of quantized expert weights: codes, scales, zero points and alignment.",
+    ),
+    Metric("vllm_ext:mxmoe_weight_count", "gauge", "Expert weights held in mixed precision."),
+    Metric(
+        "vllm_ext:mxmoe_routed_tokens_total",
+        "counter",
+        "(token, expert) pairs computed by the CPU path of vllm_ext::mixed_moe.",
+    ),
+)
+
+_INDEX = {metric.name: position for position, metric in enumerate(METRICS)}
+_HEADER = 2
+_SLOTS = _HEADER + len(METRICS)
+#: Identifies the order of METRICS, so that a reader of another release skips a file it would misread.
+_LAYOUT = float(zlib.crc32("\n".join(_INDEX).encode()))
+
+_lock = threading.Lock()
+_record: tuple[int, memoryview] | None = None
+_owned: tuple[str, int] | None = None
+_collector: Collector | None = None
+
+
+# --- writing: EngineCore and workers -----------------------------------------------------------------------
+
+
+def add(name: str, amount: float, engine_index: int = 0) -> None:
+    """Add `amount` to a metric of this process; does nothing when no API process collects.
+
+    `engine_index` (vLLM's data-parallel rank) is taken from the process's first call. Raises KeyError for a
+    name that METRICS does not list.
+    """
+    position = _HEADER + _INDEX[name]
+    with _lock:
+        values = _open_record(engine_index)
+        if values is not None:
+            values[position] += amount
+
+
+def _open_record(engine_index: int) -> memoryview | None:
+    """This process's record, created on first use and again after a fork (vLLM forks its CPU workers)."""
+    global _record
+    if _record is not None and _record[0] == os.getpid():
+        return _record[1]
+    directory = os.environ.get(DIRECTORY_ENV)
+    if not directory or not os.path.isdir(directory):
+        return None
+    path = os.path.join(directory, f"{os.getpid()}.record")
+    with open(path, "w+b") as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.truncate(_SLOTS * 8)
+        values = memoryview(mmap.mmap(file.fileno(), _SLOTS * 8)).cast("d")
+    values[1] = engine_index
+    values[0] = _LAYOUT
+    _record = (os.getpid(), values)
+    return values
+
+
+# --- the directory: API process ----------------------------------------------------------------------------
+
+
+def create_directory() -> str:
+    """Create this server's record directory (mode 0700) and export it; one inherited from a parent is kept."""
+    global _owned
+    inherited = os.environ.get(DIRECTORY_ENV)
+    if inherited and os.path.isdir(inherited):
+        return inherited
+    if _owned is None or not os.path.isdir(_owned[0]):
+        parent = _shared_memory_root()
+        _remove_abandoned(parent)
+        directory = tempfile.mkdtemp(prefix=_DIRECTORY_PREFIX, dir=parent)
+        # Held for life: a directory whose lock can be taken belongs to a server that is gone. The file gets its
+        # name only once it is locked, so that no other server sees it unlocked.
+        unnamed = os.path.join(directory, "owner")
+        fcntl.flock(os.open(unnamed, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600), fcntl.LOCK_EX)
+        os.rename(unnamed, os.path.join(directory, _LOCK_NAME))
+        _owned = (directory, os.getpid())
+        atexit.register(_remove_owned)
+    os.environ[DIRECTORY_ENV] = _owned[0]
+    return _owned[0]
+
+
+def _shared_memory_root() -> str:
+    shared = "/dev/shm"
+    return shared if os.access(shared, os.W_OK | os.X_OK) else tempfile.gettempdir()
+
+
+def _remove_owned() -> None:
+    # atexit also runs in forked children, which must leave the parent's directory alone.
+    if _owned is not None and _owned[1] == os.getpid():
+        shutil.rmtree(_owned[0], ignore_errors=True)
+
+
+def _remove_abandoned(parent: str) -> None:
+    """Delete directories of this user whose server was killed before it could clean up."""
+    for directory in Path(parent).glob(_DIRECTORY_PREFIX + "*"):
+        try:
+            lock = os.open(directory / _LOCK_NAME, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            continue  # being created right now, or already gone
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(directory, ignore_errors=True)
+        except BlockingIOError:
+            continue  # its server lives
+        finally:
+            os.close(lock)
+
+
+# --- reading: API process ----------------------------------------------------------------------------------
+
+
+def read_records(directory: str) -> dict[tuple[int, str], float]:
+    """Sum the records in `directory`: {(engine_index, metric name): value}. Files of another layout are skipped."""
+    totals: dict[tuple[int, str], float] = {}
+    for path in sorted(Path(directory).glob("*.record")):
+        data = path.read_bytes()
+        if len(data) != _SLOTS * 8:
+            continue
+        values = memoryview(data).cast("d")
+        if values[0] != _LAYOUT:
+            continue
+        for metric, value in zip(METRICS, values[_HEADER:], strict=True):
+            key = (int(values[1]), metric.name)
+            totals[key] = totals.get(key, 0.0) + value
+    return totals
+
+
+class Collector:
+    """Prometheus collector over the record directory (prometheus_client's custom-collector protocol)."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+
+    def describe(self) -> list[Any]:
+        """Nothing to announce: registering must not read files that no process has written yet."""
+        return []
+
+    def collect(self) -> Iterator[Any]:
+        """Yield one family per metric that some engine has reported, labelled by engine index."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        totals = read_records(self.directory)
+        engines = sorted({engine for engine, _ in totals})
+        for metric in METRICS if engines else ():
+            family_type = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
+            family = family_type(metric.name, metric.help, labels=["engine"])
+            for engine in engines:
+                family.add_metric([str(engine)], totals[engine, metric.name])
+            yield family
+
+
+def install_collector() -> None:
+    """Register the collector of this server's directory with prometheus_client's default registry, once."""
+    global _collector
+    directory = os.environ.get(DIRECTORY_ENV)
+    if directory is None or (_collector is not None and _collector.directory == directory):
+        return
+    from prometheus_client import REGISTRY
+
+    if _collector is not None:
+        REGISTRY.unregister(_collector)
+    _collector = Collector(directory)
+    REGISTRY.register(_collector)
+
+
+def extend_registry(registry: Any) -> Any:
+    """Add the installed collector to a registry other than the default one; returns the registry."""
+    if _collector is not None:
+        registry.register(_collector)
+    return registry
