@@ -23,6 +23,14 @@ settings.register_profile("shared-machine", deadline=None, suppress_health_check
 settings.load_profile("shared-machine")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """The tensors of these tests are small: on a shared machine a thread barrier costs more than the work."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """Root of the source tree."""

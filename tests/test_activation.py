@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_ext import activation, config, observability
+from vllm_ext import __version__, activation, config, observability
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +51,7 @@ def test_compile_cache_key_sees_features_and_not_the_directory(tiny_moe: str) ->
 
     make_config(tiny_moe, quantization="mxmoe")
     factors = vllm.envs.compile_factors()
-    assert factors[activation.ACTIVE_ENV] == "mxmoe"
+    assert factors[activation.ACTIVE_ENV] == f"mxmoe {__version__}"
     assert os.environ[observability.DIRECTORY_ENV] not in str(factors)
 
 

@@ -161,14 +161,15 @@ def export_state(features: Iterable[str]) -> None:
 def announce_environment() -> None:
     """Make our variables known to vLLM where they are set: it warns about, or refuses, `VLLM_` names it does not know.
 
-    vLLM hashes these getters into its compile-cache key: the features belong there, the directory does not.
+    vLLM hashes these getters into its compile-cache key. The features belong there, and the pack's version, which
+    fixes the sizes of packed weights that a graph holds; the directory does not.
     """
-    from vllm_ext import observability
+    from vllm_ext import __version__, observability
 
     if ACTIVE_ENV in os.environ:
         import vllm.envs
 
-        vllm.envs.environment_variables[ACTIVE_ENV] = lambda: os.environ.get(ACTIVE_ENV)
+        vllm.envs.environment_variables[ACTIVE_ENV] = lambda: f"{os.environ.get(ACTIVE_ENV)} {__version__}"
         vllm.envs.environment_variables[observability.DIRECTORY_ENV] = lambda: None
 
 

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registers `torch.ops.vllm_ext.mixed_moe`: the schema, the fake implementation, and one implementation per device."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+
+import torch
+
+from . import cpu, reference
+
+# A child of the logger "vllm": inside a server its handlers print it; alone, Python's last resort does.
+_logger = logging.getLogger("vllm.vllm_ext.kernels")
+
+SCHEMA = (
+    "mixed_moe(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor arena, Tensor table, "
+    "Tensor? expert_map, int intermediate_size, str activation, bool weight_on_input) -> Tensor"
+)
+
+#: Told the number of (token, expert) pairs that each call of the CPU implementation computed. Whoever counts
+#: them sets it; the kernels know nobody.
+call_observer: Callable[[int], None] | None = None
+
+
+@functools.cache
+def _warn_no_fast_path(device_type: str) -> None:
+    """Say it once: the cache makes later calls silent."""
+    _logger.warning(
+        "vllm_ext::mixed_moe has no fast path for device %r: the float32 reference runs. It is slow and cannot "
+        "be captured in a CUDA graph (use --enforce-eager)",
+        device_type,
+    )
+
+
+def _mixed_moe_cpu(
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    arena: torch.Tensor,
+    table: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    intermediate_size: int,
+    activation: str,
+    weight_on_input: bool,
+) -> torch.Tensor:
+    return cpu.mixed_moe(
+        x,
+        topk_ids,
+        topk_weights,
+        arena,
+        table,
+        expert_map,
+        intermediate_size,
+        activation,
+        weight_on_input,
+        observer=call_observer,
+    )
+
+
+def _mixed_moe_reference(
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    arena: torch.Tensor,
+    table: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    intermediate_size: int,
+    activation: str,
+    weight_on_input: bool,
+) -> torch.Tensor:
+    _warn_no_fast_path(x.device.type)
+    return reference.mixed_moe(
+        x,
+        topk_ids,
+        topk_weights,
+        arena,
+        table,
+        expert_map,
+        intermediate_size,
+        activation,
+        weight_on_input,
+    )
+
+
+def _mixed_moe_fake(
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    arena: torch.Tensor,
+    table: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    intermediate_size: int,
+    activation: str,
+    weight_on_input: bool,
+) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+def _register() -> torch.library.Library | None:
+    """Define the op once per process; None where another copy of this module has done so."""
+    if hasattr(torch.ops.vllm_ext, "mixed_moe"):
+        return None
+    library = torch.library.Library("vllm_ext", "FRAGMENT")
+    library.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl("mixed_moe", _mixed_moe_cpu, "CPU")
+    library.impl("mixed_moe", _mixed_moe_reference, "CompositeExplicitAutograd")
+    torch.library.register_fake("vllm_ext::mixed_moe", _mixed_moe_fake, lib=library)
+    return library
+
+
+# The op lives as long as this object; a re-import must not drop the one that holds it.
+_library = _register() or globals().get("_library")

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far a fast path may be from its reference, in one place, with the reason for each number.
+
+The measure is `relative_error`: the Frobenius norm of the difference over that of the expected tensor. A single
+output can cancel to nearly zero, so an element's own relative error says nothing.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Tolerance(NamedTuple):
+    """Largest accepted `relative_error`, and why it is not smaller."""
+
+    relative: float
+    reason: str
+
+
+#: Keys: (dtype of x, activation bits). They hold for the tests' layers, K from 8 to 192: a single flipped int8 code
+#: weighs most where K is small.
+MIXED_MOE: dict[tuple[torch.dtype, int], Tolerance] = {
+    (torch.float32, 16): Tolerance(
+        1e-5, "the same float32 products summed in another order: 2**-24 times the root of K, with room"
+    ),
+    (torch.float16, 16): Tolerance(1e-3, "only the output is rounded to 11 bits: half a unit is 2**-12"),
+    (torch.bfloat16, 16): Tolerance(
+        2e-2, "weights, gate and up, the intermediate and the output are rounded to 8 bits, 2**-9 each; median 5e-3"
+    ),
+    (torch.float32, 8): Tolerance(
+        1e-2, "a last-bit difference before int8 rounding can flip a code of the intermediate: 1/127 of its largest"
+    ),
+    (torch.float16, 8): Tolerance(1e-2, "as in float32; rounding the output to 11 bits adds little"),
+    (torch.bfloat16, 8): Tolerance(1e-2, "as in float32; rounding the output to 8 bits adds 2**-9"),
+}
+
+#: The reference in float32 against the same formula in float64; keys: activation bits.
+MIXED_MOE_REFERENCE: dict[int, Tolerance] = {
+    16: Tolerance(1e-5, "float32 against float64: 2**-24 times the root of K, with room"),
+    8: Tolerance(1e-2, "a last-bit difference before int8 rounding can flip a code: 1/127 of its group's largest"),
+}
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Frobenius norm of (actual - expected) over that of expected; where that is zero, the norm of actual."""
+    difference = torch.linalg.vector_norm(actual.double() - expected.double())
+    norm = torch.linalg.vector_norm(expected.double())
+    return float(difference / norm if norm > 0 else difference)

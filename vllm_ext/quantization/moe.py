@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every way of loading mixed-precision experts shares: the op call, the refusals, the byte count."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, MoEActivation, RoutedExperts
+from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
+
+from vllm_ext import observability
+from vllm_ext.kernels.mixed_moe import op
+from vllm_ext.kernels.mixed_moe.layout import ArenaPlan, Block, BlockFormat, block_shape
+from vllm_ext.quantization.scheme import Scheme
+
+# Importing `op` registers torch.ops.vllm_ext.mixed_moe; here its work is also counted.
+op.call_observer = functools.partial(observability.add, "vllm_ext:mxmoe_routed_tokens_total")
+
+#: Schemes of one expert, indexed by `Block`.
+ExpertSchemes = tuple[Scheme, Scheme]
+
+
+@dataclass(frozen=True)
+class LayerStorage:
+    """What the experts of one layer on one rank take, alignment included; 16-bit blocks apart."""
+
+    quantized_bytes: int
+    quantized_weights: int
+    unquantized_bytes: int
+    unquantized_weights: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """True bits of the quantized weights: codes, scales, zero points and padding. NaN where there are none."""
+        return 8 * self.quantized_bytes / self.quantized_weights if self.quantized_weights else float("nan")
+
+
+class MxMoEMethodBase(FusedMoEMethodBase):
+    """Applies `vllm_ext::mixed_moe` to `layer.expert_arena` and `layer.expert_table`.
+
+    `moe_kernel` stays None, so vLLM's runner routes, runs shared experts, and reduces over ranks
+    (`vllm.model_executor.layers.fused_moe.runner.moe_runner.MoERunner._apply_quant_method`).
+    """
+
+    layer_name: str
+    intermediate_size: int
+    #: One entry per local expert, and what the layer takes; None until the weights are loaded.
+    schemes: list[ExpertSchemes] | None = None
+    storage: LayerStorage | None = None
+
+    @property
+    def supports_eplb(self) -> bool:
+        """EPLB moves experts as rows of equal size, which an arena of mixed widths does not have."""
+        return False
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
+        """An empty configuration: vLLM asks again in every forward pass for as long as it gets None."""
+        return FusedMoEQuantConfig.make()
+
+    def report_storage(self, storage: LayerStorage) -> None:
+        """Keep what the loaded layer takes, and count it once in the metrics (a reload changes nothing in it)."""
+        if self.storage is None:
+            engine_index = self.moe.moe_parallel_config.dp_rank
+            observability.add("vllm_ext:mxmoe_layer_count", 1, engine_index)
+            observability.add("vllm_ext:mxmoe_weight_bytes", storage.quantized_bytes, engine_index)
+            observability.add("vllm_ext:mxmoe_weight_count", storage.quantized_weights, engine_index)
+        self.storage = storage
+
+    def apply(
+        self,
+        layer: RoutedExperts,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: object,
+        shared_experts_input: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Partial sum of this rank's experts, [tokens, hidden] in x's dtype. The runner adds shared experts.
+
+        On the CPU, Dynamo traces this: it stays one op call.
+        """
+        return torch.ops.vllm_ext.mixed_moe(
+            x,
+            topk_ids,
+            topk_weights,
+            layer.expert_arena,
+            layer.expert_table,
+            layer.expert_map,
+            self.intermediate_size,
+            layer.activation.value,
+            layer.apply_router_weight_on_input,
+        )
+
+
+def check_layer(layer: RoutedExperts, layer_name: str) -> None:
+    """Refuse, by ValueError naming layer and value, what `mixed_moe` would silently compute wrongly."""
+    moe = layer.moe_config
+    refused = None
+    if layer.activation != MoEActivation.SILU:
+        refused = f"activation {layer.activation.value!r} (supported: {MoEActivation.SILU.value!r})"
+    elif moe.has_bias:
+        refused = "experts with bias (has_bias=True)"
+    elif moe.moe_parallel_config.enable_eplb:
+        refused = "expert load balancing (enable_eplb=True)"
+    else:
+        for name in ("swiglu_limit", "swiglu_alpha", "swiglu_beta"):
+            value = getattr(layer, name)
+            if value is not None:
+                refused = f"a modified SwiGLU ({name}={value})"
+                break
+    if refused is not None:
+        raise ValueError(f"{layer_name}: --quantization mxmoe does not support {refused}; serve this model without it")
+
+
+def describe_block(scheme: Scheme, dtype: torch.dtype) -> BlockFormat:
+    """The arena format of a scheme; `dtype` is the checkpoint's, for blocks that stay as they are."""
+    if not scheme.is_quantized:
+        return BlockFormat.full_precision(dtype)
+    return BlockFormat(scheme.weight_bits, scheme.act_bits, scheme.group_size, scheme.symmetric)
+
+
+def measure_storage(
+    schemes: Sequence[ExpertSchemes], plan: ArenaPlan, hidden_size: int, intermediate_size: int
+) -> LayerStorage:
+    """Count the bytes and weights of a planned layer."""
+    counts = {True: [0, 0], False: [0, 0]}
+    for expert_schemes, expert_bytes in zip(schemes, plan.block_bytes, strict=True):
+        for block, scheme, num_bytes in zip(Block, expert_schemes, expert_bytes, strict=True):
+            N, K = block_shape(block, hidden_size, intermediate_size)
+            counts[scheme.is_quantized][0] += num_bytes
+            counts[scheme.is_quantized][1] += N * K
+    return LayerStorage(*counts[True], *counts[False])
+
+
+def list_storage(model: torch.nn.Module) -> dict[str, LayerStorage]:
+    """{layer name: what its experts take} of every mixed-precision layer of a loaded model, on this rank.
+
+    A plain function of the model, so that vLLM can send it to its workers: `llm.apply_model(list_storage)`.
+    """
+    return {
+        module.quant_method.layer_name: module.quant_method.storage
+        for module in model.modules()
+        if isinstance(getattr(module, "quant_method", None), MxMoEMethodBase)
+        and module.quant_method.storage is not None
+    }
