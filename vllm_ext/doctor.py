@@ -24,9 +24,10 @@ PROBE_TIMEOUT_SECONDS = 180
 
 def run(as_json: bool, server: str | None = None, fix: bool = False) -> int:
     """Print the report; exit code 0 when nothing is wrong, 1 otherwise."""
-    if fix:
-        _install_missing_alias()
+    unfixed = _install_missing_alias() if fix else None
     report = gather(server)
+    if unfixed is not None:
+        report["problems"].append(unfixed)
     if as_json:
         print(json.dumps(report))
     else:
@@ -191,11 +192,15 @@ def _read_server(url: str, problems: list[dict[str, str]]) -> dict[str, float]:
     return values
 
 
-def _install_missing_alias() -> None:
+def _install_missing_alias() -> dict[str, str] | None:
+    """Install the alias distribution where it is needed; the problem that prevented it, if any."""
     from vllm_ext import cpu_alias
 
-    if cpu_alias.is_alias_needed():
+    try:
         cpu_alias.install_alias()
+    except cpu_alias.AliasError as error:
+        return _problem("the alias for the `vllm` command was not installed", str(error))
+    return None
 
 
 def print_report(report: dict[str, Any]) -> None:

@@ -64,7 +64,7 @@ _SLOTS = _HEADER + len(METRICS)
 _LAYOUT = float(zlib.crc32("\n".join(_INDEX).encode()))
 
 _lock = threading.Lock()
-_record: tuple[int, memoryview] | None = None
+_record: tuple[int, memoryview[float]] | None = None
 _owned: tuple[str, int] | None = None
 _collector: Collector | None = None
 
@@ -85,7 +85,7 @@ def add(name: str, amount: float, engine_index: int = 0) -> None:
             values[position] += amount
 
 
-def _open_record(engine_index: int) -> memoryview | None:
+def _open_record(engine_index: int) -> memoryview[float] | None:
     """This process's record, created on first use and again after a fork (vLLM forks its CPU workers)."""
     global _record
     if _record is not None and _record[0] == os.getpid():
@@ -97,7 +97,7 @@ def _open_record(engine_index: int) -> memoryview | None:
     with open(path, "w+b") as file:
         os.fchmod(file.fileno(), 0o600)
         file.truncate(_SLOTS * 8)
-        values = memoryview(mmap.mmap(file.fileno(), _SLOTS * 8)).cast("d")
+        values: memoryview[float] = memoryview(mmap.mmap(file.fileno(), _SLOTS * 8)).cast("d")
     values[1] = engine_index
     values[0] = _LAYOUT
     _record = (os.getpid(), values)

@@ -9,9 +9,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from vllm_ext.patches import check, registry, signature
 
 from vllm_ext import config
+from vllm_ext.patches import check, registry, signature
 
 
 def test_every_symbol_matches_the_installed_vllm() -> None:

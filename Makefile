@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target works on a fresh machine with Python 3.11+, git, make and g++: it first brings .venv up to date.
+
+# Settings: make demo PYTHON=python3.12 DEVICE=cpu
+PYTHON ?= python3
+DEVICE ?= auto
+ARGS ?=
+NEXT ?=
+
+VENV_PYTHON := .venv/bin/python
+BENCH_SUITES := $(wildcard bench/kernels/bench_*.py)
+
+.DEFAULT_GOAL := help
+.PHONY: help bootstrap demo test test-slow bench lint next-vllm clean
+
+help: ## this list
+	@echo 'make TARGET [PYTHON=python3.11] [DEVICE=auto|cpu|nvidia] [ARGS="..." for pytest]'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | while IFS='|' read -r name text; do printf '  %-10s %s\n' $$name "$$text"; done
+
+bootstrap: ## build .venv: vLLM for this machine, the pack (editable), the tools; redo only what changed
+	@$(PYTHON) .ci/bootstrap.py --device $(DEVICE)
+
+demo: bootstrap ## serve the shipped MoE in bf16 and with --quantization mxmoe, and compare the two
+	$(VENV_PYTHON) -m bench.demo
+
+test: bootstrap ## every test that needs no GPU and no minutes
+	$(VENV_PYTHON) -m pytest -q $(ARGS)
+
+test-slow: bootstrap ## the tests that take minutes
+	$(VENV_PYTHON) -m pytest -q -m 'slow and not gpu' --timeout=3600 $(ARGS)
+
+bench: bootstrap ## time the kernels (pytest-benchmark)
+	$(if $(BENCH_SUITES),$(VENV_PYTHON) -m pytest -q --benchmark-only bench/kernels -o python_files='bench_*.py' -o python_functions='bench_*' $(ARGS),@echo 'no suites in bench/kernels')
+
+lint: bootstrap ## ruff and mypy
+	@$(VENV_PYTHON) .ci/lint.py
+
+next-vllm: bootstrap ## check the patch records against the newest vLLM, in .venv-next (NEXT='vllm==X.Y.Z' to choose)
+	@$(VENV_PYTHON) .ci/next_vllm.py --device $(DEVICE) $(if $(NEXT),--requirement '$(NEXT)')
+
+clean: ## remove the environments and everything built
+	rm -rf .venv .venv-next build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
