@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serve the shipped small MoE in bf16 and with `--quantization mxmoe`, ask both the same, and print one table.
+
+    python -m bench.demo [--json] [--windows N] [--keep-logs]
+
+Both are plain `vllm serve` processes on loopback, one after the other, asked through the `openai` client. Progress
+goes to stderr; the table, or with `--json` one object on the last line, to stdout. Exit codes: 0 ok, 1 failed
+(the message names the step and shows the end of the server's log), 2 bad usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from bench.quality.perplexity import Tokenizer, load_tokenizer, measure_perplexity
+from bench.serve.server import ServerFailed, VllmServer, read_log_tail
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+MODEL = Path(__file__).parent / "models" / "tiny_moe"
+SERVED_NAME = "tiny-moe"
+CONTEXT = 512
+PROMPT = "In the beginning God"
+STREAM_PROMPT = "def __init__(self"
+CHAT_MESSAGE = "And Moses said unto the people,"
+MAX_TOKENS = 24
+#: Between two lines about a starting server, where stderr is not a terminal.
+WAIT_LINE_SECONDS = 15.0
+
+WEIGHT_BYTES_METRIC = "vllm_ext:mxmoe_weight_bytes"
+WEIGHT_COUNT_METRIC = "vllm_ext:mxmoe_weight_count"
+
+#: Options of `vllm serve` for each arm of the comparison.
+ARMS: dict[str, list[str]] = {"bf16": [], "mxmoe": ["--quantization", "mxmoe"]}
+
+
+class DemoFailed(RuntimeError):  # noqa: N818 - reads as what happened
+    """A step failed; the message names it and says why."""
+
+
+@dataclass
+class ArmResult:
+    """What one server answered and holds. Perplexities are of held-out text, `CONTEXT` tokens a window."""
+
+    expert_bytes: int
+    bits_per_weight: float
+    perplexity_kjv: float
+    perplexity_py: float
+    perplexity_tokens: int
+    completion: str
+    streamed: str
+    stream_chunks: int
+    chat: str
+    startup_seconds: float
+    exit_code: int | None = None
+
+
+class Progress:
+    """Steps on stderr, each with its seconds; while a server starts, one line that renews itself on a terminal."""
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        self._current = ""
+        self._next_line = WAIT_LINE_SECONDS
+        self._shows_wait = False
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Run a step: its name and seconds are printed at the end, an error becomes DemoFailed with its name."""
+        began = time.monotonic()
+        self._current, self._next_line = name, WAIT_LINE_SECONDS
+        try:
+            yield
+        except DemoFailed:
+            raise
+        except Exception as error:
+            raise DemoFailed(f"{name}: {error or type(error).__name__}") from error
+        finally:
+            self._clear()
+        self._print(f"{name} ({time.monotonic() - began:.1f} s)")
+
+    def show_wait(self, seconds: float, log_line: str) -> None:
+        """What the starting server said last: renewed in place, or now and then where stderr is not a terminal."""
+        line = f"{self._current}: {seconds:.0f} s: {log_line}"
+        if sys.stderr.isatty():
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r\033[K{f'          {line}'[:width]}", end="", file=sys.stderr, flush=True)
+            self._shows_wait = True
+        elif seconds >= self._next_line:
+            self._next_line += WAIT_LINE_SECONDS
+            self._print(line[:200])
+
+    def _print(self, line: str) -> None:
+        print(f"{time.monotonic() - self.began:6.1f} s  {line}", file=sys.stderr, flush=True)
+
+    def _clear(self) -> None:
+        if self._shows_wait:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            self._shows_wait = False
+
+
+def count_expert_weights(model: Path) -> tuple[int, int]:
+    """(bytes, weights) of the routed experts, from the headers of the model's safetensors files."""
+    num_bytes = weights = 0
+    for path in sorted(model.glob("*.safetensors")):
+        with path.open("rb") as file:
+            # The format: header length as a little-endian uint64, then the header as JSON.
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        for name, tensor in header.items():
+            if ".experts." in name:
+                begin, end = tensor["data_offsets"]
+                num_bytes += end - begin
+                weights += math.prod(tensor["shape"])
+    if weights == 0:
+        raise ValueError(f"{model} holds no tensor with '.experts.' in its name")
+    return num_bytes, weights
+
+
+def read_mxmoe_metrics(server: VllmServer, weights: int) -> tuple[int, float]:
+    """(bytes, bits per weight) of the experts that the server holds, from its `/metrics`.
+
+    Raises ValueError when the plugin does not export them, or holds fewer weights in mixed precision than `weights`.
+    """
+    values = {name: server.read_metric(name) for name in (WEIGHT_BYTES_METRIC, WEIGHT_COUNT_METRIC)}
+    missing = [name for name, value in values.items() if value is None]
+    if missing:
+        raise ValueError(
+            f"the server's /metrics has no {' and no '.join(missing)}; run `vllm-ext doctor` to see whether "
+            "the plugin is loaded (VLLM_PLUGINS, if set, must name vllm_ext)"
+        )
+    num_bytes, count = values[WEIGHT_BYTES_METRIC] or 0.0, values[WEIGHT_COUNT_METRIC] or 0.0
+    if count != weights:
+        raise ValueError(
+            f"{WEIGHT_COUNT_METRIC} is {count:.0f}, but the model has {weights} expert weights: "
+            "the bytes of the rest are not counted, so the two columns would not compare"
+        )
+    return int(num_bytes), 8 * num_bytes / count
+
+
+def ask_all(client: OpenAI, progress: Progress, arm: str) -> tuple[str, str, int, str]:
+    """One completion, one streamed completion and one chat: their texts, and the chunks of the stream.
+
+    Greedy, so that two servers with equal weights would give equal texts.
+    """
+    with progress.step(f"{arm}: completion"):
+        answer = client.completions.create(model=SERVED_NAME, prompt=PROMPT, max_tokens=MAX_TOKENS, temperature=0)
+        completion = answer.choices[0].text
+    with progress.step(f"{arm}: streamed completion"):
+        pieces = [
+            chunk.choices[0].text
+            for chunk in client.completions.create(
+                model=SERVED_NAME, prompt=STREAM_PROMPT, max_tokens=MAX_TOKENS, temperature=0, stream=True
+            )
+            if chunk.choices
+        ]
+    with progress.step(f"{arm}: chat"):
+        reply = client.chat.completions.create(
+            model=SERVED_NAME,
+            messages=[{"role": "user", "content": CHAT_MESSAGE}],
+            max_tokens=MAX_TOKENS,
+            temperature=0,
+        )
+        chat = reply.choices[0].message.content or ""
+    for request, text in (("completion", completion), ("streamed completion", "".join(pieces)), ("chat", chat)):
+        if not text:
+            raise DemoFailed(f"{arm}: the answer to the {request} request is empty")
+    return completion, "".join(pieces), len(pieces), chat
+
+
+def run_arm(arm: str, tokenizer: Tokenizer, windows: int | None, logs: Path, progress: Progress) -> ArmResult:
+    """Start one server, ask it everything, and stop it. Raises DemoFailed."""
+    from openai import DefaultHttpxClient, OpenAI
+
+    environment = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        environment["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB; the default takes a share of the machine's memory
+    server = VllmServer(
+        MODEL,
+        args=["--served-model-name", SERVED_NAME, "--max-model-len", "1024", *ARMS[arm]],
+        env=environment,
+        log_path=logs / f"{arm}.log",
+        start_timeout=300,
+        on_progress=progress.show_wait,
+    )
+    try:
+        with progress.step(f"{arm}: start vllm serve {' '.join(ARMS[arm])}".rstrip()):
+            server.start()
+        # A proxy from the environment must not see requests to loopback.
+        http_client = DefaultHttpxClient(trust_env=False, timeout=120)
+        client = OpenAI(base_url=f"{server.base_url}/v1", api_key="unused", http_client=http_client, max_retries=0)
+        with client:
+            completion, streamed, chunks, chat = ask_all(client, progress, arm)
+        perplexities, tokens = {}, 0
+        for domain in ("kjv", "py"):
+            with progress.step(f"{arm}: perplexity of {domain}_val.txt"):
+                text = (MODEL / f"{domain}_val.txt").read_text(encoding="utf-8")
+                measured = measure_perplexity(server.base_url, SERVED_NAME, text, tokenizer, CONTEXT, windows)
+                perplexities[domain] = measured.perplexity
+                tokens += measured.tokens
+        with progress.step(f"{arm}: bytes of expert weights"):
+            num_bytes, weights = count_expert_weights(MODEL)
+            bits = 8 * num_bytes / weights
+            if arm == "mxmoe":
+                num_bytes, bits = read_mxmoe_metrics(server, weights)
+        result = ArmResult(
+            expert_bytes=num_bytes,
+            bits_per_weight=bits,
+            perplexity_kjv=perplexities["kjv"],
+            perplexity_py=perplexities["py"],
+            perplexity_tokens=tokens,
+            completion=completion,
+            streamed=streamed,
+            stream_chunks=chunks,
+            chat=chat,
+            startup_seconds=server.startup_seconds,
+        )
+        with progress.step(f"{arm}: stop"):
+            result.exit_code = server.stop()
+        if result.exit_code != 0:
+            raise DemoFailed(f"{arm}: stop: the server ended with exit code {result.exit_code}")
+        return result
+    except DemoFailed as error:
+        if isinstance(error.__cause__, ServerFailed):
+            raise  # its message already ends with the log
+        raise DemoFailed(f"{error}\nlast lines of {server.log_path}:\n{read_log_tail(server.log_path)}") from error
+    finally:
+        server.stop()
+
+
+def print_table(results: dict[str, ArmResult], windows: int | None) -> None:
+    """One table on stdout: a row for each fact, a column for each server."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    extent = "whole files" if windows is None else f"first {windows} windows"
+    table = Table(title="bench/models/tiny_moe under vllm serve", title_style="bold", show_lines=False)
+    table.add_column("")
+    for arm in results:
+        table.add_column(f"--quantization {arm}" if ARMS[arm] else arm, overflow="fold", ratio=1)
+    rows = {
+        "expert weights, bytes": lambda r: f"{r.expert_bytes:,}",
+        "bits per expert weight": lambda r: f"{r.bits_per_weight:.2f}",
+        "perplexity kjv_val": lambda r: f"{r.perplexity_kjv:.2f}",
+        "perplexity py_val": lambda r: f"{r.perplexity_py:.2f}",
+        f"{PROMPT!r} ...": lambda r: r.completion,
+        f"{STREAM_PROMPT!r} ... (streamed)": lambda r: f"{r.streamed}  [{r.stream_chunks} chunks]",
+        f"{CHAT_MESSAGE!r} (chat)": lambda r: r.chat,
+        "start-up, s": lambda r: f"{r.startup_seconds:.1f}",
+    }
+    for label, describe in rows.items():
+        # Text, not markup: brackets in generated text are not styles.
+        table.add_row(Text(label), *(Text(" ".join(describe(result).split())) for result in results.values()))
+    table.caption = f"held-out perplexity at context {CONTEXT}, {extent}; texts are greedy continuations"
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console.print(table)
+
+
+def check_requirements() -> None:
+    """Raise DemoFailed naming the pip command when a package of the demonstration is missing."""
+    import importlib.util
+
+    missing = [name for name in ("openai", "rich", "vllm") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise DemoFailed(f"{', '.join(missing)} not installed here; run `make demo`, or pip install 'vllm-ext[bench]'")
+
+
+def run_demo(windows: int | None, logs: Path) -> dict[str, ArmResult]:
+    """Both arms, one after the other. Raises DemoFailed."""
+    progress = Progress()
+    with progress.step("prepare"):
+        check_requirements()
+        tokenizer = load_tokenizer(MODEL)
+    return {arm: run_arm(arm, tokenizer, windows, logs, progress) for arm in ARMS}
+
+
+def _leave(number: int, _frame: FrameType | None) -> None:
+    # As an exception, so that every `finally` between here and the server runs.
+    raise SystemExit(128 + number)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.demo", description="Compare bf16 and mxmoe under vllm serve."
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object on the last line of stdout")
+    parser.add_argument(
+        "--windows", type=int, default=40, metavar="N", help="windows of each held-out text (default 40; 0: all)"
+    )
+    parser.add_argument("--keep-logs", action="store_true", help="keep the servers' logs and say where they are")
+    options = parser.parse_args(argv)
+    if options.windows < 0:
+        parser.error(f"--windows must be 0 or more, got {options.windows}")
+    windows = options.windows or None
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # `nohup` starts its command with SIGHUP ignored; that stays.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _leave)
+
+    logs = Path(tempfile.mkdtemp(prefix="vllm-ext-demo-"))
+    began = time.monotonic()
+    failed = True
+    try:
+        results = run_demo(windows, logs)
+        failed = False
+    except DemoFailed as error:
+        print(f"demo failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("demo interrupted; the server is stopped", file=sys.stderr)
+        return 130
+    finally:
+        if failed or options.keep_logs:
+            print(f"logs: {logs}", file=sys.stderr)
+        else:
+            shutil.rmtree(logs)
+    seconds = time.monotonic() - began
+    print_table(results, windows)
+    print(f"{seconds:6.1f} s  done", file=sys.stderr)
+    if options.json:
+        arms = {arm: asdict(result) for arm, result in results.items()}
+        print(json.dumps({**arms, "context": CONTEXT, "windows": windows, "seconds": round(seconds, 1)}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

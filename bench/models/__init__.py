@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small trained MoE, and makers of random models at real shapes."""

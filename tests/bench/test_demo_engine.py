@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole demonstration, with two real servers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+#: Of the first four windows, by transformers in float32; the model's card has the first forty.
+PERPLEXITY = {"kjv": 24.21, "py": 23.38}
+
+
+def find_processes(marker: str) -> list[str]:
+    """Command lines of the live processes whose environment holds `marker`, but for this one's."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                if marker.encode() in (entry / "environ").read_bytes():
+                    found.append((entry / "cmdline").read_text().replace("\0", " "))
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
+                continue
+    return found
+
+
+def start_demo(repository: Path, tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
+    # vLLM's processes inherit the environment, so TMPDIR marks them, and shows what the demonstration leaves.
+    return subprocess.Popen(
+        [sys.executable, "-m", "bench.demo", *arguments],
+        cwd=repository,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def outcome(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    directory = tmp_path_factory.mktemp("demo")
+    process = start_demo(repository, directory, "--json", "--windows", "4")
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == 0, err[-6000:]
+    return {"out": out, "err": err, "directory": directory, "json": json.loads(out.splitlines()[-1])}
+
+
+def test_both_servers_answer_everything(outcome: dict[str, Any]) -> None:
+    result = outcome["json"]
+    assert (result["context"], result["windows"]) == (512, 4)
+    for arm in ("bf16", "mxmoe"):
+        for name in ("completion", "streamed", "chat"):
+            assert len(result[arm][name].split()) > 3, (arm, name)
+        # 24 tokens were asked for; a token that ends inside a UTF-8 character shares the next one's chunk.
+        assert 12 <= result[arm]["stream_chunks"] <= 26
+        assert result[arm]["perplexity_tokens"] == 2 * 4 * 511
+        assert result[arm]["exit_code"] == 0
+        assert 1 < result[arm]["startup_seconds"] < 300
+
+
+def test_perplexity_is_that_of_the_trained_model(outcome: dict[str, Any]) -> None:
+    bf16, mxmoe = outcome["json"]["bf16"], outcome["json"]["mxmoe"]
+    for domain, expected in PERPLEXITY.items():
+        assert bf16[f"perplexity_{domain}"] == pytest.approx(expected, rel=0.02)
+        ratio = mxmoe[f"perplexity_{domain}"] / bf16[f"perplexity_{domain}"]
+        # Rounding to 3 and 4 bits changes the model, and not by much.
+        assert ratio != 1
+        assert 0.98 < ratio < 1.06
+
+
+def test_experts_are_really_smaller(outcome: dict[str, Any]) -> None:
+    bf16, mxmoe = outcome["json"]["bf16"], outcome["json"]["mxmoe"]
+    assert bf16["expert_bytes"] == 5 * 16 * 3 * 256 * 128 * 2
+    assert bf16["bits_per_weight"] == 16
+    assert 3 < mxmoe["bits_per_weight"] < 4.8
+    assert mxmoe["expert_bytes"] < 0.3 * bf16["expert_bytes"]
+    assert mxmoe["expert_bytes"] * 8 / mxmoe["bits_per_weight"] == pytest.approx(bf16["expert_bytes"] / 2)
+
+
+def test_one_table_and_visible_progress(outcome: dict[str, Any]) -> None:
+    table = outcome["out"].rsplit("\n", 2)[0]
+    for text in ("--quantization mxmoe", "bits per expert weight", "perplexity kjv_val", f"{15728640:,}"):
+        assert text in table
+    for step in ("prepare", "bf16: start vllm serve", "mxmoe: start vllm serve --quantization mxmoe", "mxmoe: stop"):
+        assert f"{step} (" in outcome["err"]
+
+
+def test_nothing_is_left(outcome: dict[str, Any]) -> None:
+    assert find_processes(str(outcome["directory"])) == []
+    assert list(outcome["directory"].glob("vllm-ext-demo-*")) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_demo_leaves_no_process(repository: Path, tmp_path: Path, number: signal.Signals) -> None:
+    process = start_demo(repository, tmp_path)
+    deadline = time.monotonic() + 60
+    while not (log := list(tmp_path.glob("*/bf16.log"))) or "EngineCore" not in log[0].read_text():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    assert find_processes(str(tmp_path)) == []
