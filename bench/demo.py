@@ -17,6 +17,7 @@ import os
 import shutil
 import signal
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -44,6 +45,9 @@ WAIT_LINE_SECONDS = 15.0
 
 WEIGHT_BYTES_METRIC = "vllm_ext:mxmoe_weight_bytes"
 WEIGHT_COUNT_METRIC = "vllm_ext:mxmoe_weight_count"
+
+#: vLLM's compiled mode on a CPU includes Python.h, which Debian ships apart from Python.
+HAS_PYTHON_HEADERS = (Path(sysconfig.get_path("include")) / "Python.h").is_file()
 
 #: Options of `vllm serve` for each arm of the comparison.
 ARMS: dict[str, list[str]] = {"bf16": [], "mxmoe": ["--quantization", "mxmoe"]}
@@ -189,9 +193,10 @@ def run_arm(arm: str, tokenizer: Tokenizer, windows: int | None, logs: Path, pro
     environment = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
         environment["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB; the default takes a share of the machine's memory
+    mode = [] if HAS_PYTHON_HEADERS else ["--enforce-eager"]
     server = VllmServer(
         MODEL,
-        args=["--served-model-name", SERVED_NAME, "--max-model-len", "1024", *ARMS[arm]],
+        args=["--served-model-name", SERVED_NAME, "--max-model-len", "1024", *mode, *ARMS[arm]],
         env=environment,
         log_path=logs / f"{arm}.log",
         start_timeout=300,
@@ -286,6 +291,8 @@ def run_demo(windows: int | None, logs: Path) -> dict[str, ArmResult]:
     with progress.step("prepare"):
         check_requirements()
         tokenizer = load_tokenizer(MODEL)
+    if not HAS_PYTHON_HEADERS:
+        print("no Python.h (package python3-dev): both servers run with --enforce-eager", file=sys.stderr)
     return {arm: run_arm(arm, tokenizer, windows, logs, progress) for arm in ARMS}
 
 

@@ -25,6 +25,7 @@ class PatchRecord:
 
     `feature` is a name of config.FEATURES, or "core" for what serves all of them. `apply` names the function
     that makes the change, as `module:function`, imported only when the record is applied; it must be idempotent.
+    `without` completes the sentence "left out, so ...".
     """
 
     name: str
@@ -33,5 +34,6 @@ class PatchRecord:
     symbols: tuple[Symbol, ...]
     reason: str
     change: str
+    without: str
     removal: str
     apply: str

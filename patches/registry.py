@@ -21,6 +21,7 @@ RECORDS: tuple[PatchRecord, ...] = (
         reason="vLLM has no plugin hook that sees an engine's arguments before its configuration is built",
         change="parses --additional-config.vllm_ext, checks what combines, exports the active features; "
         "calls the original at once where nothing of ours is used",
+        without="only bare --quantization names work: settings, checks and metrics of the pack are off",
         removal="vLLM offers general plugins a configuration callback",
         apply="vllm_ext.patches.engine_config:wrap_create_engine_config",
     ),
@@ -36,6 +37,7 @@ RECORDS: tuple[PatchRecord, ...] = (
         "and custom collectors cannot join it",
         change="answers /metrics of such a server from the same registry with the pack's collector added; "
         "a single API server is left alone",
+        without="the pack's metrics are missing where several API servers share /metrics",
         removal="vLLM lets plugins add collectors to the registry behind /metrics",
         apply="vllm_ext.patches.metrics:wrap_attach_router",
     ),
@@ -76,10 +78,10 @@ def apply_record(name: str) -> bool:
     mismatch = find_mismatch(record)
     if mismatch is not None:
         logger.warning(
-            "vllm-ext: patch %s is left out, so %s is off: %s. `vllm-ext doctor` lists all patches.",
+            "vllm-ext: patch %s is left out (%s), so %s. `vllm-ext doctor` lists all patches.",
             record.name,
-            "the whole pack" if record.feature == "core" else record.feature,
             mismatch,
+            record.without,
         )
         return False
     module, _, function = record.apply.partition(":")

@@ -11,6 +11,7 @@ function is called.
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib
 import inspect
@@ -37,26 +38,32 @@ def split_target(target: str) -> tuple[str, list[str]]:
 def read_live_signature(target: str) -> str:
     """Signature text of an imported symbol; a functools.wraps wrapper reads as the function it wraps.
 
-    Raises SymbolAbsentError when the module cannot be imported or the name is not there.
+    Raises SymbolAbsentError when the module cannot be imported, the name is not defined there itself (inherited
+    members are not: their source is elsewhere), or what it names is not a function.
     """
     module, names = split_target(target)
     try:
         owner: Any = importlib.import_module(module)
         for name in names[:-1]:
             owner = getattr(owner, name)
-        function = inspect.getattr_static(owner, names[-1])
-    except (ImportError, AttributeError) as error:
-        raise SymbolAbsentError(f"{target}: {error}") from error
+        function = vars(owner)[names[-1]]
+    except (ImportError, AttributeError, KeyError, TypeError) as error:
+        raise SymbolAbsentError(f"{target}: {type(error).__name__}: {error}") from error
+    if isinstance(function, property | functools.cached_property):
+        return "property"
     kind = "function"
     if isinstance(function, staticmethod | classmethod):
         kind = type(function).__name__
         function = function.__func__
-    elif isinstance(function, property):
-        return "property"
+    if not callable(function) or isinstance(function, type):
+        raise SymbolAbsentError(f"{target}: {type(function).__name__} is not a function")
     function = inspect.unwrap(function)
     if inspect.iscoroutinefunction(function):
         kind = "async " + kind
-    parameters = inspect.signature(function).parameters.values()
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError) as error:
+        raise SymbolAbsentError(f"{target}: {error}") from error
     return _write_signature(kind, ((p.name, p.kind, p.default is not p.empty) for p in parameters))
 
 
@@ -85,20 +92,39 @@ def read_source_signature(root: Path, target: str) -> str:
 
 
 def _find_definition(body: list[ast.stmt], name: str, types: tuple[type, ...], target: str) -> Any:
-    """The last definition of `name` in a block, looking into `if` and `try` as a running module would."""
+    """The last definition of `name` in a block, looking into `if`, `try` and `with` as a running module would."""
     found = None
-    for statement in body:
-        if isinstance(statement, types) and getattr(statement, "name", None) == name:
+    for statement in _flatten(body):
+        # A property's setter and deleter repeat its name; the getter is what reading the property finds.
+        if isinstance(statement, types) and getattr(statement, "name", None) == name and not _is_accessor(statement):
             found = statement
-        elif isinstance(statement, ast.If | ast.Try):
-            nested = [*statement.body, *statement.orelse]
-            try:
-                found = _find_definition(nested, name, types, target)
-            except SymbolAbsentError:
-                continue
     if found is None:
         raise SymbolAbsentError(f"{target}: no definition of {name}")
     return found
+
+
+def _flatten(body: list[ast.stmt]) -> Iterable[ast.stmt]:
+    """Statements of a block in the order of the text, those inside compound statements included.
+
+    Of `try`, the handlers come before the body, so that a fallback definition does not hide the regular one.
+    """
+    for statement in body:
+        yield statement
+        if isinstance(statement, ast.Try):
+            for handler in statement.handlers:
+                yield from _flatten(handler.body)
+            yield from _flatten([*statement.body, *statement.orelse, *statement.finalbody])
+        elif isinstance(statement, ast.If):
+            yield from _flatten([*statement.orelse, *statement.body])
+        elif isinstance(statement, ast.With):
+            yield from _flatten(statement.body)
+
+
+def _is_accessor(statement: Any) -> bool:
+    return any(
+        isinstance(decorator, ast.Attribute) and decorator.attr in ("setter", "deleter")
+        for decorator in statement.decorator_list
+    )
 
 
 def _list_parameters(arguments: ast.arguments) -> Iterable[tuple[str, Any, bool]]:

@@ -32,11 +32,16 @@ def write_logprobs(steps: list) -> list:
     return [step and {token: repr(entry.logprob) for token, entry in sorted(step.items())} for step in steps]
 
 
-def run_model(model: str) -> dict[str, object]:
-    """Greedy tokens with the logprobs of the five likeliest, and prompt logprobs, of one engine."""
+def run_model(model: str, in_process: bool) -> dict[str, object]:
+    """Greedy tokens with the logprobs of the five likeliest, and prompt logprobs, of one engine.
+
+    in_process: EngineCore and worker in this process; otherwise in processes of their own, as a server has them.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(not in_process))
     from vllm import LLM, SamplingParams
 
-    engine = LLM(model=model, max_model_len=256, max_num_seqs=8, enforce_eager=True, seed=0)
+    executor = {"distributed_executor_backend": "uni"} if in_process else {}
+    engine = LLM(model=model, max_model_len=256, max_num_seqs=8, enforce_eager=True, seed=0, **executor)
     outputs = engine.generate(PROMPTS, SamplingParams(max_tokens=24, temperature=0, logprobs=5, prompt_logprobs=1))
     result = {
         "quantization": str(engine.llm_engine.model_config.quantization),
@@ -51,6 +56,10 @@ def run_model(model: str) -> dict[str, object]:
 
 if __name__ == "__main__":
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # lets collective_rpc carry list_loaded_parts
-    results = {os.path.basename(model): run_model(model) for model in sys.argv[1:]}
+    # One model in the processes of a server; the others here, since every process imports vLLM for seconds.
+    results = {
+        os.path.basename(model): run_model(model, in_process=position > 0)
+        for position, model in enumerate(sys.argv[1:])
+    }
     installed = importlib.util.find_spec("vllm_ext") is not None
     print(json.dumps({"installed": installed, "models": results}))

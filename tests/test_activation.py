@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Iterator
@@ -11,7 +12,10 @@ from typing import Any
 import pytest
 from vllm.engine.arg_utils import EngineArgs
 
+from tests.child import run_child
 from vllm_ext import __version__, activation, config, observability
+from vllm_ext.patches import registry
+from vllm_ext.scheduling import factory
 
 
 @pytest.fixture(autouse=True)
@@ -86,12 +90,103 @@ def test_shared_registry_of_several_api_servers(tiny_moe: str, monkeypatch: pyte
     """With --api-server-count above 1 vLLM serves a multiprocess registry; ours must be in it."""
     from fastapi import FastAPI
     from fastapi.testclient import TestClient
-    from vllm.entrypoints.serve.instrumentator import metrics
+    from vllm.entrypoints.serve.instrumentator import register_instrumentator_api_routers
 
     make_config(tiny_moe, quantization="mxmoe")
     monkeypatch.setattr(observability, "_record", None)
     observability.add("vllm_ext:mxmoe_weight_bytes", 123)
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     app = FastAPI()
-    metrics.attach_router(app)
+    register_instrumentator_api_routers(app)
     assert 'vllm_ext:mxmoe_weight_bytes{engine="0"} 123.0' in TestClient(app).get("/metrics").text
+
+
+def test_the_block_arrives_through_vllms_own_parser(tiny_moe: str) -> None:
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    flags = [
+        "--additional-config.vllm_ext.smartspec.k_max",
+        "6",
+        "--additional-config.vllm_ext.semipd.enabled",
+        "false",
+    ]
+    parsed = EngineArgs.from_cli_args(parser.parse_args(["--model", tiny_moe, *flags]))
+    assert config.parse(config.find_block(parsed.additional_config)) == config.Settings(
+        smartspec=config.SmartSpecSettings(k_max=6), semipd=config.SemiPDSettings(enabled=False)
+    )
+
+
+def test_a_failed_start_withdraws_what_it_exported(tiny_moe: str) -> None:
+    with pytest.raises(ValueError, match="max_model_len"):
+        EngineArgs(model=tiny_moe, quantization="mxmoe", max_model_len=10**9).create_engine_config()
+    assert activation.ACTIVE_ENV not in os.environ
+    assert observability.DIRECTORY_ENV not in os.environ
+
+
+def test_an_idle_engine_after_ours_hashes_like_stock(tiny_moe: str) -> None:
+    import vllm.envs
+
+    make_config(tiny_moe)
+    stock = vllm.envs.compile_factors()
+    make_config(tiny_moe, quantization="mxmoe")
+    assert vllm.envs.compile_factors() != stock
+    make_config(tiny_moe)
+    assert vllm.envs.compile_factors() == stock
+
+
+def test_a_server_started_by_ours_does_not_adopt_its_state(tiny_moe: str) -> None:
+    make_config(tiny_moe, quantization="mxmoe")
+    code = (
+        "import json, os\nfrom vllm.engine.arg_utils import EngineArgs\n"
+        f"EngineArgs(model={tiny_moe!r}, max_model_len=256).create_engine_config()\n"
+        "print(json.dumps([name for name in os.environ if name.startswith('VLLM_EXT')]))"
+    )
+    result = run_child(code)
+    assert result.value == [], result.stderr
+
+
+class OuterMixin:
+    """A scheduler mixin of a feature that is switched on for one test."""
+
+
+@pytest.fixture
+def scheduling_feature(monkeypatch: pytest.MonkeyPatch) -> None:
+    """smartspec as if this release had it."""
+    feature = dataclasses.replace(config.FEATURES["smartspec"], is_available=True)
+    monkeypatch.setattr(config, "FEATURES", {**config.FEATURES, "smartspec": feature})
+    monkeypatch.setattr(factory, "MIXINS", {"smartspec": f"{__name__}:OuterMixin"})
+    factory.make_scheduler.cache_clear()
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+def test_the_factory_takes_the_seat(tiny_moe: str, scheduling_feature: None, is_async: bool) -> None:
+    """Over the class that stock vLLM would have used; the CPU platform, for one, has its own view of `is_async`."""
+    stock = make_config(tiny_moe, async_scheduling=is_async).scheduler_config.get_scheduler_cls()
+    block = {"vllm_ext": {"smartspec": {}}}
+    arguments = EngineArgs(model=tiny_moe, max_model_len=256, async_scheduling=is_async, additional_config=block)
+    for _ in range(2):  # the arguments stay as the user gave them, so they can be used again
+        scheduler = arguments.create_engine_config().scheduler_config.get_scheduler_cls()
+        assert scheduler.__mro__[1:3] == (OuterMixin, stock)
+    assert arguments.scheduler_cls is None
+
+
+def test_engine_patches_also_apply_in_this_process(tiny_moe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forked or in-process EngineCore does not load plugins again."""
+    record = registry.find_record("metrics_route")
+    engine_record = dataclasses.replace(
+        record, name="engine_probe", feature="mxmoe", process="engine", apply=f"{__name__}:mark_applied"
+    )
+    monkeypatch.setattr(registry, "RECORDS", (*registry.RECORDS, engine_record))
+    applied.clear()
+    make_config(tiny_moe)
+    assert applied == []
+    make_config(tiny_moe, quantization="mxmoe")
+    assert applied == ["engine_probe"]
+
+
+applied: list[str] = []
+
+
+def mark_applied() -> None:
+    applied.append("engine_probe")

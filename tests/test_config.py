@@ -16,6 +16,8 @@ from vllm_ext import config
 STOCK = {
     "enable_eplb": False,
     "enable_lora": False,
+    "enforce_eager": False,
+    "data_parallel_size": 1,
     "scheduler_cls": None,
     "worker_cls": "auto",
     "distributed_executor_backend": "mp",
@@ -48,6 +50,8 @@ def test_defaults_and_blocks() -> None:
         ({"smartspec": {"drafter": "tree"}}, r"drafter must be one of 'carrier', 'trie', not 'tree'"),
         ({"smartspec": 3}, r"vllm_ext\.smartspec must be a mapping of settings, not 3"),
         ("smartspec", r"vllm_ext must be a mapping of settings, not 'smartspec'"),
+        ({"semipd": {"slo_ttft_ms": 10**400}}, r"slo_ttft_ms must be float, not 1000"),
+        ({"semipd": {"slo_ttft_ms": float("nan")}}, r"slo_ttft_ms must be float, not nan"),
         ({"semipd": {"slo_ttft_ms": None, "mode": []}}, r"semipd\.mode must be one of"),
     ],
 )
@@ -87,6 +91,7 @@ def test_features_in_use() -> None:
     [
         (("mxmoe",), {"enable_eplb": True}, "mxmoe does not run with --enable-eplb: .*drop --enable-eplb"),
         (("mxmoe",), {"enable_lora": True}, "mxmoe does not run with --enable-lora: "),
+        (("mxmoe",), {"data_parallel_size": 2}, "mxmoe does not run with --data-parallel-size above 1: "),
         (("smartspec",), {"scheduler_cls": "my.Scheduler"}, "smartspec does not run with --scheduler-cls CLASS: "),
         (("structured",), {"scheduler_cls": int}, "structured does not run with --scheduler-cls CLASS: "),
         (("semipd",), {"worker_cls": "my.Worker"}, "semipd does not run with --worker-cls CLASS: "),
@@ -97,6 +102,21 @@ def test_features_in_use() -> None:
 def test_refusals_name_both_sides_and_the_fix(features: tuple[str, ...], changes: dict, message: str) -> None:
     with pytest.raises(config.ConfigError, match=message):
         config.check_compatibility(features, engine_args(**changes))
+
+
+def test_cuda_graphs_are_refused_where_only_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "_is_cuda", lambda: True)
+    with pytest.raises(config.ConfigError, match=r"mxmoe does not run with CUDA graphs: .*add --enforce-eager"):
+        config.check_compatibility(("mxmoe",), engine_args())
+    config.check_compatibility(("mxmoe",), engine_args(enforce_eager=True))
+
+
+def test_another_spelling_of_the_block_is_an_error() -> None:
+    assert config.find_block({"other": 1, "vllm_ext": {"a": 1}}) == {"a": 1}
+    assert config.find_block({}) is None
+    assert config.find_block(object()) is None
+    with pytest.raises(config.ConfigError, match="has a block 'vllm-ext'; the pack's block is 'vllm_ext'"):
+        config.find_block({"vllm-ext": {}})
 
 
 def test_what_is_not_refused_passes() -> None:

@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import http.server
 import json
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.child import run_child
 from vllm_ext import cli, compat, doctor
+from vllm_ext.patches import registry
 
 
 @pytest.fixture
@@ -57,6 +61,34 @@ def test_filtered_plugin_is_explained(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "plugin NOT loaded" in out
     assert "VLLM_PLUGINS='another' leaves the pack out" in out
     assert "add vllm_ext to VLLM_PLUGINS" in out
+
+
+def test_code_that_does_not_load_is_a_problem(tmp_path: Path) -> None:
+    """A module that only a quantized model needs is broken; the plugin itself registers."""
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['vllm_ext.kernels.mixed_moe'] = None\n")
+    code = "import json; from vllm_ext import doctor; print(json.dumps(doctor.gather()))"
+    report = run_child(code, PYTHONPATH=str(tmp_path)).value
+    assert report["plugin_loaded"] is True
+    assert report["features"]["mxmoe"]["status"] == "off"
+    (problem,) = report["problems"]
+    assert "vllm_ext.kernels.mixed_moe" in problem["fix"]
+
+
+def test_a_changed_vllm_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = registry.find_record("metrics_route")
+    changed = dataclasses.replace(record, symbols=(dataclasses.replace(record.symbols[0], digest="0" * 12),))
+    monkeypatch.setattr(registry, "RECORDS", (changed,))
+    monkeypatch.setattr(doctor, "_probe_plugin", lambda: {"mxmoe": "MxMoEConfig", "hook": True, "broken": None})
+    (problem,) = doctor.gather()["problems"]
+    assert record.symbols[0].target in problem["problem"]
+    assert record.without in problem["problem"]
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:notaport", "nonsense", "http://127.0.0.1:9"])
+def test_bad_server_urls_are_problems(url: str) -> None:
+    problems: list[dict[str, str]] = []
+    assert doctor._read_server(url, problems) == {}
+    assert "cannot read" in problems[0]["problem"]
 
 
 def test_no_vllm_and_a_dead_server(monkeypatch: pytest.MonkeyPatch) -> None:

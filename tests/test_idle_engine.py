@@ -62,7 +62,7 @@ def test_stock_models_do_not_notice_the_pack(tiny_moe: str, repository: Path, tm
         assert stock["worker"]["pack"] == []
         assert "vllm_ext.plugin" in packed["worker"]["pack"]
         assert not [
-            part for part in packed["worker"]["pack"] if "kernels" in part or part.endswith((".moe", ".online"))
+            part for part in packed["worker"]["pack"] if "kernels.mixed" in part or part.endswith((".moe", ".online"))
         ]
         assert packed["worker"]["active"] is None
         assert packed["worker"]["cuda"] is False

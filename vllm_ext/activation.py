@@ -11,7 +11,9 @@ Idle means idle: without a `vllm_ext` block or one of our names in use, the hook
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -39,8 +41,8 @@ def activate() -> list[str]:
     installed = compat.find_installed_vllm()
     if installed is None or not installed.is_supported:
         message = compat.describe_mismatch(installed)
-        register_stub(message)
         logger.warning("%s", message)
+        register_stub(message)
         return []
     changes = [register_quantization(), install_hook()]
     announce_environment()
@@ -54,23 +56,28 @@ def register_quantization() -> str | None:
         from vllm.model_executor.layers.quantization import register_quantization_config
 
         from vllm_ext.quantization.config import MxMoEConfig
-
-        register_quantization_config("mxmoe")(MxMoEConfig)
-        return ALWAYS_ON[0]
     except ImportError as error:
-        message = (
-            f"vllm-ext cannot load its quantization code ({error}): reinstall it with "
-            f"`pip install --force-reinstall --no-deps vllm-ext` and look at `vllm-ext doctor`"
-        )
-        register_stub(message)
+        message = describe_broken_import(error)
         logger.warning("%s", message)
+        register_stub(message)
         return None
+    register_quantization_config("mxmoe")(MxMoEConfig)
+    return ALWAYS_ON[0]
+
+
+def describe_broken_import(error: ImportError) -> str:
+    """What is said where a module of the pack, or one it needs, cannot be imported."""
+    return (
+        f"vllm-ext cannot load its quantization code ({error}): reinstall it with "
+        f"`pip install --force-reinstall --no-deps vllm-ext` and look at `vllm-ext doctor`"
+    )
 
 
 def register_stub(message: str) -> None:
-    """Register a `mxmoe` that raises `message` when a model asks for it, instead of vLLM's 'unknown method'."""
-    from vllm.model_executor.layers.quantization import register_quantization_config
-    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+    """Register a `mxmoe` that raises `message` when a model asks for it, instead of vLLM's 'unknown method'.
+
+    Where this vLLM has no such registry any more, the message was already logged and nothing more can be done.
+    """
 
     def refuse(*_args: object, **_kwargs: object) -> Any:
         raise ValueError(message)
@@ -84,7 +91,13 @@ def register_stub(message: str) -> None:
         "get_config_filenames": staticmethod(lambda: []),
         "from_config": classmethod(refuse),
     }
-    register_quantization_config("mxmoe")(type("UnavailableMxMoEConfig", (QuantizationConfig,), methods))
+    try:
+        from vllm.model_executor.layers.quantization import register_quantization_config
+        from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+        register_quantization_config("mxmoe")(type("UnavailableMxMoEConfig", (QuantizationConfig,), methods))
+    except (ImportError, AttributeError, TypeError) as error:
+        logger.warning("vllm-ext: mxmoe cannot be named in this vLLM either (%s)", error)
 
 
 def install_hook() -> str | None:
@@ -95,44 +108,53 @@ def install_hook() -> str | None:
 
 
 def configure_engine(original: Callable[..., Any], engine_args: Any, *args: Any, **kwargs: Any) -> Any:
-    """Body of the wrapped `EngineArgs.create_engine_config`.
+    """Body of the wrapped `EngineArgs.create_engine_config`. `engine_args` is never changed.
 
     Raises `config.ConfigError` (a ValueError) for a bad `vllm_ext` block, a refused combination, or a
     user-given scheduler, worker or executor class next to a feature that needs ours.
     """
-    additional_config = engine_args.additional_config
-    block = additional_config.get("vllm_ext") if isinstance(additional_config, dict) else None
-    settings = config.parse(block)
-    features = config.find_features(settings, engine_args.quantization)
-    config.check_compatibility(features, engine_args)
-    if features:
-        export_state(features)
-        take_seats(features, engine_args)
-    vllm_config = original(engine_args, *args, **kwargs)
-    # A packed checkpoint names its method in its own config.json, which only the original reads.
-    features = config.find_features(settings, vllm_config.model_config.quantization)
-    config.check_compatibility(features, engine_args)
-    export_state(features)
-    if features or block is not None:
-        start_features(features)
+    withdraw_state()
+    block = config.find_block(engine_args.additional_config)
+    features: tuple[str, ...] = ()
+    if block is not None or config.names_ours(engine_args.quantization):
+        settings = config.parse(block)
+        features = config.find_features(settings, engine_args.quantization)
+        prepare_features(features, engine_args)
+    try:
+        vllm_config = original(engine_args, *args, **kwargs)
+        # A packed checkpoint names its method in its own config.json, which only the original reads.
+        quantization = vllm_config.model_config.quantization
+        if config.names_ours(quantization) and not config.names_ours(engine_args.quantization):
+            features = config.find_features(config.parse(block), quantization)
+            prepare_features(features, engine_args)
+        if features or block is not None:
+            start_features(features, vllm_config)
+    except BaseException:
+        withdraw_state()
+        raise
     return vllm_config
 
 
-def take_seats(features: tuple[str, ...], engine_args: Any) -> None:
-    """Put the pack's classes where vLLM has one seat per engine; `check_compatibility` found them free."""
-    from vllm_ext.scheduling import factory
+def prepare_features(features: tuple[str, ...], engine_args: Any) -> None:
+    """Refuse what cannot run, import what will run, and export the state. Raises `config.ConfigError`."""
+    config.check_compatibility(features, engine_args)
+    if "mxmoe" in features:
+        # Broken code has to be named here, not as an ImportError in the middle of an engine's start.
+        try:
+            import vllm_ext.quantization.online  # noqa: F401
+        except ImportError as error:
+            raise config.ConfigError(describe_broken_import(error)) from error
+    export_state(features)
 
-    base = "Scheduler" if engine_args.async_scheduling is False else "AsyncScheduler"
-    scheduler = factory.name_scheduler(features, base)
-    if scheduler is not None:
-        engine_args.scheduler_cls = scheduler
 
-
-def start_features(features: tuple[str, ...]) -> None:
-    """Apply the API process's patches, show our metrics at /metrics, and print the resolved state in one line."""
+def start_features(features: tuple[str, ...], vllm_config: Any) -> None:
+    """Seat our classes, apply patches, show our metrics at /metrics, and print the resolved state in one line."""
     from vllm_ext import __version__, observability
 
+    take_seats(features, vllm_config)
     apply_patches(features, process="api")
+    # EngineCore may run in this process, or be forked from it with vLLM's plugins already loaded.
+    apply_patches(features, process="engine")
     observability.install_collector()
     installed = compat.find_installed_vllm()
     logger.info(
@@ -144,18 +166,42 @@ def start_features(features: tuple[str, ...]) -> None:
     )
 
 
+def take_seats(features: tuple[str, ...], vllm_config: Any) -> None:
+    """Put the pack's classes where vLLM has one seat per engine; `check_compatibility` found them free.
+
+    Done on the finished configuration: only there is it settled whether scheduling is asynchronous.
+    """
+    from vllm_ext.scheduling import factory
+
+    scheduler_config = vllm_config.scheduler_config
+    base = "AsyncScheduler" if scheduler_config.async_scheduling else "Scheduler"
+    scheduler = factory.name_scheduler(features, base)
+    if scheduler is not None:
+        scheduler_config.scheduler_cls = scheduler
+
+
 def export_state(features: Iterable[str]) -> None:
-    """Tell the processes vLLM starts next which features are on; an engine without any leaves no trace."""
+    """Tell the processes vLLM starts next which features are on."""
     from vllm_ext import observability
 
     names = ",".join(features)
     if names:
         os.environ[ACTIVE_ENV] = names
         observability.create_directory()
-    else:
-        os.environ.pop(ACTIVE_ENV, None)
-        os.environ.pop(observability.DIRECTORY_ENV, None)
-    announce_environment()
+        announce_environment()
+
+
+def withdraw_state() -> None:
+    """Leave no trace of another engine: one that this process configured before, or that of the process that
+    started this server. Processes that vLLM itself starts (through multiprocessing) keep what they inherit.
+    """
+    from vllm_ext import observability
+
+    if ACTIVE_ENV not in os.environ or multiprocessing.parent_process() is not None:
+        return
+    for name in (ACTIVE_ENV, observability.DIRECTORY_ENV):
+        os.environ.pop(name, None)
+        sys.modules["vllm.envs"].environment_variables.pop(name, None)
 
 
 def announce_environment() -> None:

@@ -102,6 +102,19 @@ class Settings:
         return Path(self.cache_dir).expanduser() if self.cache_dir else Path.home() / ".cache" / "vllm_ext"
 
 
+def find_block(additional_config: Any) -> Any:
+    """The `vllm_ext` value of vLLM's `additional_config`, None where there is none.
+
+    Raises ConfigError for another spelling of the name, which would be ignored without a word.
+    """
+    if not isinstance(additional_config, Mapping):
+        return None
+    for key in additional_config:
+        if key != "vllm_ext" and str(key).replace("-", "_").lower() == "vllm_ext":
+            raise ConfigError(f"additional_config has a block {key!r}; the pack's block is 'vllm_ext'")
+    return additional_config.get("vllm_ext")
+
+
 def parse(block: Any) -> Settings:
     """Turn the `vllm_ext` value of `--additional-config` into `Settings`; None means an empty block.
 
@@ -132,12 +145,16 @@ def _parse_value(annotation: Any, value: Any, path: str) -> Any:
             if value in typing.get_args(option):
                 return value
         elif option is float:
-            if isinstance(value, int | float) and not isinstance(value, bool):
+            if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST:
                 return float(value)
         elif isinstance(value, option) and not (option is int and isinstance(value, bool)):
             return value
     expected = " or ".join(_name_type(option) for option in options if option is not types.NoneType)
     raise ConfigError(f"{path} must be {expected}, not {value!r}")
+
+
+#: Every number among the settings is a count, a time or a size: what exceeds this, infinity and NaN is a slip.
+_LARGEST = 1e18
 
 
 def _name_type(option: Any) -> str:
@@ -202,6 +219,12 @@ class Refusal:
     fix: str
 
 
+def _is_cuda() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cuda())
+
+
 def _is_class_given(name: str) -> Callable[[Any], bool]:
     """Whether the user chose this class: vLLM's defaults are None, "auto" and the names of its own executors."""
     stock = (None, "auto", "mp", "ray", "uni", "external_launcher")
@@ -223,6 +246,20 @@ REFUSALS: tuple[Refusal, ...] = (
         "vLLM adds expert adapters inside its own MoE kernels, which mixed-width experts do not use",
         "drop --enable-lora, or serve the bf16 model",
     ),
+    Refusal(
+        "mxmoe",
+        "--data-parallel-size above 1",
+        lambda engine_args: engine_args.data_parallel_size > 1,
+        "expert dispatch between data-parallel ranks is not tested with mixed-width experts yet",
+        "use --tensor-parallel-size, with or without --enable-expert-parallel, or one server per replica",
+    ),
+    Refusal(
+        "mxmoe",
+        "CUDA graphs",
+        lambda engine_args: _is_cuda() and not engine_args.enforce_eager,
+        "on CUDA this release runs the float32 reference, which reads the expert table on the host",
+        "add --enforce-eager",
+    ),
     *(
         Refusal(
             feature.name,
@@ -235,6 +272,11 @@ REFUSALS: tuple[Refusal, ...] = (
         for owned in feature.owns
     ),
 )
+
+
+def names_ours(quantization: str | None) -> bool:
+    """Whether a value of `--quantization` is one of the pack's methods."""
+    return quantization is not None and quantization.lower() in QUANTIZATION_FEATURES
 
 
 def find_features(settings: Settings, quantization: str | None) -> tuple[str, ...]:

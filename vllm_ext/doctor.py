@@ -7,6 +7,7 @@ differ: VLLM_PLUGINS can leave it out, and a failed import is only a line in a l
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import subprocess
@@ -20,6 +21,11 @@ from typing import Any
 from vllm_ext import __version__, compat, config
 
 PROBE_TIMEOUT_SECONDS = 180
+
+#: What the child process reports when nothing of ours is there: class behind mxmoe, hook, why mxmoe cannot run.
+NOT_REGISTERED: dict[str, Any] = {"mxmoe": None, "hook": False, "broken": None}
+#: First word of the child's result line; libraries print other lines.
+_RESULT_MARK = "vllm-ext-registration "
 
 
 def run(as_json: bool, server: str | None = None, fix: bool = False) -> int:
@@ -44,7 +50,7 @@ def gather(server: str | None = None) -> dict[str, Any]:
     """
     installed = compat.find_installed_vllm()
     problems = _find_environment_problems(installed)
-    probe: dict[str, Any] = {"mxmoe": None, "hook": False, "messages": ""}
+    probe: dict[str, Any] = {**NOT_REGISTERED, "messages": ""}
     if installed is not None:
         probe = _probe_plugin()
     plugin_loaded = bool(probe["hook"])
@@ -52,7 +58,10 @@ def gather(server: str | None = None) -> dict[str, Any]:
         problems.append(_explain_missing_plugin(probe))
     if plugin_loaded and probe["mxmoe"] != "MxMoEConfig":
         problems.append(_problem("--quantization mxmoe did not register", f"read:\n{probe['messages']}"))
+    elif plugin_loaded and probe["broken"]:
+        problems.append(_problem("--quantization mxmoe cannot run", probe["broken"]))
     patches = _check_patches(installed)
+    problems += [_explain_patch(patch) for patch in patches if patch["status"] != "match"]
     report: dict[str, Any] = {
         "vllm": installed.version if installed else None,
         "vllm_distribution": installed.distribution if installed else None,
@@ -117,24 +126,35 @@ def _probe_plugin() -> dict[str, Any]:
         )
     except subprocess.TimeoutExpired:
         messages = f"loading vLLM's plugins took more than {PROBE_TIMEOUT_SECONDS} s"
-        return {"mxmoe": None, "hook": False, "messages": messages}
-    lines = child.stdout.strip().splitlines()
+        return {**NOT_REGISTERED, "messages": messages}
+    results = [line for line in child.stdout.splitlines() if line.startswith(_RESULT_MARK)]
     messages = "\n".join(child.stderr.strip().splitlines()[-15:])
-    if child.returncode != 0 or not lines:
-        return {"mxmoe": None, "hook": False, "messages": messages}
-    return {**json.loads(lines[-1]), "messages": messages}
+    if not results:
+        return {**NOT_REGISTERED, "messages": messages}
+    return {**json.loads(results[-1].removeprefix(_RESULT_MARK)), "messages": messages}
 
 
 def report_registration() -> None:
-    """Body of the child process: print what vLLM holds of ours after loading its plugins, as one JSON line."""
+    """Body of the child process: print what vLLM holds of ours after loading its plugins, as one JSON line.
+
+    The modules a quantized model needs are imported too: `register()` leaves them alone.
+    """
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.layers import quantization
     from vllm.plugins import load_general_plugins
 
+    from vllm_ext import activation
+
     load_general_plugins()
     method = quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG.get("mxmoe")
     hook = getattr(EngineArgs.create_engine_config, "_wrapped_by_vllm_ext", False)
-    print(json.dumps({"mxmoe": method.__name__ if method else None, "hook": hook}))
+    broken = None
+    try:
+        import vllm_ext.quantization.online  # noqa: F401
+    except ImportError as error:
+        broken = activation.describe_broken_import(error)
+    found = {"mxmoe": method.__name__ if method else None, "hook": hook, "broken": broken}
+    print(_RESULT_MARK + json.dumps(found))
 
 
 def _explain_missing_plugin(probe: dict[str, Any]) -> dict[str, str]:
@@ -145,6 +165,17 @@ def _explain_missing_plugin(probe: dict[str, Any]) -> dict[str, str]:
     if not found:
         return _problem("vLLM sees no entry point named vllm_ext", "install the pack: pip install vllm-ext")
     return _problem("the plugin did not register", f"read the last messages:\n{probe['messages']}")
+
+
+def _explain_patch(patch: dict[str, str]) -> dict[str, str]:
+    from vllm_ext.patches import registry
+
+    record = registry.find_record(patch["record"])
+    return _problem(
+        f"vLLM's {patch['target']} is not what patch {record.name} was written against ({patch['reason']}), "
+        f"so {record.without}",
+        "install a vllm-ext release for this vLLM: pip install --upgrade vllm-ext",
+    )
 
 
 def _check_patches(installed: compat.InstalledVllm | None) -> list[dict[str, str]]:
@@ -165,8 +196,8 @@ def _describe_features(probe: dict[str, Any], patches: list[dict[str, str]]) -> 
             status, reason = "planned", f"not part of vllm-ext {__version__}"
         elif not probe["hook"]:
             status, reason = "off", "the plugin is not loaded"
-        elif feature.name == "mxmoe" and probe["mxmoe"] != "MxMoEConfig":
-            status, reason = "off", "its quantization method did not register; see the plugin's messages"
+        elif feature.name == "mxmoe" and (probe["mxmoe"] != "MxMoEConfig" or probe["broken"]):
+            status, reason = "off", "its code does not load; see the problems"
         elif broken:
             status, reason = "off", f"{broken[0]['target']}: {broken[0]['status']}"
         described[feature.name] = {"status": status, "reason": reason, "switch": feature.switch}
@@ -179,7 +210,7 @@ def _read_server(url: str, problems: list[dict[str, str]]) -> dict[str, float]:
     try:
         with urllib.request.urlopen(address, timeout=10) as response:
             lines = response.read().decode().splitlines()
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
         problems.append(_problem(f"cannot read {address}: {error}", "give the server's URL, as http://127.0.0.1:8000"))
         return {}
     values = {}

@@ -8,13 +8,16 @@ process that writes owns one file there, eight-byte floats only:
     header  [layout, engine_index]        then one value per entry of METRICS
 
 A file is written by one process and read by any; an aligned eight-byte store is not torn, so no lock is shared.
-At a scrape the Prometheus collector sums the files of each engine. Without the variable, writing does nothing.
+At a scrape the Prometheus collector sums the files of each engine; of a process that is gone the counters still
+count, and the gauges no longer do. Without the variable, writing does nothing. Metrics never stop a server: where
+shared memory is full or gone, one warning is logged and nothing is counted from then on.
 """
 
 from __future__ import annotations
 
 import atexit
 import fcntl
+import logging
 import mmap
 import os
 import shutil
@@ -25,6 +28,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+logger = logging.getLogger("vllm.vllm_ext")
 
 #: Directory of this server's records; set by the API process, inherited by the others.
 DIRECTORY_ENV = "VLLM_EXT_METRICS_DIR"
@@ -51,9 +56,9 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("vllm_ext:mxmoe_weight_count", "gauge", "Expert weights held in mixed precision."),
     Metric(
-        "vllm_ext:mxmoe_routed_tokens_total",
+        "vllm_ext:mxmoe_routed_pairs_total",
         "counter",
-        "(token, expert) pairs computed by the CPU path of vllm_ext::mixed_moe.",
+        "(token, expert) pairs computed by the CPU path of vllm_ext::mixed_moe, over all layers and ranks.",
     ),
 )
 
@@ -64,7 +69,9 @@ _SLOTS = _HEADER + len(METRICS)
 _LAYOUT = float(zlib.crc32("\n".join(_INDEX).encode()))
 
 _lock = threading.Lock()
-_record: tuple[int, memoryview[float]] | None = None
+# A child forked while another thread holds the lock would wait for ever.
+os.register_at_fork(after_in_child=_lock._at_fork_reinit)  # type: ignore[attr-defined]
+_record: tuple[int, memoryview[float] | None] | None = None
 _owned: tuple[str, int] | None = None
 _collector: Collector | None = None
 
@@ -80,52 +87,69 @@ def add(name: str, amount: float, engine_index: int = 0) -> None:
     """
     position = _HEADER + _INDEX[name]
     with _lock:
-        values = _open_record(engine_index)
+        values = _find_record(engine_index)
         if values is not None:
             values[position] += amount
 
 
-def _open_record(engine_index: int) -> memoryview[float] | None:
-    """This process's record, created on first use and again after a fork (vLLM forks its CPU workers)."""
+def _find_record(engine_index: int) -> memoryview[float] | None:
+    """This process's record, created on first use and again after a fork; None where nobody collects."""
     global _record
-    if _record is not None and _record[0] == os.getpid():
-        return _record[1]
-    directory = os.environ.get(DIRECTORY_ENV)
-    if not directory or not os.path.isdir(directory):
-        return None
-    path = os.path.join(directory, f"{os.getpid()}.record")
-    with open(path, "w+b") as file:
+    if _record is None or _record[0] != os.getpid():
+        directory = os.environ.get(DIRECTORY_ENV)
+        if not directory:
+            return None
+        try:
+            _record = (os.getpid(), _create_record(directory, engine_index))
+        except OSError as error:
+            logger.warning("vllm-ext counts nothing in this process, its metrics record cannot be made: %s", error)
+            _record = (os.getpid(), None)
+    return _record[1]
+
+
+def _create_record(directory: str, engine_index: int) -> memoryview[float]:
+    with open(os.path.join(directory, f"{os.getpid()}.record"), "w+b") as file:
         os.fchmod(file.fileno(), 0o600)
-        file.truncate(_SLOTS * 8)
+        # Reserved now: a store into a hole of a full file system would kill the process with SIGBUS.
+        os.posix_fallocate(file.fileno(), 0, _SLOTS * 8)
         values: memoryview[float] = memoryview(mmap.mmap(file.fileno(), _SLOTS * 8)).cast("d")
     values[1] = engine_index
     values[0] = _LAYOUT
-    _record = (os.getpid(), values)
     return values
 
 
 # --- the directory: API process ----------------------------------------------------------------------------
 
 
-def create_directory() -> str:
-    """Create this server's record directory (mode 0700) and export it; one inherited from a parent is kept."""
-    global _owned
+def create_directory() -> None:
+    """Create this server's record directory (mode 0700) and export it; one inherited from vLLM's parent is kept.
+
+    Where it cannot be made, one warning is logged and nothing is exported: the server runs without our metrics.
+    """
     inherited = os.environ.get(DIRECTORY_ENV)
     if inherited and os.path.isdir(inherited):
-        return inherited
-    if _owned is None or not os.path.isdir(_owned[0]):
-        parent = _shared_memory_root()
-        _remove_abandoned(parent)
-        directory = tempfile.mkdtemp(prefix=_DIRECTORY_PREFIX, dir=parent)
-        # Held for life: a directory whose lock can be taken belongs to a server that is gone. The file gets its
-        # name only once it is locked, so that no other server sees it unlocked.
-        unnamed = os.path.join(directory, "owner")
-        fcntl.flock(os.open(unnamed, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600), fcntl.LOCK_EX)
-        os.rename(unnamed, os.path.join(directory, _LOCK_NAME))
-        _owned = (directory, os.getpid())
-        atexit.register(_remove_owned)
+        return
+    global _owned
+    try:
+        if _owned is None or not os.path.isdir(_owned[0]):
+            _owned = (_make_owned_directory(_shared_memory_root()), os.getpid())
+            atexit.register(_remove_owned)
+    except OSError as error:
+        logger.warning("vllm-ext shows no metrics, their directory cannot be made: %s", error)
+        os.environ.pop(DIRECTORY_ENV, None)
+        return
     os.environ[DIRECTORY_ENV] = _owned[0]
-    return _owned[0]
+
+
+def _make_owned_directory(parent: str) -> str:
+    _remove_abandoned(parent)
+    directory = tempfile.mkdtemp(prefix=_DIRECTORY_PREFIX, dir=parent)
+    # Held for life: a directory whose lock can be taken belongs to a server that is gone. The file gets its
+    # name only once it is locked, so that no other server sees it unlocked.
+    unnamed = os.path.join(directory, "owner")
+    fcntl.flock(os.open(unnamed, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600), fcntl.LOCK_EX)
+    os.rename(unnamed, os.path.join(directory, _LOCK_NAME))
+    return directory
 
 
 def _shared_memory_root() -> str:
@@ -159,19 +183,31 @@ def _remove_abandoned(parent: str) -> None:
 
 
 def read_records(directory: str) -> dict[tuple[int, str], float]:
-    """Sum the records in `directory`: {(engine_index, metric name): value}. Files of another layout are skipped."""
+    """Sum the records in `directory`: {(engine_index, metric name): value}.
+
+    Skipped: files of another layout, files that vanish while being read, and the gauges of processes that are gone.
+    """
     totals: dict[tuple[int, str], float] = {}
     for path in sorted(Path(directory).glob("*.record")):
-        data = path.read_bytes()
+        try:
+            data = path.read_bytes()
+        except OSError:
+            continue
         if len(data) != _SLOTS * 8:
             continue
         values = memoryview(data).cast("d")
         if values[0] != _LAYOUT:
             continue
+        is_alive = _is_process_alive(path.stem)
         for metric, value in zip(METRICS, values[_HEADER:], strict=True):
             key = (int(values[1]), metric.name)
-            totals[key] = totals.get(key, 0.0) + value
+            counts = is_alive or metric.kind == "counter"
+            totals[key] = totals.get(key, 0.0) + (value if counts else 0.0)
     return totals
+
+
+def _is_process_alive(pid: str) -> bool:
+    return pid.isdigit() and os.path.isdir(f"/proc/{pid}")
 
 
 class Collector:

@@ -17,8 +17,9 @@ import torch
 from torch.nn.functional import linear, silu
 
 from vllm_ext.compress.rounding import round_to_nearest
+from vllm_ext.kernels.arena import BlockFormat, write_codes
 from vllm_ext.kernels.mixed_moe import mixed_moe
-from vllm_ext.kernels.mixed_moe.layout import Block, BlockFormat, plan_arena, write_codes
+from vllm_ext.kernels.mixed_moe.layout import Block, plan_arena
 from vllm_ext.quantization.scheme import Scheme
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 1024, 512, 16, 2

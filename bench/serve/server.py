@@ -23,17 +23,19 @@ GROUP_GRACE_SECONDS = 3.0
 LOG_TAIL_LINES = 40
 
 #: Runs beside the server and reads a pipe that only this process holds open. An end of file without "stopped"
-#: means that this process died without cleaning up (SIGKILL, crash): the server's group is then ended from here.
+#: means that this process died without cleaning up (SIGKILL, crash): the server is then stopped from here.
 _WATCHDOG = """
 import os, signal, sys, time
 group = int(sys.argv[1])
 if sys.stdin.readline() != "stopped\\n":
-    for number, seconds in ((signal.SIGTERM, 10), (signal.SIGKILL, 0)):
-        try:
-            os.killpg(group, number)
-        except ProcessLookupError:
-            break
-        time.sleep(seconds)
+    try:
+        os.kill(group, signal.SIGTERM)
+        for _ in range(100):
+            time.sleep(0.1)
+            os.killpg(group, 0)
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # all gone
 """
 
 # A proxy from the environment must not see requests to loopback.
@@ -92,6 +94,7 @@ class VllmServer:
         self.port: int | None = None
         self.startup_seconds = math.nan
         self.exit_code: int | None = None
+        self._healthy = False
         self._process: subprocess.Popen[bytes] | None = None
         self._watchdog: subprocess.Popen[str] | None = None
 
@@ -143,10 +146,11 @@ class VllmServer:
             # Ctrl-C included: __exit__ does not run when __enter__ raises.
             self.stop()
             raise
+        self._healthy = True
         self.startup_seconds = time.monotonic() - began
 
     def stop(self) -> int | None:
-        """End the server: SIGTERM, and SIGKILL to its whole group after `stop_timeout` seconds.
+        """End the server in order, and kill what is left of its group after `stop_timeout` seconds.
 
         Returns the server's exit code (0 after a clean stop; negative: the signal that ended it); None when it was
         never started. Calling it again changes nothing.
@@ -156,15 +160,18 @@ class VllmServer:
         group = self._process.pid
         try:
             if self._process.poll() is None:
-                # To the leader alone: vLLM's API server ends its engine in order.
-                self._process.send_signal(signal.SIGTERM)
+                if self._healthy:
+                    # To the leader alone: vLLM's API server ends its engine in order.
+                    self._process.send_signal(signal.SIGTERM)
+                else:
+                    # As Ctrl-C in a terminal: until its engine is up, the leader on its own reacts very late.
+                    os.killpg(group, signal.SIGINT)
             deadline = time.monotonic() + self.stop_timeout
             while self._process.poll() is None and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS / 5)
-            # The engine's processes end by themselves when their parent has; a group that does not is killed.
-            deadline = time.monotonic() + GROUP_GRACE_SECONDS
-            while self._process.returncode is not None and list_group(group) and time.monotonic() < deadline:
-                time.sleep(POLL_SECONDS / 5)
+            # The engine's processes end by themselves when their parent has.
+            if self._process.returncode is not None:
+                _await_group(group, GROUP_GRACE_SECONDS)
         finally:
             _kill_group(group)
             self.exit_code = self._process.wait()
@@ -281,11 +288,27 @@ def list_group(group: int) -> list[int]:
     return members
 
 
-def _kill_group(group: int) -> None:
-    # Repeated, because a process may fork between two looks.
+def _await_group(group: int, seconds: float) -> bool:
+    """Wait until a process group has ended; returns whether it has."""
+    deadline = time.monotonic() + seconds
     while list_group(group):
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(POLL_SECONDS / 5)
+    return True
+
+
+def _kill_group(group: int) -> None:
+    # Python's resource tracker goes last: it unlinks the shared memory of the killed processes, and then ends itself.
+    for pid in list_group(group):
+        try:
+            if b"multiprocessing.resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signal.SIGKILL)
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # ended meanwhile
+    # Repeated, because a process may have forked between two looks.
+    while not _await_group(group, 1.0):
         try:
             os.killpg(group, signal.SIGKILL)
         except ProcessLookupError:
             return
-        time.sleep(0.05)

@@ -48,7 +48,7 @@ def test_readme_is_the_index(repository: Path) -> None:
         assert f"| `{record.name}` | {record.feature} | {record.process} |" in text
         for symbol in record.symbols:
             assert f"`{symbol.target}`" in text
-        for column in (record.reason, record.change, record.removal):
+        for column in (record.reason, record.change, record.without, record.removal):
             assert column in text
 
 
@@ -65,6 +65,7 @@ def test_selection_by_feature_and_process() -> None:
     [
         ({"digest": "000000000000"}, "is now function(self, usage_context=, headless=)"),
         ({"target": "vllm.engine.arg_utils:EngineArgs.renamed"}, "(absent)"),
+        ({"target": "vllm.engine.arg_utils:logger"}, "is not a function"),
         ({"target": "vllm.no_such_module:f"}, "(absent)"),
     ],
 )
@@ -76,8 +77,9 @@ def test_mismatch_disables_with_one_line(
     monkeypatch.setattr(registry, "RECORDS", (broken,))
     assert not registry.apply_record("engine_config")
     (line,) = messages
-    assert "patch engine_config is left out, so the whole pack is off" in line
+    assert line.startswith("vllm-ext: patch engine_config is left out (")
     assert reason in line
+    assert broken.without in line
 
 
 def test_check_runs_on_an_unpacked_wheel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
