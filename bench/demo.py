@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serve the shipped small MoE in bf16 and with `--quantization mxmoe`, ask both the same, and print one table.
+"""Serve the shipped small MoE in bf16, with `--quantization mxmoe`, and packed to 3.25 bits; print one table.
 
     python -m bench.demo [--json] [--windows N] [--keep-logs]
 
-Both are plain `vllm serve` processes on loopback, one after the other, asked through the `openai` client. Progress
-goes to stderr; the table, or with `--json` one object on the last line, to stdout. Exit codes: 0 ok, 1 failed
+All are plain `vllm serve` processes on loopback, one after the other, asked the same through the `openai` client. The
+packed checkpoint is made by `vllm-ext quantize` from the shipped calibration texts. Progress goes to stderr; the table,
+or with `--json` one object on the last line, to stdout. Exit codes: 0 ok, 1 failed
 (the message names the step and shows the end of the server's log), 2 bad usage, 130 interrupted.
 """
 
@@ -16,6 +17,7 @@ import math
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -49,8 +51,11 @@ WEIGHT_COUNT_METRIC = "vllm_ext:mxmoe_weight_count"
 #: vLLM's compiled mode on a CPU includes Python.h, which Debian ships apart from Python.
 HAS_PYTHON_HEADERS = (Path(sysconfig.get_path("include")) / "Python.h").is_file()
 
-#: Options of `vllm serve` for each arm of the comparison.
-ARMS: dict[str, list[str]] = {"bf16": [], "mxmoe": ["--quantization", "mxmoe"]}
+#: Options of `vllm serve` for each arm of the comparison; "packed" serves another directory.
+ARMS: dict[str, list[str]] = {"bf16": [], "mxmoe": ["--quantization", "mxmoe"], "packed": []}
+TITLES = {"bf16": "bf16", "mxmoe": "--quantization mxmoe", "packed": "packed by vllm-ext quantize"}
+PACKED_BITS = 3.25
+SPEED_TOKENS = 128
 
 
 class DemoFailed(RuntimeError):  # noqa: N818 - reads as what happened
@@ -70,6 +75,7 @@ class ArmResult:
     streamed: str
     stream_chunks: int
     chat: str
+    tokens_per_second: float
     startup_seconds: float
     exit_code: int | None = None
 
@@ -186,8 +192,47 @@ def ask_all(client: OpenAI, progress: Progress, arm: str) -> tuple[str, str, int
     return completion, "".join(pieces), len(pieces), chat
 
 
-def run_arm(arm: str, tokenizer: Tokenizer, windows: int | None, logs: Path, progress: Progress) -> ArmResult:
-    """Start one server, ask it everything, and stop it. Raises DemoFailed."""
+def measure_speed(client: OpenAI, progress: Progress, arm: str) -> float:
+    """Decoded tokens per second of one stream, the first token (prefill) left out."""
+    with progress.step(f"{arm}: decode {SPEED_TOKENS} tokens"):
+        stream = client.completions.create(
+            model=SERVED_NAME,
+            prompt=PROMPT,
+            max_tokens=SPEED_TOKENS,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"ignore_eos": True},
+        )
+        first = last = 0.0
+        tokens = 0
+        for chunk in stream:
+            if chunk.choices:
+                last = time.monotonic()
+                first = first or last
+            elif chunk.usage is not None:
+                tokens = chunk.usage.completion_tokens
+    if tokens < 2 or last <= first:
+        raise DemoFailed(f"{arm}: the stream to be timed had {tokens} tokens")
+    return (tokens - 1) / (last - first)
+
+
+def quantize(output: Path, progress: Progress) -> None:
+    """Make the packed checkpoint with the `vllm-ext` command. Raises DemoFailed with its message."""
+    calibration = [part for name in ("kjv", "py") for part in ("--calibration", str(MODEL / f"{name}_train.txt"))]
+    command = ["quantize", str(MODEL), "-o", str(output), "--bits", str(PACKED_BITS), *calibration]
+    with progress.step(f"vllm-ext quantize --bits {PACKED_BITS}"):
+        done = subprocess.run(
+            [sys.executable, "-m", "vllm_ext.cli", *command], capture_output=True, text=True, timeout=600
+        )
+        if done.returncode != 0:
+            raise DemoFailed(f"vllm-ext quantize failed with exit code {done.returncode}:\n{done.stderr[-2000:]}")
+
+
+def run_arm(
+    arm: str, model: Path, tokenizer: Tokenizer, windows: int | None, logs: Path, progress: Progress
+) -> ArmResult:
+    """Start one server on a model directory, ask it everything, and stop it. Raises DemoFailed."""
     from openai import DefaultHttpxClient, OpenAI
 
     environment = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
@@ -195,7 +240,7 @@ def run_arm(arm: str, tokenizer: Tokenizer, windows: int | None, logs: Path, pro
         environment["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB; the default takes a share of the machine's memory
     mode = [] if HAS_PYTHON_HEADERS else ["--enforce-eager"]
     server = VllmServer(
-        MODEL,
+        model,
         args=["--served-model-name", SERVED_NAME, "--max-model-len", "1024", *mode, *ARMS[arm]],
         env=environment,
         log_path=logs / f"{arm}.log",
@@ -210,6 +255,7 @@ def run_arm(arm: str, tokenizer: Tokenizer, windows: int | None, logs: Path, pro
         client = OpenAI(base_url=f"{server.base_url}/v1", api_key="unused", http_client=http_client, max_retries=0)
         with client:
             completion, streamed, chunks, chat = ask_all(client, progress, arm)
+            tokens_per_second = measure_speed(client, progress, arm)
         perplexities, tokens = {}, 0
         for domain in ("kjv", "py"):
             with progress.step(f"{arm}: perplexity of {domain}_val.txt"):
@@ -220,7 +266,7 @@ def run_arm(arm: str, tokenizer: Tokenizer, windows: int | None, logs: Path, pro
         with progress.step(f"{arm}: bytes of expert weights"):
             num_bytes, weights = count_expert_weights(MODEL)
             bits = 8 * num_bytes / weights
-            if arm == "mxmoe":
+            if arm != "bf16":
                 num_bytes, bits = read_mxmoe_metrics(server, weights)
         result = ArmResult(
             expert_bytes=num_bytes,
@@ -232,6 +278,7 @@ def run_arm(arm: str, tokenizer: Tokenizer, windows: int | None, logs: Path, pro
             streamed=streamed,
             stream_chunks=chunks,
             chat=chat,
+            tokens_per_second=tokens_per_second,
             startup_seconds=server.startup_seconds,
         )
         with progress.step(f"{arm}: stop"):
@@ -257,7 +304,7 @@ def print_table(results: dict[str, ArmResult], windows: int | None) -> None:
     table = Table(title="bench/models/tiny_moe under vllm serve", title_style="bold", show_lines=False)
     table.add_column("")
     for arm in results:
-        table.add_column(f"--quantization {arm}" if ARMS[arm] else arm, overflow="fold", ratio=1)
+        table.add_column(TITLES[arm], overflow="fold", ratio=1)
     rows = {
         "expert weights, bytes": lambda r: f"{r.expert_bytes:,}",
         "bits per expert weight": lambda r: f"{r.bits_per_weight:.2f}",
@@ -266,6 +313,7 @@ def print_table(results: dict[str, ArmResult], windows: int | None) -> None:
         f"{PROMPT!r} ...": lambda r: r.completion,
         f"{STREAM_PROMPT!r} ... (streamed)": lambda r: f"{r.streamed}  [{r.stream_chunks} chunks]",
         f"{CHAT_MESSAGE!r} (chat)": lambda r: r.chat,
+        "tokens/s, one stream": lambda r: f"{r.tokens_per_second:.0f}",
         "start-up, s": lambda r: f"{r.startup_seconds:.1f}",
     }
     for label, describe in rows.items():
@@ -286,14 +334,20 @@ def check_requirements() -> None:
 
 
 def run_demo(windows: int | None, logs: Path) -> dict[str, ArmResult]:
-    """Both arms, one after the other. Raises DemoFailed."""
+    """All arms, one after the other. Raises DemoFailed."""
     progress = Progress()
     with progress.step("prepare"):
         check_requirements()
         tokenizer = load_tokenizer(MODEL)
     if not HAS_PYTHON_HEADERS:
-        print("no Python.h (package python3-dev): both servers run with --enforce-eager", file=sys.stderr)
-    return {arm: run_arm(arm, tokenizer, windows, logs, progress) for arm in ARMS}
+        print("no Python.h (package python3-dev): the servers run with --enforce-eager", file=sys.stderr)
+    packed = logs / "tiny_moe_packed"
+    results = {}
+    for arm in ARMS:
+        if arm == "packed":
+            quantize(packed, progress)
+        results[arm] = run_arm(arm, packed if arm == "packed" else MODEL, tokenizer, windows, logs, progress)
+    return results
 
 
 def _leave(number: int, _frame: FrameType | None) -> None:
@@ -304,7 +358,7 @@ def _leave(number: int, _frame: FrameType | None) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench.demo", description="Compare bf16 and mxmoe under vllm serve."
+        prog="python -m bench.demo", description="Compare bf16 and mxmoe, online and packed, under vllm serve."
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line of stdout")
     parser.add_argument(

@@ -43,6 +43,21 @@ MIXED_MOE_REFERENCE: dict[int, Tolerance] = {
 }
 
 
+#: Keys: (dtype of x, activation bits), as above; one GEMM instead of two and no rounding in between.
+MIXED_LINEAR: dict[tuple[torch.dtype, int], Tolerance] = {
+    (torch.float32, 16): Tolerance(1e-5, "the same float32 products summed in another order"),
+    (torch.float16, 16): Tolerance(1e-3, "only the output is rounded to 11 bits: half a unit is 2**-12"),
+    (torch.bfloat16, 16): Tolerance(1e-2, "weights and output are rounded to 8 bits, 2**-9 each"),
+    (torch.float32, 8): Tolerance(1e-5, "both paths round the same float32 inputs to the same int8 codes"),
+    (torch.float16, 8): Tolerance(1e-3, "the same int8 codes; only the output is rounded to 11 bits"),
+    # Other row blocks of the same layer may have 16-bit activations, whose GEMM is in bf16.
+    (torch.bfloat16, 8): Tolerance(1e-2, "the same int8 codes; the output, and weights beside, are rounded to 8 bits"),
+}
+
+#: The reference in float32 against the same formula in float64; keys: activation bits.
+MIXED_LINEAR_REFERENCE = MIXED_MOE_REFERENCE
+
+
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Frobenius norm of (actual - expected) over that of expected; where that is zero, the norm of actual."""
     difference = torch.linalg.vector_norm(actual.double() - expected.double())

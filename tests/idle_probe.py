@@ -42,7 +42,9 @@ def run_model(model: str, in_process: bool) -> dict[str, object]:
 
     executor = {"distributed_executor_backend": "uni"} if in_process else {}
     engine = LLM(model=model, max_model_len=256, max_num_seqs=8, enforce_eager=True, seed=0, **executor)
-    outputs = engine.generate(PROMPTS, SamplingParams(max_tokens=24, temperature=0, logprobs=5, prompt_logprobs=1))
+    sampling = SamplingParams(max_tokens=24, temperature=0, logprobs=5, prompt_logprobs=1)
+    # One at a time: which requests share a batch depends on when they arrive, and a GEMM's last bits on its batch.
+    outputs = [engine.generate(prompt, sampling, use_tqdm=False)[0] for prompt in PROMPTS]
     result = {
         "quantization": str(engine.llm_engine.model_config.quantization),
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],

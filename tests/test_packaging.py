@@ -93,7 +93,7 @@ def test_wheel_names_its_licence_and_extras(wheel: Path) -> None:
         notice = archive.read(f"{prefix}/licenses/NOTICE").decode()
         assert f"{prefix}/licenses/LICENSE" in archive.namelist()
     assert fields["License-Expression"] == "Apache-2.0"
-    assert set(fields.get_all("Provides-Extra") or []) == {"vllm", "cpu", "bench", "dev"}
+    assert set(fields.get_all("Provides-Extra") or []) == {"vllm", "cpu", "bench", "dev", "triton"}
     assert "King James" in notice
     assert "Python Software Foundation" in notice
 

@@ -118,7 +118,15 @@ def test_register_changes_exactly_the_fixed_list() -> None:
     assert len(activation.ALWAYS_ON) == 2
     assert result.value["methods"] == ["mxmoe"]
     assert result.value["cuda"] is False
-    heavy = ("kernels.mixed", "quantization.linear", "quantization.moe", "quantization.online", "compress", "doctor", "scheduling")
+    heavy = (
+        "kernels.mixed",
+        "quantization.linear",
+        "quantization.moe",
+        "quantization.online",
+        "compress",
+        "doctor",
+        "scheduling",
+    )
     assert not [name for name in result.value["imported"] if name.startswith(tuple(f"vllm_ext.{x}" for x in heavy))]
 
 

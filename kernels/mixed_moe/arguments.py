@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import torch
 
-from .layout import NUM_FIELDS, Block
-
-#: Element types of x.
-ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from ..act_quant.reference import ACTIVATION_DTYPES
+from ..arena import NUM_FIELDS
+from .layout import Block
 
 #: Gated activations between the two blocks; "silu" is SwiGLU, silu(gate) * up.
 ACTIVATIONS = ("silu",)

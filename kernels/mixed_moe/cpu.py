@@ -4,14 +4,15 @@ expert that received tokens. There is no Python loop over tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
 
+from ..mixed_linear.cpu import apply_block
 from .arguments import check_arguments
-from .layout import Block, Field, block_shape
-from .reference import dequantize_block, map_to_local, round_activations
+from .layout import Block, block_shape
+from .reference import map_to_local
 
 
 def mixed_moe(
@@ -48,10 +49,12 @@ def mixed_moe(
         inputs = x.index_select(0, token)
         if weight_on_input:
             inputs = inputs.float() * weight
-        gate_up = _apply_block(inputs, arena, rows, Block.GATE_UP, x.dtype, x.shape[1], intermediate_size)
+        shape = block_shape(Block.GATE_UP, x.shape[1], intermediate_size)
+        gate_up = apply_block(inputs, arena, rows[Block.GATE_UP], *shape, x.dtype)
         gate, up = gate_up.chunk(2, dim=-1)
         hidden = silu(gate) * up
-        down = _apply_block(hidden, arena, rows, Block.DOWN, x.dtype, x.shape[1], intermediate_size)
+        shape = block_shape(Block.DOWN, x.shape[1], intermediate_size)
+        down = apply_block(hidden, arena, rows[Block.DOWN], *shape, x.dtype)
         out.index_add_(0, token, down if weight_on_input else down * weight)
     if observer is not None:
         observer(pairs.numel())
@@ -68,23 +71,3 @@ def sort_pairs(local_ids: torch.Tensor, num_local_experts: int) -> tuple[torch.T
     routed = (flat >= 0).nonzero().squeeze(-1)
     experts = flat[routed]
     return routed[torch.argsort(experts, stable=True)], torch.bincount(experts, minlength=num_local_experts)
-
-
-def _apply_block(
-    inputs: torch.Tensor,
-    arena: torch.Tensor,
-    rows: Sequence[Sequence[int]],
-    block: Block,
-    dtype: torch.dtype,
-    hidden_size: int,
-    intermediate_size: int,
-) -> torch.Tensor:
-    """inputs [rows, K] -> float32 [rows, N]; `dtype` is that of x, which decides the GEMM's."""
-    row = rows[block]
-    weight = dequantize_block(arena, row, *block_shape(block, hidden_size, intermediate_size))
-    if row[Field.ACT_BITS] == 8:
-        return linear(round_activations(inputs.float(), row[Field.GROUP_SIZE]), weight)
-    if dtype == torch.bfloat16:
-        return linear(inputs.to(dtype), weight.to(dtype)).float()
-    # float16 GEMMs are emulated on most CPUs; float32 is faster and closer to the reference.
-    return linear(inputs.float(), weight)

@@ -3,16 +3,12 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Callable
 
 import torch
 
+from ..fallback import warn_no_fast_path
 from . import cpu, reference
-
-# A child of the logger "vllm": inside a server its handlers print it; alone, Python's last resort does.
-_logger = logging.getLogger("vllm.vllm_ext.kernels")
 
 SCHEMA = (
     "mixed_moe(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor arena, Tensor table, "
@@ -22,16 +18,6 @@ SCHEMA = (
 #: Told the number of (token, expert) pairs that each call of the CPU implementation computed. Whoever counts
 #: them sets it; the kernels know nobody.
 call_observer: Callable[[int], None] | None = None
-
-
-@functools.cache
-def _warn_no_fast_path(device_type: str) -> None:
-    """Say it once: the cache makes later calls silent."""
-    _logger.warning(
-        "vllm_ext::mixed_moe has no fast path for device %r: the float32 reference runs. It is slow and cannot "
-        "be captured in a CUDA graph (use --enforce-eager)",
-        device_type,
-    )
 
 
 def _mixed_moe_cpu(
@@ -70,7 +56,7 @@ def _mixed_moe_reference(
     activation: str,
     weight_on_input: bool,
 ) -> torch.Tensor:
-    _warn_no_fast_path(x.device.type)
+    warn_no_fast_path("mixed_moe", x.device.type)
     return reference.mixed_moe(
         x,
         topk_ids,

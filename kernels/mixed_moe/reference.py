@@ -8,16 +8,12 @@ linear block; here gate and up share one block, since their GEMM is one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch.nn.functional import silu
 
+from ..mixed_linear.reference import apply_block
 from .arguments import check_arguments
-from .layout import FULL_PRECISION_DTYPES, Block, Field, block_shape, num_groups, read_codes, read_full_precision
-
-#: Largest magnitude of an int8 activation; -128 is left out, so that the range is symmetric.
-INT8_MAX = 127
+from .layout import Block, block_shape
 
 
 def mixed_moe(
@@ -47,43 +43,13 @@ def mixed_moe(
         inputs = x[token].float()
         if weight_on_input:
             inputs = inputs * routing
-        gate_up = apply_block(inputs, arena, rows[Block.GATE_UP], Block.GATE_UP, hidden_size, intermediate_size)
+        shape = block_shape(Block.GATE_UP, hidden_size, intermediate_size)
+        gate_up = apply_block(inputs, arena, rows[Block.GATE_UP], *shape)
         gate, up = gate_up.chunk(2, dim=-1)
-        down = apply_block(silu(gate) * up, arena, rows[Block.DOWN], Block.DOWN, hidden_size, intermediate_size)
+        shape = block_shape(Block.DOWN, hidden_size, intermediate_size)
+        down = apply_block(silu(gate) * up, arena, rows[Block.DOWN], *shape)
         out.index_add_(0, token, down if weight_on_input else down * routing)
     return out.to(x.dtype)
-
-
-def apply_block(
-    inputs: torch.Tensor, arena: torch.Tensor, row: Sequence[int], block: int, hidden_size: int, intermediate_size: int
-) -> torch.Tensor:
-    """One GEMM in float32: inputs [rows, K] -> [rows, N], with the block's weights and activation width."""
-    N, K = block_shape(block, hidden_size, intermediate_size)
-    if row[Field.ACT_BITS] == 8:
-        inputs = round_activations(inputs, row[Field.GROUP_SIZE])
-    return inputs @ dequantize_block(arena, row, N, K).T
-
-
-def dequantize_block(arena: torch.Tensor, row: Sequence[int], N: int, K: int) -> torch.Tensor:
-    """The weight [N, K] in float32 that a row of the table stands for."""
-    if row[Field.LAYOUT] in FULL_PRECISION_DTYPES:
-        return read_full_precision(arena, row, N, K).float()
-    codes, scales, zeros = read_codes(arena, row, N, K)
-    groups = scales.shape[1]
-    centred = codes.view(N, groups, K // groups).float()
-    centred -= 2 ** (row[Field.WEIGHT_BITS] - 1) if zeros is None else zeros.float().unsqueeze(-1)
-    return (centred * scales.float().unsqueeze(-1)).view(N, K)
-
-
-def round_activations(inputs: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Values that dynamic symmetric int8 activations stand for: one scale amax/127 per (row, group along K).
-
-    inputs: float32 [rows, K]. A group of zeros stays zero. Ties round to even.
-    """
-    grouped = inputs.unflatten(-1, (num_groups(inputs.shape[-1], group_size), -1))
-    scale = grouped.abs().amax(-1, keepdim=True) / INT8_MAX
-    codes = torch.where(scale > 0, grouped / scale, 0.0).round().clamp(-INT8_MAX, INT8_MAX)
-    return (codes * scale).flatten(-2)
 
 
 def map_to_local(topk_ids: torch.Tensor, expert_map: torch.Tensor | None, num_local_experts: int) -> torch.Tensor:

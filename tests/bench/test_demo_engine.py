@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole demonstration, with two real servers."""
+"""The whole demonstration, with three real servers."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def outcome(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return {"out": out, "err": err, "directory": directory, "json": json.loads(out.splitlines()[-1])}
 
 
-def test_both_servers_answer_everything(outcome: dict[str, Any]) -> None:
+def test_all_servers_answer_everything(outcome: dict[str, Any]) -> None:
     result = outcome["json"]
     assert (result["context"], result["windows"]) == (512, 4)
-    for arm in ("bf16", "mxmoe"):
+    for arm in ("bf16", "mxmoe", "packed"):
         for name in ("completion", "streamed", "chat"):
             assert len(result[arm][name].split()) > 3, (arm, name)
         # 24 tokens were asked for; a token that ends inside a UTF-8 character shares the next one's chunk.
@@ -65,32 +65,36 @@ def test_both_servers_answer_everything(outcome: dict[str, Any]) -> None:
         assert result[arm]["perplexity_tokens"] == 2 * 4 * 511
         assert result[arm]["exit_code"] == 0
         assert 1 < result[arm]["startup_seconds"] < 300
+        assert result[arm]["tokens_per_second"] > 1
 
 
-def test_perplexity_is_that_of_the_trained_model(outcome: dict[str, Any]) -> None:
-    bf16, mxmoe = outcome["json"]["bf16"], outcome["json"]["mxmoe"]
+@pytest.mark.parametrize("arm", ["mxmoe", "packed"])
+def test_perplexity_is_that_of_the_trained_model(outcome: dict[str, Any], arm: str) -> None:
+    bf16, rounded = outcome["json"]["bf16"], outcome["json"][arm]
     for domain, expected in PERPLEXITY.items():
         assert bf16[f"perplexity_{domain}"] == pytest.approx(expected, rel=0.02)
-        ratio = mxmoe[f"perplexity_{domain}"] / bf16[f"perplexity_{domain}"]
-        # Rounding to 3 and 4 bits changes the model, and not by much.
+        ratio = rounded[f"perplexity_{domain}"] / bf16[f"perplexity_{domain}"]
+        # Rounding to about 3 and 4 bits changes the model, and not by much.
         assert ratio != 1
         assert 0.98 < ratio < 1.06
 
 
 def test_experts_are_really_smaller(outcome: dict[str, Any]) -> None:
-    bf16, mxmoe = outcome["json"]["bf16"], outcome["json"]["mxmoe"]
+    bf16 = outcome["json"]["bf16"]
     assert bf16["expert_bytes"] == 5 * 16 * 3 * 256 * 128 * 2
     assert bf16["bits_per_weight"] == 16
-    assert 3 < mxmoe["bits_per_weight"] < 4.8
-    assert mxmoe["expert_bytes"] < 0.3 * bf16["expert_bytes"]
-    assert mxmoe["expert_bytes"] * 8 / mxmoe["bits_per_weight"] == pytest.approx(bf16["expert_bytes"] / 2)
+    for arm, bits in (("mxmoe", 3.6875), ("packed", 3.25)):
+        rounded = outcome["json"][arm]
+        # Sections of the packed arena start on 64 bytes, so a little padding comes on top of the plan's bits.
+        assert rounded["bits_per_weight"] == pytest.approx(bits, rel=0.005)
+        assert rounded["expert_bytes"] * 8 / rounded["bits_per_weight"] == pytest.approx(bf16["expert_bytes"] / 2)
 
 
 def test_one_table_and_visible_progress(outcome: dict[str, Any]) -> None:
     table = outcome["out"].rsplit("\n", 2)[0]
     for text in ("--quantization mxmoe", "bits per expert weight", "perplexity kjv_val", f"{15728640:,}"):
         assert text in table
-    for step in ("prepare", "bf16: start vllm serve", "mxmoe: start vllm serve --quantization mxmoe", "mxmoe: stop"):
+    for step in ("prepare", "bf16: start vllm serve", "mxmoe: start vllm serve --quantization mxmoe", "packed: stop"):
         assert f"{step} (" in outcome["err"]
 
 
@@ -100,7 +104,8 @@ def test_nothing_is_left(outcome: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "moment", "exit_code"), [(signal.SIGINT, "EngineCore", 130), (signal.SIGTERM, "", 143)]
+    ("number", "moment", "exit_code"),
+    [(signal.SIGINT, "EngineCore", 130), pytest.param(signal.SIGTERM, "", 143, marks=pytest.mark.slow)],
 )
 def test_interrupted_demo_leaves_no_process(
     repository: Path, tmp_path: Path, number: signal.Signals, moment: str, exit_code: int

@@ -13,16 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vllm_ext.kernels.mixed_moe.layout import (
+from vllm_ext.kernels.arena import (
     FULL_PRECISION_DTYPES,
-    Block,
     BlockFormat,
-    block_shape,
     num_groups,
-    plan_arena,
     write_codes,
     write_full_precision,
 )
+from vllm_ext.kernels.mixed_moe.layout import Block, block_shape, plan_arena
 
 #: (hidden, intermediate) that no kernel tile divides.
 ODD_SHAPES = ((64, 32), (136, 40), (8, 24), (192, 128))

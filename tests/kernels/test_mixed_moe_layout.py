@@ -4,20 +4,18 @@
 import pytest
 import torch
 
-from vllm_ext.kernels.mixed_moe.layout import (
+from vllm_ext.kernels.arena import (
     ALIGNMENT,
-    Block,
     BlockFormat,
     Field,
     Layout,
-    block_shape,
-    plan_arena,
     read_codes,
     read_full_precision,
     section_bytes,
     write_codes,
     write_full_precision,
 )
+from vllm_ext.kernels.mixed_moe.layout import Block, block_shape, plan_arena
 
 FORMATS = [
     (BlockFormat(3, 16, 32), BlockFormat(4, 8, -1, symmetric=True)),
@@ -94,7 +92,7 @@ def test_impossible_formats_are_refused_with_expert_and_block() -> None:
         plan_arena([(good, good), (good, BlockFormat(4, 16, 16))], HIDDEN, INTERMEDIATE)
     with pytest.raises(ValueError, match="expert 0, down: K=20 codes of bits=3"):
         plan_arena([(good, BlockFormat(3))], HIDDEN, 20)
-    with pytest.raises(ValueError, match=r"expert weights of torch\.float64"):
+    with pytest.raises(ValueError, match=r"weights of torch\.float64"):
         BlockFormat.full_precision(torch.float64)
 
 

@@ -9,8 +9,9 @@ import torch
 
 from tests.kernels.mixed_moe_cases import make_inputs, make_layer
 from vllm_ext.kernels import tolerances
+from vllm_ext.kernels.arena import BlockFormat
+from vllm_ext.kernels.fallback import warn_no_fast_path
 from vllm_ext.kernels.mixed_moe import cpu, mixed_moe, op, reference
-from vllm_ext.kernels.mixed_moe.layout import BlockFormat
 
 FORMATS = [
     (BlockFormat(3, 16, 32), BlockFormat(4, 8, -1)),
@@ -75,7 +76,7 @@ def test_observer_counts_the_pairs_computed_here(monkeypatch: pytest.MonkeyPatch
 
 
 def test_without_a_fast_path_the_reference_runs_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    op._warn_no_fast_path.cache_clear()
+    warn_no_fast_path.cache_clear()
     arguments = make_arguments()
     with caplog.at_level(logging.WARNING, logger="vllm.vllm_ext.kernels"):
         # What every device but the CPU dispatches to.

@@ -31,7 +31,7 @@ def make_layer(gate_up: torch.Tensor, down: torch.Tensor) -> torch.nn.Module:
         w13_num_shards=2,
         hidden_dim_unpadded=down.shape[1],
         intermediate_size_per_partition_unpadded=down.shape[2],
-        moe_parallel_config=SimpleNamespace(dp_rank=0),
+        moe_parallel_config=SimpleNamespace(dp_rank=0, tp_rank=0, ep_rank=0),
     )
     layer.activation = MoEActivation.SILU
     layer.expert_map = None

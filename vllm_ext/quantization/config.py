@@ -3,11 +3,18 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+from vllm_ext.quantization.plan import Plan, PlanError
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
+    from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 
 logger = logging.getLogger("vllm.vllm_ext")
 
@@ -21,15 +28,35 @@ EXPERT_COUNT_NAMES = (
 )
 
 
+#: Last parts of the module paths of routers: [experts, hidden] and decisive for the output, they stay as they are.
+ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
+
+
 class MxMoEConfig(QuantizationConfig):
-    """Mixed-precision experts from a bf16, fp16 or fp32 checkpoint; everything else stays as it is.
+    """Which scheme each layer gets, and where its weights come from.
+
+    plan None      the default plan for the experts of a bf16, fp16 or fp32 checkpoint; everything else stays
+    plan           its experts and linear layers; a checkpoint of full weights is rounded while it loads
+    is_packed      the checkpoint holds the tensors of the plan's schemes
 
     vLLM calls the constructor without arguments for `--quantization mxmoe` on a checkpoint that is not quantized,
     because `get_config_filenames` is empty (`vllm.model_executor.model_loader.weight_utils.get_quant_config`).
     """
 
+    def __init__(self, plan: Plan | None = None, is_packed: bool = False) -> None:
+        super().__init__()
+        self.plan = plan
+        self.is_packed = is_packed
+        self._mappers: list[Any] = []
+        #: Modules of the plan that a layer of the model has taken its scheme from, and all that could have.
+        self._used: set[str] = set()
+        self._seen: set[str] = set()
+
     def __repr__(self) -> str:
-        return "MxMoEConfig(online, default plan)"
+        if self.plan is None:
+            return "MxMoEConfig(online, default plan)"
+        origin = "packed" if self.is_packed else "online"
+        return f"MxMoEConfig({origin}, plan of {len(self.plan.modules)} modules, sha256 {self.plan.sha256[:12]})"
 
     @classmethod
     def get_name(cls) -> str:
@@ -52,11 +79,14 @@ class MxMoEConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> MxMoEConfig:
-        """Refuse a packed checkpoint: ValueError naming what was found."""
-        raise ValueError(
-            f"packed mxmoe checkpoints are not served by this version of vllm-ext yet; config.json has "
-            f"quantization_config {_shorten(config)}. Serve the original bf16 checkpoint with --quantization mxmoe"
-        )
+        """Read `quantization_config`, from a packed directory or from `--hf-overrides` (see `plan.py`).
+
+        Raises PlanError (a ValueError) for a plan that cannot be used, or that is empty.
+        """
+        plan = Plan.from_config(config)
+        if not plan.modules:
+            raise PlanError("the plan names no module, so nothing would be quantized; drop quantization_config")
+        return cls(plan, is_packed=plan.is_packed)
 
     @classmethod
     def override_quantization_method(
@@ -67,7 +97,7 @@ class MxMoEConfig(QuantizationConfig):
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Warn once where the model declares no experts: it would be served unquantized without a word."""
-        if hf_config is None:
+        if hf_config is None or self.plan is not None:
             return
         text_config = hf_config.get_text_config()
         if not any(getattr(text_config, name, None) for name in EXPERT_COUNT_NAMES):
@@ -79,23 +109,110 @@ class MxMoEConfig(QuantizationConfig):
                 getattr(hf_config, "model_type", None),
             )
 
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Put the plan under vLLM's module paths, where a model's differ from its checkpoint's.
+
+        vLLM calls this once for every module class that carries the mapper; each mapper counts once.
+        """
+        if self.plan is None or hf_to_vllm_mapper in self._mappers:
+            return
+        self._mappers.append(hf_to_vllm_mapper)
+        modules = (*self.plan.modules, *self.plan.ignore)
+        self.plan = self.plan.rename({module: hf_to_vllm_mapper.map_name(module) or module for module in modules})
+
+    def get_checkpoint_weight_mapper(self) -> Any:
+        """vLLM asks this when the model stands and before the first weight is read: the time for `check_plan`."""
+        self.check_plan()
+        return QuantizationConfig.get_checkpoint_weight_mapper()
+
+    def check_plan(self) -> None:
+        """Raise PlanError for a module of the plan that no layer of the model is.
+
+        Not checked under pipeline parallelism, where a rank builds only some of the layers.
+        """
+        from vllm.distributed.parallel_state import get_pp_group, model_parallel_is_initialized
+
+        unused = sorted(self.plan.modules.keys() - self._used) if self.plan is not None else []
+        if not unused or (model_parallel_is_initialized() and get_pp_group().world_size > 1):
+            return
+        more = f" (and {len(unused) - 1} more)" if len(unused) > 1 else ""
+        nearest = difflib.get_close_matches(unused[0], sorted(self._seen), n=1)
+        hint = f"; nearest is {nearest[0]}" if nearest else ""
+        raise PlanError(f"the plan names {unused[0]}{more}, which is no quantizable layer of this model{hint}")
+
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """The method of one layer. Raises ValueError for an MoE layer that mixed_moe cannot compute."""
+        """The method of one layer, by its module path in vLLM.
+
+        Raises ValueError for an MoE layer that mixed_moe cannot compute, and PlanError for a plan that names
+        a router, an embedding or the output head, some of a layer's experts or fused parts only, or different
+        schemes for fused parts.
+        """
         # Importing these initialises much of vLLM, so not at the top: this module loads in every vLLM process.
         from vllm.model_executor.layers.fused_moe import RoutedExperts
-        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+        from vllm.model_executor.layers.linear import LinearBase
+
+        if isinstance(layer, RoutedExperts):
+            return self.get_expert_method(layer, prefix)
+        if isinstance(layer, LinearBase):
+            return self.get_linear_method(layer, prefix)
+        if self.plan is not None and prefix in self.plan.modules:
+            raise PlanError(
+                f"the plan names {prefix}, a {type(layer).__name__}: mxmoe quantizes experts and linear layers"
+            )
+        return None
+
+    def get_expert_method(self, layer: RoutedExperts, prefix: str) -> FusedMoEMethodBase:
+        """The method of the routed experts of a layer."""
+        from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
 
         from vllm_ext.quantization.moe import check_layer
         from vllm_ext.quantization.online import MxMoEOnlineMethod
+        from vllm_ext.quantization.packed import MxMoEPackedMethod
 
-        if isinstance(layer, RoutedExperts):
+        if self.plan is None:
             check_layer(layer, prefix)
             return MxMoEOnlineMethod(layer.moe_config, prefix)
-        if isinstance(layer, LinearBase):
+        num_experts = layer.moe_config.num_logical_experts
+        schemes = self.plan.find_experts(prefix, num_experts)
+        modules = [f"{prefix}.{expert}" for expert in range(num_experts)]
+        self._seen.update(modules)
+        if schemes is None:
+            return UnquantizedFusedMoEMethod(layer.moe_config)
+        self._used.update(modules)
+        if not any(scheme.is_quantized for pair in schemes for scheme in pair):
+            return UnquantizedFusedMoEMethod(layer.moe_config)
+        check_layer(layer, prefix)
+        method: MxMoEPackedMethod | MxMoEOnlineMethod
+        if self.is_packed:
+            method = MxMoEPackedMethod(layer.moe_config, prefix, schemes)
+        else:
+            method = MxMoEOnlineMethod(layer.moe_config, prefix, schemes)
+        method.check_plan = self.check_plan
+        return method
+
+    def get_linear_method(self, layer: LinearBase, prefix: str) -> LinearMethodBase:
+        """The method of a linear layer, fused or not."""
+        from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
+        from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+        if self.plan is None:
             return UnquantizedLinearMethod()
-        return None
+        parent, _, name = prefix.rpartition(".")
+        shards = self.packed_modules_mapping.get(name, [name])
+        modules = [f"{parent}.{shard}" if parent else shard for shard in shards]
+        scheme = self.plan.find_linear(prefix, shards)
+        if isinstance(layer, GateLinear) or name in ROUTER_NAMES:
+            if scheme is not None:
+                raise PlanError(f"the plan names {prefix}, a router: mxmoe leaves routers as they are")
+            return UnquantizedLinearMethod()
+        self._seen.update(modules)
+        if scheme is None:
+            return UnquantizedLinearMethod()
+        self._used.update(modules)
+        if not scheme.is_quantized:
+            return UnquantizedLinearMethod()
+        from vllm_ext.quantization.linear import MxMoELinearMethod, MxMoEOnlineLinearMethod
 
-
-def _shorten(value: Any, limit: int = 200) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[:limit]}..."
+        method = (MxMoELinearMethod if self.is_packed else MxMoEOnlineLinearMethod)(scheme, prefix, shards)
+        method.check_plan = self.check_plan
+        return method

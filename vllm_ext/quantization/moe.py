@@ -4,28 +4,29 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, MoEActivation, RoutedExperts
 from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
 
 from vllm_ext import observability
+from vllm_ext.kernels.arena import BlockFormat
 from vllm_ext.kernels.mixed_moe import op
-from vllm_ext.kernels.mixed_moe.layout import ArenaPlan, Block, BlockFormat, block_shape
+from vllm_ext.kernels.mixed_moe.layout import ArenaPlan, Block, block_shape
+from vllm_ext.quantization.plan import ExpertSchemes
 from vllm_ext.quantization.scheme import Scheme
+from vllm_ext.quantization.tensors import check_split
 
 # Importing `op` registers torch.ops.vllm_ext.mixed_moe; here its work is also counted.
-op.call_observer = functools.partial(observability.add, "vllm_ext:mxmoe_routed_tokens_total")
-
-#: Schemes of one expert, indexed by `Block`.
-ExpertSchemes = tuple[Scheme, Scheme]
+op.call_observer = functools.partial(observability.add, "vllm_ext:mxmoe_routed_pairs_total")
 
 
 @dataclass(frozen=True)
 class LayerStorage:
-    """What the experts of one layer on one rank take, alignment included; 16-bit blocks apart."""
+    """What the quantized weights of one layer on one rank take, alignment included; 16-bit blocks apart."""
 
     quantized_bytes: int
     quantized_weights: int
@@ -47,6 +48,8 @@ class MxMoEMethodBase(FusedMoEMethodBase):
 
     layer_name: str
     intermediate_size: int
+    #: Raises where the plan names modules that the model does not have; set by the configuration.
+    check_plan: Callable[[], None] | None = None
     #: One entry per local expert, and what the layer takes; None until the weights are loaded.
     schemes: list[ExpertSchemes] | None = None
     storage: LayerStorage | None = None
@@ -63,8 +66,10 @@ class MxMoEMethodBase(FusedMoEMethodBase):
     def report_storage(self, storage: LayerStorage) -> None:
         """Keep what the loaded layer takes, and count it once in the metrics (a reload changes nothing in it)."""
         if self.storage is None:
-            engine_index = self.moe.moe_parallel_config.dp_rank
-            observability.add("vllm_ext:mxmoe_layer_count", 1, engine_index)
+            parallel = self.moe.moe_parallel_config
+            engine_index = parallel.dp_rank
+            is_first_rank = parallel.tp_rank == 0 and parallel.ep_rank == 0
+            observability.add("vllm_ext:mxmoe_layer_count", float(is_first_rank), engine_index)
             observability.add("vllm_ext:mxmoe_weight_bytes", storage.quantized_bytes, engine_index)
             observability.add("vllm_ext:mxmoe_weight_count", storage.quantized_weights, engine_index)
         self.storage = storage
@@ -115,6 +120,29 @@ def check_layer(layer: RoutedExperts, layer_name: str) -> None:
         raise ValueError(f"{layer_name}: --quantization mxmoe does not support {refused}; serve this model without it")
 
 
+def list_local_experts(layer: RoutedExperts, num_experts: int) -> list[int]:
+    """Global ids of the experts that live on this rank, in the order of their local ids."""
+    local_ids = {expert: layer._map_global_expert_id_to_local_expert_id(expert) for expert in range(num_experts)}
+    return sorted((expert for expert, local in local_ids.items() if local != -1), key=local_ids.__getitem__)
+
+
+def check_sizes(
+    layer_name: str,
+    schemes: Sequence[ExpertSchemes],
+    experts: Sequence[int],
+    hidden_size: int,
+    intermediate_size: int,
+    tp_size: int,
+) -> None:
+    """Raise ValueError, naming expert, block and value, for a scheme that the layer's sizes cannot take.
+
+    experts: global ids of `schemes`. intermediate_size: of this rank.
+    """
+    for expert, pair in zip(experts, schemes, strict=True):
+        check_split(f"{layer_name}.{expert}, gate_up", pair.gate_up, hidden_size, 1)
+        check_split(f"{layer_name}.{expert}, down", pair.down, intermediate_size * tp_size, tp_size)
+
+
 def describe_block(scheme: Scheme, dtype: torch.dtype) -> BlockFormat:
     """The arena format of a scheme; `dtype` is the checkpoint's, for blocks that stay as they are."""
     if not scheme.is_quantized:
@@ -136,13 +164,14 @@ def measure_storage(
 
 
 def list_storage(model: torch.nn.Module) -> dict[str, LayerStorage]:
-    """{layer name: what its experts take} of every mixed-precision layer of a loaded model, on this rank.
+    """{layer name: what it takes} of every quantized layer (experts, linear layers) of a loaded model, on this rank.
 
     A plain function of the model, so that vLLM can send it to its workers: `llm.apply_model(list_storage)`.
     """
-    return {
-        module.quant_method.layer_name: module.quant_method.storage
-        for module in model.modules()
-        if isinstance(getattr(module, "quant_method", None), MxMoEMethodBase)
-        and module.quant_method.storage is not None
-    }
+    found = {}
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        storage = getattr(method, "storage", None)
+        if isinstance(storage, LayerStorage):
+            found[method.layer_name] = storage
+    return found

@@ -9,6 +9,10 @@
 
 Keys are checkpoint module paths without `.weight`; a key that ends in `.experts.<number>` is an expert and has two
 blocks. Modules the plan does not name stay as they are; `ignore` says which of them on purpose.
+
+`producer` says who wrote the tensors, {"name": "vllm-ext", "version": ...}: with it the checkpoint is packed, its
+tensors are those of the plan's schemes. Without it (or empty) the checkpoint holds full weights, which are rounded by
+the plan while they load: `vllm serve MODEL --hf-overrides '{"quantization_config": {...}}'`.
 """
 
 from __future__ import annotations
@@ -27,7 +31,8 @@ from vllm_ext.quantization.scheme import Scheme
 FORMAT_VERSION = 1
 
 _KEYS = ("quant_method", "version", "plan", "ignore", "plan_sha256", "producer")
-_EXPERT = re.compile(r"(?P<layer>.+\.experts)\.(?P<expert>\d+)")
+#: No leading zeros: experts.03 and experts.3 would be the same expert.
+_EXPERT = re.compile(r"(?P<layer>.+\.experts)\.(?P<expert>0|[1-9]\d*)")
 
 
 class PlanError(ValueError):
@@ -57,8 +62,10 @@ class Plan:
         """Read the JSON form. Raises PlanError naming the module and the bad value."""
         if not isinstance(modules, Mapping):
             raise PlanError(f"the plan must map module paths to schemes, got {modules!r}")
-        if isinstance(ignore, str) or not all(isinstance(name, str) for name in ignore):
+        if not isinstance(ignore, list | tuple) or not all(isinstance(name, str) for name in ignore):
             raise PlanError(f"ignore must be a list of module paths, got {ignore!r}")
+        if producer is not None and not isinstance(producer, Mapping):
+            raise PlanError(f"producer must be a mapping, got {producer!r}")
         parsed = {_check_module(module): _parse_schemes(module, value) for module, value in modules.items()}
         return cls(parsed, tuple(ignore), dict(producer or {}))
 
@@ -73,8 +80,11 @@ class Plan:
                 nearest = difflib.get_close_matches(str(key), _KEYS, n=1)
                 hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(_KEYS)}"
                 raise PlanError(f"quantization_config has an unknown key {key!r}; {hint}")
+        method = config.get("quant_method", "mxmoe")
+        if method != "mxmoe":
+            raise PlanError(f"quantization_config has quant_method {method!r}, expected 'mxmoe'")
         version = config.get("version")
-        if version != FORMAT_VERSION:
+        if version != FORMAT_VERSION or isinstance(version, bool):
             raise PlanError(
                 f"quantization_config has version {version!r}, this vllm-ext reads version {FORMAT_VERSION}: "
                 f"install the vllm-ext release that wrote the checkpoint, or quantize the model again"
@@ -87,6 +97,11 @@ class Plan:
                 f"changed after the checkpoint was written; quantize the model again"
             )
         return plan
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether somebody wrote packed tensors by this plan; else it is a wish for full weights."""
+        return bool(self.producer)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON-ready values, as it stands under "plan"."""
@@ -169,6 +184,8 @@ def is_expert(module: str) -> bool:
 def _check_module(module: Any) -> str:
     if not isinstance(module, str) or not module:
         raise PlanError(f"the plan's keys are module paths, got {module!r}")
+    if re.fullmatch(r".+\.experts\.0\d+", module):
+        raise PlanError(f"the plan names {module!r}; write the expert's number without leading zeros")
     if module.endswith((".weight", ".qweight")):
         raise PlanError(f"the plan's keys are module paths without the tensor's name, got {module!r}")
     return module

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How quantized weights lie in memory: one byte arena, and rows of a table that say where each weight is.
+
+A row (`Field`) describes one weight [N, K]: its widths, its offsets, its layout. Who uses an arena decides which
+weights are in it and how the rows are arranged: `mixed_moe/layout.py`, `mixed_linear/layout.py`.
+
+The arena, uint8 [bytes], holds the weights one after the other. Every section starts on a 64-byte line (one
+cache line, one AVX-512 register, and more than any GPU vector load asks for):
+
+    layout PLAIN_CODES  weight[n, k] = scales[n, k // g] * (code[n, k] - zeros[n, k // g])
+
+       codes_offset            scales_offset          zeros_offset (-1: symmetric)
+       |                       |                      |
+       v                       v                      v
+       +-----------------------+--+-------------------+--+------------------+--+
+       | codes, uint8          |..| scales, fp16      |..| zeros, uint8     |..|      .. = padding to 64 bytes
+       | [N, K*bits/8]         |  | [N, K/g]          |  | [N, K/g]         |  |
+       | row n: bit stream of  |  | g = group_size,   |  | symmetric: every |  |
+       | kernels/packing.py    |  | -1 = K            |  | zero 2**(bits-1) |  |
+       +-----------------------+--+-------------------+--+------------------+--+
+
+    layouts PLAIN_BF16, PLAIN_FP16, PLAIN_FP32: the weight itself, [N, K] row-major at codes_offset; no scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+
+from .packing import pack_codes, packed_size, unpack_codes
+
+#: Activation widths: as they are, or int8.
+ACT_BITS = (8, 16)
+
+#: Every section of the arena starts on a multiple of this many bytes.
+ALIGNMENT = 64
+
+
+class Field(IntEnum):
+    """Columns of the table, in this order."""
+
+    WEIGHT_BITS = 0
+    ACT_BITS = 1  # 16: activations as they are; 8: dynamic int8 per (token, group)
+    GROUP_SIZE = 2  # along K, for weights and for int8 activations; -1: the whole row
+    CODES_OFFSET = 3  # bytes into the arena
+    SCALES_OFFSET = 4  # bytes into the arena; -1: none
+    ZEROS_OFFSET = 5  # bytes into the arena; -1: symmetric, or none
+    LAYOUT = 6
+
+
+NUM_FIELDS = len(Field)
+
+
+class Layout(IntEnum):
+    """How a block is stored; the drawings are in the module docstring."""
+
+    PLAIN_CODES = 0
+    PLAIN_BF16 = 1
+    PLAIN_FP16 = 2
+    PLAIN_FP32 = 3
+
+
+#: Layouts that hold the weight itself, with its element type.
+FULL_PRECISION_DTYPES = {
+    Layout.PLAIN_BF16: torch.bfloat16,
+    Layout.PLAIN_FP16: torch.float16,
+    Layout.PLAIN_FP32: torch.float32,
+}
+
+
+class BlockFormat(NamedTuple):
+    """What has to be known about one block before its place in the arena can be planned."""
+
+    weight_bits: int
+    act_bits: int = 16
+    group_size: int = -1
+    symmetric: bool = False
+    layout: Layout = Layout.PLAIN_CODES
+
+    @classmethod
+    def full_precision(cls, dtype: torch.dtype) -> BlockFormat:
+        """A block kept as it is. Raises ValueError for an element type without a layout."""
+        for layout, element in FULL_PRECISION_DTYPES.items():
+            if element == dtype:
+                return cls(weight_bits=8 * element.itemsize, layout=layout)
+        supported = ", ".join(str(element) for element in FULL_PRECISION_DTYPES.values())
+        raise ValueError(f"no layout stores weights of {dtype}; use one of {supported}")
+
+
+def num_groups(K: int, group_size: int) -> int:
+    """Groups in a row of K. Raises ValueError where `group_size` does not divide K."""
+    if group_size == -1:
+        return 1
+    if group_size <= 0 or K % group_size:
+        raise ValueError(f"group_size={group_size} does not divide K={K}")
+    return K // group_size
+
+
+def section_bytes(block: BlockFormat, N: int, K: int) -> tuple[int, int, int]:
+    """Bytes of (codes, scales, zeros) of a block, before alignment. Raises ValueError for a bad format."""
+    if block.layout in FULL_PRECISION_DTYPES:
+        return N * K * FULL_PRECISION_DTYPES[block.layout].itemsize, 0, 0
+    groups = num_groups(K, block.group_size)
+    return N * packed_size(K, block.weight_bits), 2 * N * groups, 0 if block.symmetric else N * groups
+
+
+def place_block(block: BlockFormat, N: int, K: int, start: int) -> tuple[list[int], int]:
+    """Row of the table (in `Field`'s order) of a weight [N, K] whose sections begin at byte `start`, and their end.
+
+    Raises ValueError for a format its shape cannot take.
+    """
+    offsets, end = [], start
+    for size in section_bytes(block, N, K):
+        offsets.append(end if size else -1)
+        end += -(-size // ALIGNMENT) * ALIGNMENT
+    return [block.weight_bits, block.act_bits, block.group_size, *offsets, block.layout], end
+
+
+def view_block(arena: torch.Tensor, row: Sequence[int], N: int, K: int) -> dict[str, torch.Tensor]:
+    """Views of the arena that hold a weight [N, K], by the names its tensors have in checkpoints.
+
+    "qweight" uint8 [N, K*bits/8], "scales" fp16 [N, K/g] and, for an asymmetric block, "zeros" uint8 [N, K/g];
+    or "weight" [N, K] of the layout's element type. Raises ValueError for a row that points past the arena's end,
+    for unknown widths and layouts, and for sections that do not lie as those of a weight [N, K] do.
+    """
+    if row[Field.ACT_BITS] not in ACT_BITS:
+        raise ValueError(f"act_bits={row[Field.ACT_BITS]} is not one of {', '.join(map(str, ACT_BITS))}")
+    if row[Field.LAYOUT] != Layout.PLAIN_CODES:
+        dtype = _full_precision_dtype(row)
+        weight = _section(arena, row[Field.CODES_OFFSET], N * K * dtype.itemsize)
+        return {"weight": weight.view(dtype).view(N, K)}
+    groups, size = num_groups(K, row[Field.GROUP_SIZE]), packed_size(K, row[Field.WEIGHT_BITS])
+    widths = row[Field.WEIGHT_BITS], row[Field.ACT_BITS], row[Field.GROUP_SIZE]
+    block = BlockFormat(*widths, symmetric=row[Field.ZEROS_OFFSET] < 0)
+    if place_block(block, N, K, row[Field.CODES_OFFSET])[0] != list(row[:NUM_FIELDS]):
+        raise ValueError(f"the table's row {list(row)} does not describe a weight [{N}, {K}]: table and shapes differ")
+    scales = _section(arena, row[Field.SCALES_OFFSET], 2 * N * groups)
+    views = {
+        "qweight": _section(arena, row[Field.CODES_OFFSET], N * size).view(N, size),
+        "scales": scales.view(torch.float16).view(N, groups),
+    }
+    if row[Field.ZEROS_OFFSET] >= 0:
+        views["zeros"] = _section(arena, row[Field.ZEROS_OFFSET], N * groups).view(N, groups)
+    return views
+
+
+def write_codes(
+    arena: torch.Tensor,
+    row: Sequence[int],
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+) -> None:
+    """Write a PLAIN_CODES block at its place.
+
+    row: the block's row of the table, as a list. codes uint8 [N, K], one code an element; scales fp16
+    [N, K/g]; zeros uint8 [N, K/g], or None for a symmetric block.
+    Raises ValueError where the tensors do not agree with the row.
+    """
+    if row[Field.LAYOUT] != Layout.PLAIN_CODES:
+        raise ValueError(f"layout {row[Field.LAYOUT]} does not hold codes")
+    views = view_block(arena, row, *codes.shape)
+    if (zeros is None) != ("zeros" not in views):
+        raise ValueError("zeros are given exactly for asymmetric blocks")
+    tensors = {"qweight": pack_codes(codes, row[Field.WEIGHT_BITS]), "scales": scales, "zeros": zeros}
+    for name, view in views.items():
+        tensor = tensors[name]
+        assert tensor is not None
+        if tensor.dtype != view.dtype or tensor.shape != view.shape:
+            raise ValueError(f"{name} must be {view.dtype} {list(view.shape)}, got {tensor.dtype} {list(tensor.shape)}")
+        view.copy_(tensor)
+
+
+def read_codes(
+    arena: torch.Tensor, row: Sequence[int], N: int, K: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Read a PLAIN_CODES block back: (codes uint8 [N, K], scales fp16 [N, K/g], zeros uint8 [N, K/g] or None).
+
+    scales and zeros are views of the arena. Raises ValueError for a table row that points past its end.
+    """
+    views = view_block(arena, row, N, K)
+    return unpack_codes(views["qweight"], row[Field.WEIGHT_BITS], K), views["scales"], views.get("zeros")
+
+
+def write_full_precision(arena: torch.Tensor, row: Sequence[int], weight: torch.Tensor) -> None:
+    """Write a block that is kept as it is: weight [N, K] of the layout's element type."""
+    dtype = _full_precision_dtype(row)
+    if weight.dtype != dtype:
+        raise ValueError(f"layout {Layout(row[Field.LAYOUT]).name} holds {dtype}, got {weight.dtype}")
+    view_block(arena, row, *weight.shape)["weight"].copy_(weight)
+
+
+def read_full_precision(arena: torch.Tensor, row: Sequence[int], N: int, K: int) -> torch.Tensor:
+    """Read a block that is kept as it is: [N, K] of the layout's element type, a view of the arena."""
+    _full_precision_dtype(row)
+    return view_block(arena, row, N, K)["weight"]
+
+
+def dequantize_block(arena: torch.Tensor, row: Sequence[int], N: int, K: int) -> torch.Tensor:
+    """The weight [N, K] in float32 that a row of the table stands for."""
+    if row[Field.LAYOUT] in FULL_PRECISION_DTYPES:
+        return read_full_precision(arena, row, N, K).float()
+    codes, scales, zeros = read_codes(arena, row, N, K)
+    groups = scales.shape[1]
+    centred = codes.view(N, groups, K // groups).float()
+    centred -= 2 ** (row[Field.WEIGHT_BITS] - 1) if zeros is None else zeros.float().unsqueeze(-1)
+    return (centred * scales.float().unsqueeze(-1)).view(N, K)
+
+
+def _full_precision_dtype(row: Sequence[int]) -> torch.dtype:
+    layout = row[Field.LAYOUT]
+    for known, dtype in FULL_PRECISION_DTYPES.items():
+        if layout == known:
+            return dtype
+    names = ", ".join(f"{known.value} {known.name}" for known in Layout)
+    raise ValueError(f"layout {layout} is not a full-precision layout; known layouts: {names}")
+
+
+def _section(arena: torch.Tensor, offset: int, size: int) -> torch.Tensor:
+    """Bytes [offset, offset + size) of the arena; never a shorter slice, which would read a neighbour's bytes."""
+    if offset < 0 or offset + size > arena.numel():
+        raise ValueError(
+            f"section [{offset}, {offset + size}) lies outside the arena of {arena.numel()} bytes: "
+            f"the table does not belong to this arena, or the arena is truncated"
+        )
+    return arena[offset : offset + size]

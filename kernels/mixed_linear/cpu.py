@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm_ext::mixed_linear` on the CPU: one dequantize and one GEMM per row block, no Python loop over tokens.
+
+The C++ operators that vLLM and torch bring for packed weights are not used: those that scale per group round
+activations per token (`int4_scaled_mm_cpu`) or keep scales in bf16 (`_weight_int4pack_mm_for_cpu`), which is another
+function, and all of them want the weight in a layout of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn.functional import linear
+
+from ..act_quant.reference import round_activations
+from ..arena import Field, dequantize_block
+from .arguments import check_arguments, check_rows
+from .layout import NUM_ROWS
+
+
+def mixed_linear(
+    x: torch.Tensor, arena: torch.Tensor, table: torch.Tensor, out_features: int, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Same arguments, result and errors as `vllm_ext.kernels.mixed_linear.mixed_linear`.
+
+    Differs from the reference as `apply_block` says.
+    """
+    check_arguments(x, arena, table, out_features, bias)
+    rows = table.tolist()
+    check_rows(rows, out_features)
+    inputs = x.reshape(-1, x.shape[-1])
+    parts = [apply_block(inputs, arena, row, row[NUM_ROWS], x.shape[-1], x.dtype) for row in rows]
+    out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    if bias is not None:
+        out = out + bias.float()
+    return out.to(x.dtype).view(*x.shape[:-1], out_features)
+
+
+def apply_block(
+    inputs: torch.Tensor, arena: torch.Tensor, row: Sequence[int], N: int, K: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """inputs [tokens, K] -> float32 [tokens, N], with a table row's weight and activation width.
+
+    dtype: that of x. Where it is bf16 and the activations are 16-bit, the GEMM runs in bf16 (the CPU's matrix
+    unit) with float32 accumulation; otherwise in float32.
+    """
+    weight = dequantize_block(arena, row, N, K)
+    if row[Field.ACT_BITS] == 8:
+        return linear(round_activations(inputs.float(), row[Field.GROUP_SIZE]), weight)
+    if dtype == torch.bfloat16:
+        return linear(inputs.to(dtype), weight.to(dtype)).float()
+    # float16 GEMMs are emulated on most CPUs; float32 is faster and closer to the reference.
+    return linear(inputs.float(), weight)

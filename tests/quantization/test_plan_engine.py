@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans in the real engine: online, packed, changed at the same path, and reloaded."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm import LLM, SamplingParams
+
+from tests.quantization.packed_models import fake_quantize_model, pack_model
+from vllm_ext.quantization.moe import list_storage
+from vllm_ext.quantization.plan import Plan
+
+# Slow: three compiled engines take two to three minutes.
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+NUM_LAYERS, NUM_EXPERTS = 5, 16
+# K is 256 for gate_up, q, k, v and o, and 128 for down.
+MIXED = (
+    "w2a16_g32", "w3a8_g64", "w4a16_g128", "w5a8_g-1", "w6a16_g64_sym", "w8a8_g128_sym", "w16a16", "w3a16_g32_sym",
+)  # fmt: skip
+WEIGHT_ONLY = ("w4a16_g64", "w8a16_g-1_sym", "w3a16_g128", "w6a16_g32", "w5a16_g128_sym")
+
+
+def make_plan(schemes: tuple[str, ...], linears: dict[str, str], left_out: str = "") -> Plan:
+    """Schemes dealt to experts and blocks in turn, every layer another way; `linears` in every layer.
+
+    left_out: a layer whose experts the plan does not name.
+    """
+    modules: dict[str, Any] = {}
+    for layer in range(NUM_LAYERS):
+        prefix = f"model.layers.{layer}"
+        modules |= {f"{prefix}.self_attn.{name}": scheme for name, scheme in linears.items()}
+        for expert in range(NUM_EXPERTS if prefix != left_out else 0):
+            modules[f"{prefix}.mlp.experts.{expert}"] = {
+                "gate_up": schemes[(expert + layer) % len(schemes)],
+                "down": schemes[(3 * expert + 2 * layer + 1) % len(schemes)],
+            }
+    return Plan.parse(modules)
+
+
+PLAN = make_plan(MIXED, {"q_proj": "w4a8_g64", "k_proj": "w4a8_g64", "v_proj": "w4a8_g64", "o_proj": "w6a16_g128"})
+WEIGHT_ONLY_PLAN = make_plan(WEIGHT_ONLY, {"o_proj": "w3a16_g32"}, left_out="model.layers.3")
+
+
+def score_with_vllm(llm: LLM, windows: list[list[int]]) -> torch.Tensor:
+    """Log-probability of every token after the first of every window.
+
+    One window at a time: which requests share a batch depends on when they arrive, and a GEMM's last bits on its batch.
+    """
+    sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+    outputs = [llm.generate({"prompt_token_ids": ids}, sampling, use_tqdm=False)[0] for ids in windows]
+    return torch.tensor(
+        [
+            position[token].logprob
+            for output, ids in zip(outputs, windows, strict=True)
+            for position, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)
+        ]
+    )
+
+
+def score_with_transformers(directory: str | Path, windows: list[list[int]]) -> torch.Tensor:
+    """The same in float32 from transformers."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    ids = torch.tensor(windows)
+    with torch.inference_mode():
+        log_probs = model(ids[:, :-1]).logits.log_softmax(-1)
+    return log_probs.gather(-1, ids[:, 1:, None]).flatten()
+
+
+def start(model: str | Path, **options: Any) -> LLM:
+    return LLM(model=str(model), dtype="float32", max_model_len=512, max_num_seqs=4, **options)
+
+
+def test_online_packed_changed_and_reloaded(tiny_moe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # list_storage travels to the worker as a pickled reference.
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_moe)
+    texts = [Path(tiny_moe, name).read_text()[:2000] for name in ("kjv_val.txt", "py_val.txt")]
+    windows = [tokenizer(text)["input_ids"][:128] for text in texts]
+    original = score_with_transformers(tiny_moe, windows)
+
+    llm = start(tiny_moe, hf_overrides={"quantization_config": PLAN.to_config()})
+    try:
+        online = score_with_vllm(llm, windows)
+        (online_storage,) = llm.apply_model(list_storage)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+    directory = pack_model(tiny_moe, tmp_path / "packed", PLAN)
+    llm = start(directory)
+    try:
+        packed = score_with_vllm(llm, windows)
+        (packed_storage,) = llm.apply_model(list_storage)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+    assert torch.equal(online, packed)
+    assert (online - original).abs().max() > 0.05
+    assert online_storage == packed_storage
+    assert sorted(packed_storage) == sorted(
+        f"model.layers.{layer}.{module}"
+        for layer in range(NUM_LAYERS)
+        for module in ("mlp.experts", "self_attn.o_proj", "self_attn.qkv_proj")
+    )
+    # One scale of two bytes and one zero point for 128 weights; q, k and v have 128 outputs more than o.
+    assert packed_storage["model.layers.0.self_attn.o_proj"].bits_per_weight == 6 + 24 / 128
+
+    # Another plan at the same path: the answers must be its own, whatever vLLM has compiled and kept before.
+    assert pack_model(tiny_moe, tmp_path / "packed", WEIGHT_ONLY_PLAN) == directory
+    llm = start(directory)
+    try:
+        served = score_with_vllm(llm, windows)
+        rounded = fake_quantize_model(tiny_moe, tmp_path / "rounded", WEIGHT_ONLY_PLAN)
+        expected = score_with_transformers(rounded, windows)
+        assert (served - expected).abs().max() < 1e-4
+        assert (served - packed).abs().max() > 0.05
+        kept = list(Path(tmp_path, "cache", "torch_compile_cache", "torch_aot_compile").iterdir())
+        assert len(kept) == 3
+
+        # A reload puts other weights, packed by the same plan, where the compiled graph reads them.
+        other = scale_model(tiny_moe, tmp_path / "scaled")
+        again = pack_model(str(other), tmp_path / "scaled_packed", WEIGHT_ONLY_PLAN)
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(again)})
+        rounded = fake_quantize_model(str(other), tmp_path / "scaled_rounded", WEIGHT_ONLY_PLAN)
+        expected = score_with_transformers(rounded, windows)
+        assert (score_with_vllm(llm, windows) - expected).abs().max() < 1e-4
+        assert (served - expected).abs().max() > 0.05
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def scale_model(source: str, target: Path) -> Path:
+    """The model with other experts and another attention output."""
+    packed = pack_model(source, target, Plan.parse({}))
+    Path(target, "config.json").write_text(Path(source, "config.json").read_text())
+    tensors = load_file(packed / "model.safetensors")
+    scaled = {n: t * 1.25 if ".down_proj." in n or ".o_proj." in n else t for n, t in tensors.items()}
+    save_file(scaled, target / "model.safetensors", metadata={"format": "pt"})
+    return target

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each scheme costs each block: so far the squared weight error times the routing frequency."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from vllm_ext.compress.families import Block, Module
+from vllm_ext.compress.profile import ActivationProfile
+from vllm_ext.compress.progress import track
+from vllm_ext.compress.source import SourceModel
+from vllm_ext.quantization.default_plan import choose_group_size, measure_error
+from vllm_ext.quantization.plan import PlanError
+from vllm_ext.quantization.scheme import Scheme
+
+#: Widths tried when the user names no schemes: weight-only, in the group size that fits each block.
+DEFAULT_BITS = (2, 3, 4, 5, 6, 8)
+
+
+class Unit(NamedTuple):
+    """A block whose scheme is to be chosen, and the schemes it may take; None where one does not fit its shape."""
+
+    module: Module
+    block: Block
+    options: tuple[Scheme | None, ...]
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Stored bytes of each option, int64 [options]; 0 where it does not fit."""
+        shape = self.block.N, self.block.K
+        return np.array([option.stored_bytes(*shape) if option else 0 for option in self.options], np.int64)
+
+
+def list_units(modules: Sequence[Module], schemes: Sequence[Scheme]) -> list[Unit]:
+    """Every block of the modules with its options: the given schemes, or one per DEFAULT_BITS where none are given.
+
+    Raises PlanError, with the reason, for a block that takes none of the schemes.
+    """
+    return [Unit(module, block, _list_options(module, block, schemes)) for module in modules for block in module.blocks]
+
+
+def measure_weight_errors(source: SourceModel, units: Sequence[Unit], *, progress: bool = False) -> np.ndarray:
+    """Squared difference between each unit's weights and their rounded versions, float64 [units, options].
+
+    Reads one weight at a time. inf where an option does not fit; 0 for w16a16. Raises ValueError for NaN weights.
+    """
+    errors = np.full((len(units), len(units[0].options)), np.inf)
+    for row, unit in enumerate(track(units, "weight error", len(units), progress)):
+        fitting = [column for column, option in enumerate(unit.options) if option is not None]
+        errors[row, fitting] = 0.0
+        for path, weight in source.read_weights(unit.block):
+            weight = weight.float()
+            for column in fitting:
+                option = unit.options[column]
+                if option is not None and option.is_quantized:
+                    errors[row, column] += measure_error(weight, option, path)
+    return errors
+
+
+def weigh_by_frequency(
+    errors: np.ndarray, units: Sequence[Unit], profile: ActivationProfile | None, num_experts: Mapping[str, int]
+) -> np.ndarray:
+    """errors [units, options] times the share of its layer's tokens that a unit sees.
+
+    1 for what every token passes; 1/experts for an expert when there is no profile. num_experts: by layer path.
+
+    Source: MxMoE weighs experts by activation frequency (arXiv:2505.05799, section 4.1); it measures the layer's output
+    error where this measures the weight's.
+    """
+    weights = np.ones(len(units))
+    for row, unit in enumerate(units):
+        if unit.module.expert is not None:
+            layer = unit.module.path.rpartition(".")[0]
+            uniform = 1 / num_experts[layer]
+            weights[row] = uniform if profile is None else profile.frequencies(layer)[unit.module.expert]
+    return errors * weights[:, None]
+
+
+def _list_options(module: Module, block: Block, schemes: Sequence[Scheme]) -> tuple[Scheme | None, ...]:
+    if not schemes:
+        if block.K % 8:
+            return (Scheme(16),) * len(DEFAULT_BITS)
+        return tuple(Scheme(bits, 16, choose_group_size(block.K)) for bits in DEFAULT_BITS)
+    options: list[Scheme | None] = []
+    reasons = []
+    for scheme in schemes:
+        try:
+            scheme.stored_bytes(block.N, block.K)
+            options.append(scheme)
+        except ValueError as error:
+            options.append(None)
+            reasons.append(str(error))
+    if not any(options):
+        raise PlanError(f"{module.path} {block.name} takes none of the schemes: {'; '.join(reasons)}")
+    return tuple(options)
