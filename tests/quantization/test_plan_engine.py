@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans in the real engine: online, packed, changed at the same path, and reloaded."""
+"""Plans in the real engine: online, packed, and changed at the same path."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import LLM, SamplingParams
 
@@ -75,7 +74,7 @@ def start(model: str | Path, **options: Any) -> LLM:
     return LLM(model=str(model), dtype="float32", max_model_len=512, max_num_seqs=4, **options)
 
 
-def test_online_packed_changed_and_reloaded(tiny_moe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_online_packed_and_changed(tiny_moe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # list_storage travels to the worker as a pickled reference.
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
@@ -121,23 +120,8 @@ def test_online_packed_changed_and_reloaded(tiny_moe: str, tmp_path: Path, monke
         kept = list(Path(tmp_path, "cache", "torch_compile_cache", "torch_aot_compile").iterdir())
         assert len(kept) == 3
 
-        # A reload puts other weights, packed by the same plan, where the compiled graph reads them.
-        other = scale_model(tiny_moe, tmp_path / "scaled")
-        again = pack_model(str(other), tmp_path / "scaled_packed", WEIGHT_ONLY_PLAN)
-        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(again)})
-        rounded = fake_quantize_model(str(other), tmp_path / "scaled_rounded", WEIGHT_ONLY_PLAN)
-        expected = score_with_transformers(rounded, windows)
-        assert (score_with_vllm(llm, windows) - expected).abs().max() < 1e-4
-        assert (served - expected).abs().max() > 0.05
+        # A reload would leave the arena as it was; it is refused rather than answered wrongly.
+        with pytest.raises(Exception, match="cannot be reloaded into a running engine yet"):
+            llm.collective_rpc("reload_weights", kwargs={"weights_path": str(directory)})
     finally:
         llm.llm_engine.engine_core.shutdown()
-
-
-def scale_model(source: str, target: Path) -> Path:
-    """The model with other experts and another attention output."""
-    packed = pack_model(source, target, Plan.parse({}))
-    Path(target, "config.json").write_text(Path(source, "config.json").read_text())
-    tensors = load_file(packed / "model.safetensors")
-    scaled = {n: t * 1.25 if ".down_proj." in n or ".o_proj." in n else t for n, t in tensors.items()}
-    save_file(scaled, target / "model.safetensors", metadata={"format": "pt"})
-    return target
