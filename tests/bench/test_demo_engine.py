@@ -103,9 +103,10 @@ def test_nothing_is_left(outcome: dict[str, Any]) -> None:
     assert list(outcome["directory"].glob("vllm-ext-demo-*")) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "moment", "exit_code"),
-    [(signal.SIGINT, "EngineCore", 130), pytest.param(signal.SIGTERM, "", 143, marks=pytest.mark.slow)],
+    [(signal.SIGINT, "EngineCore", 130), (signal.SIGTERM, "", 143)],
 )
 def test_interrupted_demo_leaves_no_process(
     repository: Path, tmp_path: Path, number: signal.Signals, moment: str, exit_code: int
