@@ -5,6 +5,7 @@
 PYTHON ?= python3
 DEVICE ?= auto
 ARGS ?=
+JOBS ?= 2
 NEXT ?=
 
 VENV_PYTHON := .venv/bin/python
@@ -14,7 +15,7 @@ BENCH_SUITES := $(wildcard bench/kernels/bench_*.py)
 .PHONY: help bootstrap demo test test-slow bench lint next-vllm clean
 
 help: ## this list
-	@echo 'make TARGET [PYTHON=python3.11] [DEVICE=auto|cpu|nvidia] [ARGS="..." for pytest]'
+	@echo 'make TARGET [PYTHON=python3.11] [DEVICE=auto|cpu|nvidia] [JOBS=2] [ARGS="..." for pytest]'
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | while IFS='|' read -r name text; do printf '  %-10s %s\n' $$name "$$text"; done
 
 bootstrap: ## build .venv: vLLM for this machine, the pack (editable), the tools; redo only what changed
@@ -24,7 +25,7 @@ demo: bootstrap ## serve the shipped MoE in bf16 and with --quantization mxmoe, 
 	$(VENV_PYTHON) -m bench.demo
 
 test: bootstrap ## every test that needs no GPU and no minutes
-	$(VENV_PYTHON) -m pytest -q $(ARGS)
+	$(VENV_PYTHON) -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: bootstrap ## the tests that take minutes
 	$(VENV_PYTHON) -m pytest -q -m 'slow and not gpu' --timeout=3600 $(ARGS)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Serve the shipped small MoE in bf16, with `--quantization mxmoe`, and packed to 3.25 bits; print one table.
 
-    python -m bench.demo [--json] [--windows N] [--keep-logs]
+    python -m bench.demo [--json] [--windows N] [--enforce-eager] [--keep-logs]
 
 All are plain `vllm serve` processes on loopback, one after the other, asked the same through the `openai` client. The
 packed checkpoint is made by `vllm-ext quantize` from the shipped calibration texts. Progress goes to stderr; the table,
@@ -230,7 +230,13 @@ def quantize(output: Path, progress: Progress) -> None:
 
 
 def run_arm(
-    arm: str, model: Path, tokenizer: Tokenizer, windows: int | None, logs: Path, progress: Progress
+    arm: str,
+    model: Path,
+    tokenizer: Tokenizer,
+    windows: int | None,
+    is_eager: bool,
+    logs: Path,
+    progress: Progress,
 ) -> ArmResult:
     """Start one server on a model directory, ask it everything, and stop it. Raises DemoFailed."""
     from openai import DefaultHttpxClient, OpenAI
@@ -238,7 +244,7 @@ def run_arm(
     environment = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
         environment["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB; the default takes a share of the machine's memory
-    mode = [] if HAS_PYTHON_HEADERS else ["--enforce-eager"]
+    mode = ["--enforce-eager"] if is_eager else []
     server = VllmServer(
         model,
         args=["--served-model-name", SERVED_NAME, "--max-model-len", "1024", *mode, *ARMS[arm]],
@@ -333,20 +339,22 @@ def check_requirements() -> None:
         raise DemoFailed(f"{', '.join(missing)} not installed here; run `make demo`, or pip install 'vllm-ext[bench]'")
 
 
-def run_demo(windows: int | None, logs: Path) -> dict[str, ArmResult]:
+def run_demo(windows: int | None, is_eager: bool, logs: Path) -> dict[str, ArmResult]:
     """All arms, one after the other. Raises DemoFailed."""
     progress = Progress()
     with progress.step("prepare"):
         check_requirements()
         tokenizer = load_tokenizer(MODEL)
-    if not HAS_PYTHON_HEADERS:
+    if not is_eager and not HAS_PYTHON_HEADERS:
+        is_eager = True
         print("no Python.h (package python3-dev): the servers run with --enforce-eager", file=sys.stderr)
     packed = logs / "tiny_moe_packed"
     results = {}
     for arm in ARMS:
         if arm == "packed":
             quantize(packed, progress)
-        results[arm] = run_arm(arm, packed if arm == "packed" else MODEL, tokenizer, windows, logs, progress)
+        model = packed if arm == "packed" else MODEL
+        results[arm] = run_arm(arm, model, tokenizer, windows, is_eager, logs, progress)
     return results
 
 
@@ -364,6 +372,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--windows", type=int, default=40, metavar="N", help="windows of each held-out text (default 40; 0: all)"
     )
+    parser.add_argument("--enforce-eager", action="store_true", help="serve without torch.compile")
     parser.add_argument("--keep-logs", action="store_true", help="keep the servers' logs and say where they are")
     options = parser.parse_args(argv)
     if options.windows < 0:
@@ -378,7 +387,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     failed = True
     try:
-        results = run_demo(windows, logs)
+        results = run_demo(windows, options.enforce_eager, logs)
         failed = False
     except DemoFailed as error:
         print(f"demo failed: {error}", file=sys.stderr)

@@ -20,6 +20,8 @@ LOOPBACK = "127.0.0.1"
 POLL_SECONDS = 0.25
 PROGRESS_SECONDS = 1.0
 GROUP_GRACE_SECONDS = 3.0
+#: For a server that was never ready: it holds no request, and vLLM reacts to signals late while it compiles.
+UNREADY_STOP_SECONDS = 10.0
 LOG_TAIL_LINES = 40
 
 #: Runs beside the server and reads a pipe that only this process holds open. An end of file without "stopped"
@@ -150,7 +152,8 @@ class VllmServer:
         self.startup_seconds = time.monotonic() - began
 
     def stop(self) -> int | None:
-        """End the server in order, and kill what is left of its group after `stop_timeout` seconds.
+        """End the server in order, and kill what is left of its group after `stop_timeout` seconds
+        (after at most `UNREADY_STOP_SECONDS` where it never was ready).
 
         Returns the server's exit code (0 after a clean stop; negative: the signal that ended it); None when it was
         never started. Calling it again changes nothing.
@@ -166,7 +169,8 @@ class VllmServer:
                 else:
                     # As Ctrl-C in a terminal: until its engine is up, the leader on its own reacts very late.
                     os.killpg(group, signal.SIGINT)
-            deadline = time.monotonic() + self.stop_timeout
+            seconds = self.stop_timeout if self._healthy else min(self.stop_timeout, UNREADY_STOP_SECONDS)
+            deadline = time.monotonic() + seconds
             while self._process.poll() is None and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS / 5)
             # The engine's processes end by themselves when their parent has.

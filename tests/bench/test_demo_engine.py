@@ -48,7 +48,8 @@ def start_demo(repository: Path, tmp_path: Path, *arguments: str) -> subprocess.
 @pytest.fixture(scope="module")
 def outcome(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     directory = tmp_path_factory.mktemp("demo")
-    process = start_demo(repository, directory, "--json", "--windows", "4")
+    # Eager: compiling three models takes a minute and a half, and compiled engines have tests of their own.
+    process = start_demo(repository, directory, "--json", "--windows", "4", "--enforce-eager")
     out, err = process.communicate(timeout=500)
     assert process.returncode == 0, err[-6000:]
     return {"out": out, "err": err, "directory": directory, "json": json.loads(out.splitlines()[-1])}

@@ -19,6 +19,7 @@ from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
+from vllm.model_executor.model_loader.reload import layerwise
 
 from tests.quantization.packed_models import pack_weight
 from vllm_ext.compress.rounding import dequantize, round_to_nearest
@@ -112,6 +113,24 @@ def test_q_k_and_v_are_fused_and_split_by_vllm(scheme: str, tp_size: int, play_r
         assert tolerances.relative_error(layer(x)[0], expected) < 1e-5
         assert tolerances.relative_error(expected, x @ torch.cat(list(weights.values()))[: expected.shape[1]].T) > 1e-3
         assert all(getattr(layer, suffix).numel() == 0 for suffix in layer.quant_method.scheme.tensors)
+
+
+def test_a_reload_fills_the_arena_in_place(play_rank: Any) -> None:
+    scheme, weights = "w3a16_g32", qkv_weights()
+    layer = make_qkv(scheme)
+    layerwise.record_metadata_for_reloading(layer)
+    load(layer, weights)
+    layer.quant_method.process_weights_after_loading(layer)
+    address = layer.linear_arena.data_ptr()
+    other = {shard: -weight for shard, weight in weights.items()}
+    layerwise.initialize_layerwise_reload(layer)
+    load(layer, other)
+    layerwise.finalize_layerwise_reload(layer, SimpleNamespace(dtype=torch.float32))
+    # A compiled graph or a captured one holds the address.
+    assert layer.linear_arena.data_ptr() == address
+    x = torch.randn(5, HIDDEN)
+    expected = x @ torch.cat([round_weight(weight, scheme) for weight in other.values()]).T
+    assert tolerances.relative_error(layer(x)[0], expected) < 1e-5
 
 
 @pytest.mark.parametrize("scheme", ["w4a16_g32", "w3a16_g-1", "w6a16_g64_sym"])

@@ -312,15 +312,39 @@ def test_loaders_do_not_keep_the_layer_alive() -> None:
     assert gone() is None
 
 
-def test_a_reload_is_refused() -> None:
+def reload(layer: RoutedExperts, tensors: Weights) -> None:
+    """What `llm.collective_rpc("reload_weights")` does with a layer."""
+    layerwise.initialize_layerwise_reload(layer)
+    load(layer, tensors)
+    layerwise.finalize_layerwise_reload(layer, SimpleNamespace(dtype=torch.float32))
+
+
+def test_a_reload_fills_the_arena_in_place() -> None:
     plan, weights = make_plan(), random_weights()
     layer = make_layer(plan)
+    layerwise.record_metadata_for_reloading(layer)
     load(layer, pack(plan, weights))
     finish(layer)
-    # vLLM's reload removes the flag before it processes the layer again.
-    del layer._already_called_process_weights_after_loading
-    with pytest.raises(ValueError, match="cannot be reloaded into a running engine yet; start the engine again"):
-        finish(layer)
+    address, table = layer.expert_arena.data_ptr(), layer.expert_table
+    other = {name: 2 - weight.flip(0) for name, weight in weights.items()}
+    reload(layer, pack(plan, other))
+    # A compiled graph or a captured one holds the address.
+    assert layer.expert_arena.data_ptr() == address
+    assert layer.expert_table is table
+    tokens = make_tokens()
+    assert tolerances.relative_error(run(layer, *tokens), run_plain(plan, other, *tokens)) < 1e-5
+
+
+def test_an_incomplete_reload_names_the_tensor() -> None:
+    plan, weights = make_plan(), random_weights()
+    layer = make_layer(plan)
+    layerwise.record_metadata_for_reloading(layer)
+    load(layer, pack(plan, weights))
+    finish(layer)
+    tensors = pack(plan, weights)
+    del tensors["2.up_proj.scales"]
+    with pytest.raises(ValueError, match=rf"^{LAYER}\.2\.up_proj\.scales is not in the checkpoint"):
+        reload(layer, tensors)
 
 
 def test_eplb_is_refused() -> None:

@@ -18,7 +18,7 @@ from vllm_ext.kernels.mixed_linear import op  # noqa: F401 - registers torch.ops
 from vllm_ext.kernels.mixed_linear.layout import LinearPlan, plan_linear
 from vllm_ext.quantization.moe import LayerStorage, describe_block
 from vllm_ext.quantization.scheme import Scheme
-from vllm_ext.quantization.tensors import check_split, check_tensor, describe_missing, is_dummy_load, refuse_reload
+from vllm_ext.quantization.tensors import check_split, check_tensor, describe_missing, is_dummy_load
 
 #: vLLM's shard ids of a fused q/k/v layer, in the order of its parts; other fused layers count from 0.
 QKV_SHARDS = ("q", "k", "v")
@@ -130,7 +130,6 @@ class MxMoELinearMethod(MxMoELinearBase):
         """Move the tensors into an arena. Raises ValueError naming the first one that did not arrive."""
         if getattr(layer, "_already_called_process_weights_after_loading", False):
             return
-        refuse_reload(self.layer_name, self.storage is not None)
         if self.check_plan is not None:
             self.check_plan()
         missing = [

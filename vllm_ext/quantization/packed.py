@@ -37,7 +37,6 @@ from vllm_ext.quantization.tensors import (
     find_spec,
     is_dummy_load,
     narrow_to_rank,
-    refuse_reload,
 )
 
 #: vLLM's names of an expert's parts: gate, up, down.
@@ -174,7 +173,6 @@ class MxMoEPackedMethod(MxMoEMethodBase):
         """Raise ValueError naming the first tensor that did not arrive; else complete `expert_table`."""
         if getattr(layer, "_already_called_process_weights_after_loading", False):
             return
-        refuse_reload(self.layer_name, self.storage is not None)
         assert self.schemes is not None
         if self.check_plan is not None:
             self.check_plan()

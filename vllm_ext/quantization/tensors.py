@@ -74,14 +74,6 @@ def narrow_to_rank(tensor: torch.Tensor, split_dim: int | None, tp_rank: int, tp
     return tensor.narrow(split_dim, tp_rank * size, size)
 
 
-def refuse_reload(name: str, was_loaded: bool) -> None:
-    """Raise ValueError where a packed layer is loaded a second time: vLLM's weight reload does not fill its arena."""
-    if was_loaded:
-        raise ValueError(
-            f"{name}: packed mxmoe checkpoints cannot be reloaded into a running engine yet; start the engine again"
-        )
-
-
 def is_dummy_load() -> bool:
     """Whether vLLM makes weights up (`--load-format dummy`), so that nothing can be missing."""
     config = get_current_vllm_config_or_none()
