@@ -9,7 +9,6 @@ JOBS ?= 2
 NEXT ?=
 
 VENV_PYTHON := .venv/bin/python
-BENCH_SUITES := $(wildcard bench/kernels/bench_*.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help bootstrap demo test test-slow bench lint next-vllm clean
@@ -30,8 +29,8 @@ test: bootstrap ## every test that needs no GPU and no minutes
 test-slow: bootstrap ## the tests that take minutes
 	$(VENV_PYTHON) -m pytest -q -m 'slow and not gpu' --timeout=3600 $(ARGS)
 
-bench: bootstrap ## time the kernels (pytest-benchmark)
-	$(if $(BENCH_SUITES),$(VENV_PYTHON) -m pytest -q --benchmark-only bench/kernels -o python_files='bench_*.py' -o python_functions='bench_*' $(ARGS),@echo 'no suites in bench/kernels')
+bench: bootstrap ## stock against the pack: engines, operators, the page of results (about 15 minutes)
+	$(VENV_PYTHON) -m bench.sweep $(ARGS)
 
 lint: bootstrap ## ruff and mypy
 	@$(VENV_PYTHON) .ci/lint.py

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import urllib.error
 import urllib.request
@@ -16,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+from vllm_ext.compress import windows as windowing
 
 #: Windows sent in one request; the server schedules them as it would those of as many clients.
 WINDOWS_PER_REQUEST = 8
@@ -63,35 +64,23 @@ def measure_perplexity(
 
     `base_url` is the server's address without `/v1`. Raises ValueError for a text shorter than one window or a
     tokenizer without bos, RuntimeError with the server's message when it refuses a request.
-    Source: the fixed-length perplexity of Transformers' documentation, with a stride of one window.
     """
     split = split_windows(text, tokenizer, context, windows, add_bos)
-    total, count = 0.0, 0
-    for start in range(0, len(split), WINDOWS_PER_REQUEST):
-        for logprob in request_logprobs(base_url, model, split[start : start + WINDOWS_PER_REQUEST]):
-            total -= logprob
-            count += 1
-    return Perplexity(math.exp(total / count), count, len(split))
+    requests = (split[start : start + WINDOWS_PER_REQUEST] for start in range(0, len(split), WINDOWS_PER_REQUEST))
+    logprobs = (logprob for request in requests for logprob in request_logprobs(base_url, model, request))
+    return Perplexity(*windowing.compute_perplexity(logprobs), len(split))
 
 
 def split_windows(text: str, tokenizer: Tokenizer, context: int, windows: int | None, add_bos: bool) -> list[list[int]]:
     """The first `windows` full windows of a text as token ids, `context` each. Raises ValueError as above."""
-    if context < 2:
-        raise ValueError(f"context must be at least 2 tokens, one given and one scored; got {context}")
-    if windows is not None and windows < 1:
-        raise ValueError(f"windows must be at least 1, got {windows}")
+    windowing.check_scoring(context, windows)
     prefix: list[int] = []
     if add_bos:
         if tokenizer.bos_token_id is None:
             raise ValueError("add_bos needs a tokenizer with a bos token; this one has none")
         prefix = [tokenizer.bos_token_id]
     ids = tokenizer.encode(text, add_special_tokens=False)
-    step = context - len(prefix)
-    available = len(ids) // step
-    if available == 0:
-        raise ValueError(f"the text has {len(ids)} tokens, less than one window of {context}; give a smaller context")
-    count = available if windows is None else min(windows, available)
-    return [prefix + ids[i * step : (i + 1) * step] for i in range(count)]
+    return windowing.split_windows(ids, context, windows=windows, prefix=prefix).tolist()
 
 
 def request_logprobs(base_url: str, model: str, prompts: Sequence[Sequence[int]]) -> Iterator[float]:

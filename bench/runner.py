@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run a case: tune stock, then alternating pairs of runs, each written as a record the moment it ends."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from bench.arms import EngineArm, RunResult, find_model
+from bench.case import ARMS, Case
+from bench.client import RunFailed
+from bench.records import Record, describe_environment, hide_paths, load_records, record_path, write_record
+from bench.serve.server import ServerFailed
+
+#: Measured runs of each stock setting that is tried, after the warm-up.
+TUNE_RUNS = 2
+#: An arm that could not be started so often ends the case: another five minutes would say the same.
+START_FAILURES = 2
+#: Seeds of runs that are not measured lie beyond those that are, so that no prompt is in a prefix cache before its run.
+WARMUP_SEED = 1_000_000
+TUNE_SEED = 2_000_000
+
+MakeArm = Callable[..., EngineArm]
+
+
+class CaseFailed(RuntimeError):  # noqa: N818 - reads as what happened
+    """The case cannot go on; records of what ran are kept."""
+
+
+@dataclass
+class CaseRunner:
+    """Runs one case into the folder of results `out`. `folder` holds logs, request files and made models.
+
+    `make_arm` builds an arm (EngineArm's arguments); tests give one with another command.
+    """
+
+    case: Case
+    out: Path
+    folder: Path
+    repetitions: int
+    resume: bool = False
+    make_arm: MakeArm = EngineArm
+    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)
+    _arms: dict[str, EngineArm] = field(default_factory=dict)
+    _start_failures: dict[str, list[str]] = field(default_factory=dict)
+
+    def run(self) -> list[Record]:
+        """All records of the case, those of an earlier run with `resume` included.
+
+        Raises CaseFailed when an arm cannot be started twice in a row, or no stock setting works. Whatever ends it,
+        KeyboardInterrupt included, no engine is left running and every finished run has its record.
+        """
+        self._environment = describe_environment()
+        kept = self._find_finished() if self.resume else {}
+        self._remove_records(except_for=kept)
+        missing = [number for number in range(self.repetitions) if number not in kept]
+        if kept:
+            self.say(f"{self.case.name}: {len(kept)} of {self.repetitions} pairs are there already")
+        if missing:
+            self._tuning = next(iter(kept.values())).settings["tuning"] if kept else self._tune_stock()
+            with ExitStack() as stack:
+                stack.callback(self._stop_all)
+                for name in ARMS:
+                    self._arms[name] = self._make(name, self._tuning["args"] if name == "stock" else ())
+                for done, repetition in enumerate(missing):
+                    if self.case.restart_every and done and done % self.case.restart_every == 0:
+                        self._stop_all()
+                    self._run_pair(repetition)
+        return [record for record in load_records(self.out) if record.case == self.case.name]
+
+    def _run_pair(self, repetition: int) -> None:
+        # Who is first has a cooler machine and an emptier page cache: each arm is first every other time.
+        order = ARMS if repetition % 2 == 0 else ARMS[::-1]
+        errors: dict[str, str | None] = {}
+        if self.case.servers == "together":
+            # Before either is measured: the pair then lies close in time, with no start between its halves.
+            errors = {name: self._make_ready(name, repetition) for name in order}
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        results: dict[str, list[RunResult]] = {name: [] for name in order}
+        for number in range(self.case.passes):
+            for name in order if number % 2 == 0 else order[::-1]:
+                if name not in errors:
+                    errors[name] = self._make_ready(name, repetition)
+                if errors[name] is None:
+                    self._run_pass(name, repetition, number, results[name], errors)
+        for position, name in enumerate(order):
+            result = None if errors[name] is not None else take_medians(results[name])
+            self._write(name, repetition, position, result, errors[name], started)
+        for name, failures in self._start_failures.items():
+            if len(failures) >= START_FAILURES:
+                raise CaseFailed(
+                    f"{self.case.name}: {name} did not start {len(failures)} times in a row:\n{failures[-1]}"
+                )
+
+    def _run_pass(
+        self, name: str, repetition: int, number: int, results: list[RunResult], errors: dict[str, str | None]
+    ) -> None:
+        arm, began = self._arms[name], time.monotonic()
+        try:
+            # The same prompts for both arms, others for every pass: no arm finds them in its prefix cache.
+            results.append(arm.run(self.case.seed + repetition * self.case.passes + number))
+        except RunFailed as failure:
+            errors[name] = str(failure)
+        self._report(name, repetition, errors[name] or results[-1], time.monotonic() - began)
+        if errors[name] is not None or self.case.servers == "in_turn":
+            # After a failure the next repetition gets a fresh engine.
+            arm.stop()
+
+    def _make_ready(self, name: str, repetition: int) -> str | None:
+        """Start and warm up an arm that is not running; the reason where it failed."""
+        arm = self._arms[name]
+        if arm.is_running:
+            return None
+        began = time.monotonic()
+        try:
+            arm.start()
+            for number in range(self.case.warmup):
+                arm.run(WARMUP_SEED + repetition * self.case.warmup + number)
+        except (ServerFailed, RunFailed) as error:
+            arm.stop()
+            self._start_failures.setdefault(name, []).append(str(error))
+            self.say(f"{self.case.name} {name}: not ready: {str(error).splitlines()[0]}")
+            return str(error)
+        self._start_failures.pop(name, None)
+        self.say(f"{self.case.name} {name}: started and warm in {time.monotonic() - began:.0f} s")
+        return None
+
+    def _tune_stock(self) -> dict[str, Any]:
+        """Try the case's stock settings, and no setting, in short runs; {"args", "metric", "trials"} of the best."""
+        if not self.case.tune:
+            return {"args": [], "metric": None, "trials": []}
+        metric = self.case.tune_metric
+        trials: list[dict[str, Any]] = []
+        for extra in ((), *self.case.tune):
+            trial: dict[str, Any] = {"args": list(extra), "value": None, "error": None}
+            arm = self._make("stock", extra)
+            try:
+                arm.start()
+                for number in range(self.case.warmup):
+                    arm.run(WARMUP_SEED + number)
+                values = [arm.run(TUNE_SEED + number).metrics[metric].value for number in range(TUNE_RUNS)]
+                found = [value for value in values if value is not None]
+                trial["value"] = statistics.median(found) if found else None
+            except (ServerFailed, RunFailed) as error:
+                trial["error"] = hide_paths(str(error))
+            finally:
+                arm.stop()
+            trials.append(trial)
+            value = "failed" if trial["value"] is None else f"{metric} {trial['value']:.4g}"
+            self.say(f"{self.case.name} stock with {' '.join(extra) or 'no setting'}: {value}")
+        return {"args": choose_setting(trials, self.case.metrics[metric].direction), "metric": metric, "trials": trials}
+
+    def _make(self, name: str, extra_args: Iterable[str]) -> EngineArm:
+        try:
+            model = find_model(self.case, name, self.folder)
+        except RunFailed as error:
+            raise CaseFailed(f"{self.case.name} {name}: {error}") from error
+        return self.make_arm(self.case, name, model, self.folder, extra_args=tuple(extra_args))
+
+    def _write(
+        self, name: str, repetition: int, position: int, result: RunResult | None, error: str | None, started: str
+    ) -> None:
+        case, arm = self.case, self.case.arm(name)
+        settings: dict[str, Any] = {
+            "kind": case.mode,
+            "stock_arm": ARMS[0],
+            "case_digest": case.digest,
+            "position": position,
+            "model": hide_paths(arm.model or case.model),
+            "quantize": list(arm.quantize),
+            "args": [hide_paths(one) for one in self._arms[name].args],
+            "env": {**case.env, **arm.env},
+            "workload": {"name": case.workload.name, "num_requests": case.workload.num_requests}
+            | {key: value for key, value in case.workload.options.items() if key != "path"},
+            "goodput": dict(case.workload.goodput),
+            "servers": case.servers,
+            "passes": case.passes,
+            "restart_every": case.restart_every,
+            "tuning": self._tuning,
+        }
+        record = Record(
+            case=case.name,
+            arm=name,
+            repetition=repetition,
+            metrics={} if result is None else result.metrics,
+            features={} if result is None else result.features,
+            seed=case.seed + repetition * case.passes,
+            status="failed" if result is None else "ok",
+            error=None if error is None else hide_paths(error),
+            started=started,
+            settings={key: value for key, value in settings.items() if value not in ({}, [], "")},
+            **self._environment,
+        )
+        write_record(self.out, record)
+
+    def _report(self, name: str, repetition: int, result: RunResult | str | None, seconds: float) -> None:
+        if not isinstance(result, RunResult):
+            said = f"failed: {str(result).splitlines()[0]}"
+        else:
+            shown = [(key, metric) for key, metric in result.metrics.items() if metric.value is not None][:3]
+            said = ", ".join(f"{key} {metric.value:.4g} {metric.unit}" for key, metric in shown)
+        self.say(f"{self.case.name} {name} {repetition + 1}/{self.repetitions} ({seconds:.0f} s): {said}")
+
+    def _stop_all(self) -> None:
+        with ExitStack() as stack:
+            # Each is stopped, also where stopping another was interrupted.
+            for arm in self._arms.values():
+                stack.callback(arm.stop)
+
+    def _find_finished(self) -> dict[int, Record]:
+        """{repetition: stock's record} of the pairs that both succeeded under this very case, code and versions."""
+        pairs: dict[int, dict[str, Record]] = {}
+        for record in load_records(self.out):
+            if record.case == self.case.name and self._is_current(record):
+                pairs.setdefault(record.repetition, {})[record.arm] = record
+        return {
+            number: pair["stock"]
+            for number, pair in sorted(pairs.items())
+            if number < self.repetitions and all(name in pair for name in ARMS)
+        }
+
+    def _is_current(self, record: Record) -> bool:
+        return (
+            record.status == "ok"
+            and record.settings.get("case_digest") == self.case.digest
+            and record.git_hash == self._environment["git_hash"]
+            and record.versions == self._environment["versions"]
+        )
+
+    def _remove_records(self, except_for: Mapping[int, Record]) -> None:
+        """Records of other runs of this case: mixed with ours they would be compared as pairs."""
+        for record in load_records(self.out):
+            if record.case == self.case.name and not (record.repetition in except_for and record.arm in ARMS):
+                record_path(self.out, record.case, record.arm, record.repetition).unlink()
+
+
+def take_medians(results: Sequence[RunResult]) -> RunResult:
+    """One result of several passes: the median of every metric, the last state of the features."""
+    metrics = {}
+    for name, first in results[0].metrics.items():
+        values = [value for result in results if (value := result.metrics[name].value) is not None]
+        metrics[name] = replace(first, value=statistics.median(values) if values else None)
+    return RunResult(metrics, results[-1].features)
+
+
+def choose_setting(trials: Iterable[Mapping[str, Any]], direction: str) -> list[str]:
+    """The args of the best trial; the first of equals. Raises CaseFailed with the last error when none has a value."""
+    every = list(trials)
+    valued = [trial for trial in every if trial["value"] is not None]
+    if not valued:
+        reason = next((trial["error"] for trial in reversed(every) if trial["error"]), "no value was measured")
+        raise CaseFailed(f"no stock setting works: {reason}")
+    choose = min if direction == "lower" else max
+    return list(choose(valued, key=lambda trial: trial["value"])["args"])

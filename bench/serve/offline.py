@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An offline engine (`vllm.LLM`) that answers repeated runs, so that its start is not paid for every one.
+
+    python -m bench.serve.offline MODEL --host 127.0.0.1 --port 8000 [engine options of vllm serve]
+
+`VllmServer` starts and stops it like a server: GET /health, /v1/models and /metrics, and POST /run, one at a time:
+
+    {"requests": [{"prompt": text} or {"input_len": n}, each with "output_tokens"], "seed": s}
+
+where `input_len` asks for so many random tokens. It answers with the fields that `vllm bench serve` gives for a run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+
+def run_requests(engine: LLM, requests: list[dict[str, Any]], seed: int) -> dict[str, Any]:
+    """Generate for all requests at once, greedily and to the asked length; the result as the client's fields."""
+    from vllm import SamplingParams
+
+    generator = np.random.default_rng(seed)
+    vocabulary = engine.model_config.get_vocab_size()
+    prompts: list[Any] = []
+    parameters = []
+    for request in requests:
+        if "input_len" in request:
+            prompts.append({"prompt_token_ids": generator.integers(vocabulary, size=request["input_len"]).tolist()})
+        else:
+            prompts.append(request["prompt"])
+        parameters.append(SamplingParams(temperature=0, max_tokens=request["output_tokens"], ignore_eos=True))
+    began = time.perf_counter()
+    outputs = engine.generate(prompts, parameters, use_tqdm=False)
+    duration = time.perf_counter() - began
+    total_input = sum(len(output.prompt_token_ids or ()) for output in outputs)
+    total_output = sum(len(output.outputs[0].token_ids) for output in outputs)
+    return {
+        "completed": sum(output.finished for output in outputs),
+        "failed": len(requests) - len(outputs),
+        "duration": duration,
+        "total_input_tokens": total_input,
+        "total_output_tokens": total_output,
+        "request_throughput": len(outputs) / duration,
+        "output_throughput": total_output / duration,
+        "total_token_throughput": (total_input + total_output) / duration,
+    }
+
+
+def make_handler(engine: LLM, name: str) -> type[BaseHTTPRequestHandler]:
+    """The HTTP side of one engine."""
+    from prometheus_client import REGISTRY, generate_latest
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path == "/metrics":
+                self._answer(200, generate_latest(REGISTRY), "text/plain")
+            elif self.path == "/v1/models":
+                self._answer(200, json.dumps({"data": [{"id": name}]}).encode())
+            else:
+                self._answer(200 if self.path == "/health" else 404, b"{}")
+
+        def do_POST(self) -> None:
+            if self.path != "/run":
+                self._answer(404, b"{}")
+                return
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            try:
+                result = run_requests(engine, asked["requests"], asked["seed"])
+            except ValueError as error:
+                # A request that the engine refuses, for example one longer than its context; the engine lives on.
+                self._answer(400, json.dumps({"error": str(error)}).encode())
+                return
+            self._answer(200, json.dumps(result).encode())
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Silence: health checks would push the engine's own lines out of the log's tail."""
+
+        def _answer(self, status: int, body: bytes, kind: str = "application/json") -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    return Handler
+
+
+def main() -> None:
+    """Start the engine, then listen: whoever gets an answer gets it from a ready engine."""
+    from vllm import LLM, EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser(prog="python -m bench.serve.offline")
+    parser.add_argument("model_directory", metavar="MODEL")
+    parser.add_argument("--host", required=True)
+    parser.add_argument("--port", type=int, required=True)
+    EngineArgs.add_cli_args(parser)
+    options = parser.parse_args(sys.argv[1:])
+    options.model = options.model_directory
+    engine_args = EngineArgs.from_cli_args(options)
+    # Counters of steps and tokens come from the engine's own statistics, which LLM leaves off by default.
+    engine_args.disable_log_stats = False
+    name = options.served_model_name
+    engine = LLM.from_engine_args(engine_args)
+    handler = make_handler(engine, name[0] if isinstance(name, list) else str(name or options.model))
+    with HTTPServer((options.host, options.port), handler) as server:
+        server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CPU time and memory of a process group, read from Linux's /proc."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.serve.server import list_group
+
+TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class CpuReading:
+    """CPU time of a process group at one moment: seconds of each live thread, and clock ticks of each process.
+
+    Threads are read to the nanosecond (/proc/PID/task/TID/schedstat), but one that ends takes its time along. Ticks of
+    10 ms (proc(5), /proc/PID/stat, fields 14 to 17) keep the time of ended threads, and of awaited children.
+    """
+
+    threads: dict[int, float]
+    ticks: dict[int, int]
+
+    def seconds_since(self, earlier: CpuReading) -> float:
+        """CPU seconds of the group from `earlier` to this reading."""
+        fine = sum(seconds - earlier.threads.get(thread, 0.0) for thread, seconds in self.threads.items())
+        coarse = sum(ticks - earlier.ticks.get(process, 0) for process, ticks in self.ticks.items())
+        # User and system time are each rounded down, at both readings. What is beyond that was used by what has ended.
+        rounding = 2 * len(self.ticks)
+        return max(fine, (coarse - rounding) * TICK_SECONDS)
+
+
+def read_cpu(group: int) -> CpuReading:
+    """The CPU time that a process group has used until now."""
+    threads, ticks = {}, {}
+    for pid in list_group(group):
+        for stat in _read(Path(f"/proc/{pid}/stat")):
+            # After the command name, which may hold spaces and parentheses, comes field 3.
+            ticks[pid] = sum(int(field) for field in stat.rpartition(")")[2].split()[11:15])
+        for task in Path(f"/proc/{pid}/task").glob("*"):
+            for line in _read(task / "schedstat"):
+                threads[int(task.name)] = int(line.split()[0]) / 1e9
+    return CpuReading(threads, ticks)
+
+
+def read_resident_bytes(group: int) -> int:
+    """Resident bytes of a process group; pages that several processes share count once in all (PSS)."""
+    total = 0
+    for pid in list_group(group):
+        for text in _read(Path(f"/proc/{pid}/smaps_rollup")):
+            total += sum(1024 * int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:"))
+    return total
+
+
+def _read(path: Path) -> Iterator[str]:
+    """The file's text, or nothing where the process has ended meanwhile."""
+    try:
+        yield path.read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cases: the shipped ones are valid, and a mistake is named together with its mend."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.case import ARMS, CASES, Case, find_case, load_case, parse_case, resolve_model
+from bench.strict import CaseError
+
+MINIMAL: dict[str, Any] = {"model": "bench/models/tiny_moe", "workload": {"name": "random", "num_requests": 4}}
+
+
+def parse(**changes: Any) -> Case:
+    return parse_case({**copy.deepcopy(MINIMAL), **changes}, "trial")
+
+
+def parse_workload(**changes: Any) -> Case:
+    mode = changes.pop("mode", "server")
+    return parse(mode=mode, workload={**MINIMAL["workload"], **changes})
+
+
+@pytest.mark.parametrize("path", sorted(CASES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_cases_are_valid(path: Path) -> None:
+    case = load_case(path)
+    assert case.name == path.stem
+    assert case.description
+    assert case.repetitions >= 5
+    assert Path(resolve_model(case.model), "config.json").is_file()
+    # CPU time stands beside wall time.
+    assert "cpu_per_step" in case.metrics
+
+
+def test_shipped_cases_are_there() -> None:
+    names = {path.stem for path in CASES.glob("*.yaml")}
+    assert {"idle", "mxmoe_online", "mxmoe_packed"} <= names
+    idle = load_case(find_case("idle"))
+    assert idle.stock == idle.pack
+
+
+def test_defaults() -> None:
+    case = parse()
+    assert (case.mode, case.repetitions, case.servers, case.warmup) == ("server", 5, "together", 1)
+    assert list(case.metrics) == ["ttft", "tpot", "output_throughput", "cpu_per_step", "cpu_per_token"]
+    assert case.tune_metric == "ttft"
+
+
+def test_options_may_be_a_line_or_a_list() -> None:
+    case = parse(args="--a 1 --b '{\"x\": 2}'", pack={"args": ["--c", 3, 0.5]}, tune=["--d 4", ["--e", 5]])
+    assert case.args == ("--a", "1", "--b", '{"x": 2}')
+    assert case.pack.args == ("--c", "3", "0.5")
+    assert case.tune == (("--d", "4"), ("--e", "5"))
+
+
+def test_metric_of_the_server_has_a_unit_and_a_direction() -> None:
+    metric = {"name": "bytes", "prometheus": "vllm_ext:x", "kind": "gauge", "unit": "bytes", "direction": "lower"}
+    measure = parse(metrics=["tpot", metric]).metrics["bytes"]
+    assert (measure.source, measure.key, measure.unit, measure.direction) == ("gauge", "vllm_ext:x", "bytes", "lower")
+    assert parse(metrics=["tpot"]).metrics["tpot"].unit == "ms"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"modle": "x"}, "unknown key 'modle' in the case; did you mean 'mode'?"),
+        ({"pack": {"arg": "x"}}, "unknown key 'arg' in pack; did you mean 'args'?"),
+        ({"pack": ["x"]}, r"pack is \['x'\], expected a mapping"),
+        ({"mode": "serve"}, "mode is 'serve'; did you mean 'server'?"),
+        ({"servers": "both"}, "servers is 'both'; there are: together, in_turn"),
+        ({"metrics": ["tpott"]}, "no metric 'tpott'; did you mean 'tpot'?"),
+        ({"metrics": ["tpot", "tpot"]}, "'tpot' is listed twice"),
+        ({"metrics": ["steps"]}, "at least one must have a direction"),
+        ({"metrics": ["goodput"]}, "'goodput' needs workload.goodput"),
+        ({"metrics": [{"name": "x", "prometheus": "y", "kind": "gauge"}]}, "needs the key 'unit'"),
+        ({"metrics": "tpot"}, "expected a list of names"),
+        ({"repetitions": 0}, "repetitions is 0, expected a whole number from 1 up"),
+        ({"repetitions": True}, "repetitions is True"),
+        ({"run_limit": float("nan")}, "run_limit is nan"),
+        ({"run_limit": "5 s"}, "run_limit is '5 s'"),
+        ({"args": [True]}, "write true and false in quotes"),
+        ({"env": {"VLLM_PLUGINS": "x"}}, "VLLM_PLUGINS is what tells the arms apart"),
+        ({"tune_metric": "tpot"}, "tune_metric chooses among tune, which is empty"),
+        ({"tune_metric": "e2el", "tune": ["--x"]}, "tune_metric is 'e2el'"),
+        ({"stock": {"quantize": "--bits 3"}}, "give stock.model"),
+        ({"servers": "in_turn", "restart_every": 1}, "restart_every has no meaning"),
+        ({"model": 5}, "model is 5, expected text"),
+    ],
+)
+def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(CaseError, match=message.replace("?", r"\?")):
+        parse(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "randm"}, "workload.name is 'randm'; did you mean 'random'?"),
+        ({"num_requests": 0}, "workload.num_requests is 0"),
+        ({"options": {"input_length": 1}}, "unknown key 'input_length' in workload.options; did you mean 'input_len'?"),
+        ({"name": "timed_trace", "options": {"path": "x", "request_rate": 1}}, "unknown key 'request_rate'"),
+        ({"name": "custom"}, "workload.options needs the key 'path'"),
+        ({"goodput": {"ttfs": 1}}, "unknown key 'ttfs' in workload.goodput; did you mean 'ttft'?"),
+        ({"mode": "offline", "goodput": {"ttft": 1}}, "workload.goodput needs a server"),
+        ({"mode": "offline", "options": {"request_rate": 1}}, "workload.options.request_rate needs a server"),
+        ({"mode": "offline", "options": {"range_ratio": 0.5}}, "workload.options.range_ratio needs a server"),
+        ({"mode": "offline", "name": "bursty"}, "workload.name 'bursty' needs a server"),
+    ],
+)
+def test_mistakes_of_the_workload_are_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(CaseError, match=message.replace("?", r"\?")):
+        parse_workload(**change)
+
+
+def test_latency_needs_a_server() -> None:
+    with pytest.raises(CaseError, match="'ttft' is measured at a server"):
+        parse(mode="offline", metrics=["ttft"])
+
+
+def test_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text("model: [")
+    with pytest.raises(CaseError, match=r"broken\.yaml"):
+        load_case(path)
+    path.write_text("just text")
+    with pytest.raises(CaseError, match=r"broken\.yaml: the case is 'just text', expected a mapping"):
+        load_case(path)
+    path.write_text("model: x")
+    with pytest.raises(CaseError, match=r"broken\.yaml: the case needs the key 'workload'"):
+        load_case(path)
+    with pytest.raises(CaseError, match="no case file"):
+        find_case(str(tmp_path / "absent.yaml"))
+    with pytest.raises(CaseError, match="no case 'idel'; did you mean 'idle'"):
+        find_case("idel")
+
+
+def test_digest_tells_cases_apart_but_not_their_length() -> None:
+    case = parse()
+    assert case.digest == parse(repetitions=9, description="other words").digest
+    others = [parse(seed=1), parse(pack={"args": "--x"}), parse_workload(num_requests=5), parse(env={"A": "1"})]
+    assert len({case.digest, *(other.digest for other in others)}) == 5
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner, max_size=3)))
+def test_anything_else_is_a_case_error(content: Any) -> None:
+    for key in ("model", "mode", "args", "pack", "workload", "metrics", "tune", "seed", "run_limit", "env"):
+        try:
+            case = parse(**{key: content})
+        except CaseError:
+            continue
+        assert set(ARMS) == {"stock", "pack"}
+        assert case.digest
+
+
+def test_case_is_plain_yaml() -> None:
+    text = yaml.safe_dump(MINIMAL)
+    assert parse_case(yaml.safe_load(text), "trial") == parse()

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The comparison of operators: order, cold inputs, records, failures, verdicts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import op
+from bench.comparison import compare_arms
+from bench.op import OpCase, compare_ops, count_input_sets, last_level_cache_bytes
+from bench.records import load_records
+
+
+class Recorder:
+    """An arm that notes which input sets it saw and, with `calls` shared, when."""
+
+    def __init__(self, name: str, calls: list[tuple[str, int]], seconds: float = 0.0) -> None:
+        self.name, self.calls, self.seconds = name, calls, seconds
+
+    def __call__(self, inputs: int) -> int:
+        self.calls.append((self.name, inputs))
+        end = time.perf_counter() + self.seconds
+        while time.perf_counter() < end:
+            pass
+        return inputs
+
+
+@pytest.fixture(autouse=True)
+def quick_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "WARMUP_SECONDS", 0.0)
+    # Asking git takes longer than these cases.
+    environment = {"versions": {"torch": "0"}, "device": {"name": "CPU"}, "git_hash": "unknown"}
+    monkeypatch.setattr(op, "describe_environment", lambda: environment)
+
+
+def compare_recorders(repetitions: int = 2, **options: Any) -> tuple[list[Any], list[tuple[str, int]]]:
+    calls: list[tuple[str, int]] = []
+    arms = {name: Recorder(name, calls) for name in ("a", "b")}
+    records = compare_ops("case", arms, int, 10, repetitions, cache_bytes=15, **options)
+    # Warm-up calls come first; what is measured is at the end.
+    measured = 2 * repetitions * records[0].settings["calls"]
+    return records, calls[-measured:]
+
+
+def test_arms_take_turns_and_the_order_turns() -> None:
+    _, calls = compare_recorders(calls=6)
+    names = "".join(name for name, _ in calls)
+    pairs = [names[place : place + 2] for place in range(0, len(names), 2)]
+    assert pairs.count("ab") == pairs.count("ba") == 6
+    assert all(first != second for first, second in pairwise(pairs[:6]))
+    # The second repetition begins with the other arm.
+    assert pairs[0] != pairs[6]
+
+
+def test_all_arms_see_all_inputs_equally_often_and_never_the_same_at_once() -> None:
+    # 4 caches of 15 bytes at 10 bytes a call: 6 input sets, so 7 calls become 12.
+    records, calls = compare_recorders(repetitions=1, calls=7)
+    assert (records[0].settings["input_sets"], records[0].settings["calls"]) == (6, 12)
+    for arm in "ab":
+        assert sorted(inputs for name, inputs in calls if name == arm) == sorted([*range(6), *range(6)])
+    rounds = [{inputs for _, inputs in calls[place : place + 2]} for place in range(0, len(calls), 2)]
+    assert all(len(seen) == 2 for seen in rounds)
+
+
+@pytest.mark.parametrize(
+    ("call_bytes", "cache_bytes", "arms", "expected"),
+    [(10, 15, 1, 6), (1000, 15, 3, 3), (60, 15, 1, 1), (1, 1 << 20, 2, op.MAX_INPUT_SETS)],
+)
+def test_number_of_input_sets(call_bytes: int, cache_bytes: int, arms: int, expected: int) -> None:
+    assert count_input_sets(call_bytes, cache_bytes, arms) == expected
+
+
+def test_a_working_set_too_small_to_be_cold_is_said_to_be_warm() -> None:
+    settings = compare_ops("case", {"a": lambda _: None}, int, 1, 1, calls=1, cache_bytes=1 << 20)[0].settings
+    assert settings["cold"] is False
+    assert compare_recorders()[0][0].settings["cold"] is True
+
+
+def test_memory_comes_back_only_after_several_caches() -> None:
+    _, calls = compare_recorders(calls=12)
+    for arm in "ab":
+        seen = [inputs for name, inputs in calls if name == arm]
+        for place, inputs in enumerate(seen):
+            later = seen[place + 1 :]
+            if inputs in later:
+                # 10 bytes a call, both arms: what passes between two uses is four caches of 15 bytes.
+                assert (later.index(inputs) + 1) * 10 >= op.COLD_FACTOR * 15
+
+
+def test_records_carry_everything() -> None:
+    records, _ = compare_recorders(repetitions=3, stock="b", settings={"tokens": 4}, features={"isa": "x"})
+    assert [(record.arm, record.repetition) for record in records] == [(arm, n) for n in range(3) for arm in "ab"]
+    record = records[0]
+    assert (record.case, record.status, record.error, record.features) == ("case", "ok", None, {"isa": "x"})
+    assert record.settings["tokens"] == 4
+    assert record.settings["kind"] == "op"
+    assert record.settings["stock_arm"] == "b"
+    assert record.settings["working_set_bytes"] == 10
+    assert {name: (metric.unit, metric.direction) for name, metric in record.metrics.items()} == {
+        "latency": ("us", "lower"),
+        "latency_p10": ("us", "none"),
+        "latency_p90": ("us", "none"),
+        "cpu_time": ("us", "lower"),
+        "bandwidth": ("GB/s", "none"),
+    }
+
+
+def test_metrics_are_medians_of_the_calls_in_microseconds() -> None:
+    metrics = op._summarize([(1000, 5000), (3000, 5000), (2000, 8000), (90_000, 2000), (2000, 5000)], 8000)
+    assert metrics["latency"].value == 2.0
+    assert metrics["latency_p10"].value == pytest.approx(1.4)
+    assert metrics["latency_p90"].value == pytest.approx(3 + 0.6 * 87)
+    assert metrics["cpu_time"].value == 5.0
+    assert metrics["bandwidth"].value == 4.0
+
+
+def test_a_slower_arm_loses_and_an_equal_one_does_not() -> None:
+    calls: list[tuple[str, int]] = []
+    arms = {"a": Recorder("a", calls, 2e-4), "same": Recorder("same", calls, 2e-4), "slow": Recorder("s", calls, 4e-4)}
+    records = compare_ops("case", arms, int, 10, 5, calls=20, cache_bytes=10)
+    assert compare_arms(records, "latency", "a", "slow").verdict == "loss"
+    assert compare_arms(records, "latency", "a", "slow").ratio == pytest.approx(0.5, rel=0.2)
+    assert compare_arms(records, "latency", "a", "same").ratio == pytest.approx(1, rel=0.1)
+
+
+def test_an_arm_that_raises_fails_alone() -> None:
+    def refuse(inputs: int) -> None:
+        raise RuntimeError("no such shape")
+
+    calls: list[tuple[str, int]] = []
+    records = compare_ops("case", {"good": Recorder("good", calls), "bad": refuse}, int, 10, 2, cache_bytes=15)
+    bad = [record for record in records if record.arm == "bad"]
+    assert [(record.status, record.error) for record in bad] == [("failed", "RuntimeError: no such shape")] * 2
+    assert all(not record.metrics for record in bad)
+    assert all(record.status == "ok" and record.metrics for record in records if record.arm == "good")
+
+
+def test_an_arm_that_fails_late_keeps_its_earlier_repetitions() -> None:
+    count = 0
+
+    def fail_late(inputs: int) -> None:
+        nonlocal count
+        count += 1
+        if count > op.WARMUP_CALLS + 8:
+            raise MemoryError("full")
+
+    records = compare_ops("case", {"late": fail_late}, int, 10, 3, calls=6, cache_bytes=15)
+    assert [record.status for record in records] == ["ok", "failed", "failed"]
+
+
+def test_the_device_is_waited_for_around_every_call() -> None:
+    order: list[str] = []
+    compare_ops(
+        "case",
+        {"a": lambda _: order.append("call")},
+        int,
+        10,
+        1,
+        calls=2,
+        cache_bytes=1,
+        synchronize=lambda: order.append("wait"),
+    )
+    assert order == ["wait", "call", "wait"] * (len(order) // 3)
+    assert len(order) == 3 * (op.WARMUP_CALLS + 2)
+
+
+def test_garbage_collection_is_left_as_it_was() -> None:
+    import gc
+
+    states: list[bool] = []
+    compare_ops("case", {"a": lambda _: states.append(gc.isenabled())}, int, 10, 1, calls=2, cache_bytes=1)
+    assert states[op.WARMUP_CALLS :] == [False, False]
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"arms": {}}, "has no arms"),
+        ({"stock": "c"}, "stock 'c' of case 'case' is not one of its arms: a"),
+        ({"repetitions": 0}, "at least 1, got 0 and 30"),
+        ({"calls": 0}, "at least 1, got 1 and 0"),
+        ({"working_set_bytes": {"b": 1}}, "working_set_bytes names b; the arms are a"),
+        ({"working_set_bytes": 0}, "of 'a' must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
+    arguments = {"arms": {"a": lambda _: None}, "make_inputs": int, "working_set_bytes": 1, "repetitions": 1, **change}
+    with pytest.raises(ValueError, match=message):
+        compare_ops("case", **arguments)
+
+
+def test_last_level_cache_of_this_machine() -> None:
+    size = last_level_cache_bytes()
+    assert size >= 1 << 18
+    assert size % 1024 == 0
+
+
+@pytest.fixture
+def cases(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Callable[[Any], object]]], None]:
+    def set_arms(arms: dict[str, Callable[[Any], object]]) -> None:
+        case = OpCase("small", arms, int, 10, stock="a", calls=2, cache_bytes=1)
+        monkeypatch.setattr(op, "list_cases", lambda: {"small": case})
+
+    return set_arms
+
+
+def test_command_line_writes_records(cases: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases({"a": lambda _: None, "b": lambda _: None})
+    assert op.main(["small", "--repetitions", "2", "--out", str(tmp_path)]) == 0
+    records = load_records(tmp_path)
+    assert [(record.case, record.arm, record.repetition) for record in records] == [
+        ("small", arm, number) for arm in "ab" for number in range(2)
+    ]
+    assert "  a: " in capsys.readouterr().out
+
+
+def test_command_line_says_that_an_arm_failed(cases: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(_: int) -> None:
+        raise RuntimeError("never")
+
+    cases({"a": refuse})
+    assert op.main(["--out", str(tmp_path), "--repetitions", "1"]) == 1
+    assert "a: failed: RuntimeError: never" in capsys.readouterr().out
+
+
+def test_command_line_names_unknown_cases(cases: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    cases({"a": lambda _: None})
+    with pytest.raises(SystemExit) as stopped:
+        op.main(["large"])
+    assert stopped.value.code == 2
+    assert "no operator case large; there are: small" in capsys.readouterr().err
+
+
+def test_shipped_cases_are_listed() -> None:
+    assert "mixed_moe_1" in op.list_cases()
