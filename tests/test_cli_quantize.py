@@ -56,6 +56,17 @@ def test_plan_then_quantize(model: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert "plan.json exists already" in stderr
 
 
+def test_a_plan_is_not_lost_for_want_of_a_folder(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "missing" / "plan.json"
+    code, stdout, stderr = run(capsys, "plan", model, "--bits", "3.5", "-o", str(file))
+    assert code == 1
+    assert "missing is not a directory: create it, or write plan.json somewhere else" in stderr
+    # Said before the work.
+    assert stdout == ""
+
+
 def test_uniform_is_one_scheme(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, stdout, stderr = run(capsys, "plan", model, "--bits", "4.3", "--uniform", "--json")
     assert code == 0, stderr
@@ -75,12 +86,25 @@ def test_uniform_is_one_scheme(model: str, tmp_path: Path, capsys: pytest.Captur
         ("--bits", "nan"),
         ("--bits", "3", "--seed", "-1"),
         ("--bits", "3", "--unknown"),
+        ("--plan", "plan.json", "--uniform"),
+        ("--plan", "plan.json", "--schemes", "w3a16_g64"),
+        ("--plan", "plan.json", "--calibration", "text.txt"),
     ],
 )
 def test_bad_usage_exits_with_2(model: str, tmp_path: Path, arguments: tuple[str, ...]) -> None:
     with pytest.raises(SystemExit, match="2"):
         cli.main(["quantize", model, "-o", str(tmp_path / "out"), *arguments])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_usage_errors_name_value_and_option(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (("--bits", "abc"), "bits must be a positive number, got 'abc'"),
+        (("--plan", "p.json", "--calibration", "text.txt"), "--calibration is about schemes that --bits chooses"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["quantize", model, "-o", "out", *arguments])
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

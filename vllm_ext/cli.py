@@ -29,17 +29,45 @@ def make_parser() -> argparse.ArgumentParser:
     quantize = commands.add_parser("quantize", help="quantize a model into a packed checkpoint that vllm serve reads")
     _add_plan_arguments(quantize)
     quantize.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help="directory to make")
-    quantize.add_argument("--rounding", choices=("rtn",), default="rtn", help="how codes are chosen")
+    quantize.add_argument(
+        "--rounding", choices=("rtn", "gptq", "gptaq"), default="rtn",
+        help="how codes are chosen: to nearest, or by the error on calibration text (needs --calibration)",
+    )  # fmt: skip
+    quantize.add_argument(
+        "--rotate", action="store_true", help="rotate the residual stream by a randomized Hadamard matrix"
+    )
+    quantize.add_argument(
+        "--balanced", action="store_true", help="choose calibration windows so that rare experts see tokens too"
+    )
+    quantize.add_argument(
+        "--work", type=Path, metavar="DIR",
+        help="where finished layers are kept until the end, so that the same command goes on after a kill; "
+        "default: a hidden folder beside OUT",
+    )  # fmt: skip
 
     plan = commands.add_parser("plan", help="choose the bits of every block, without quantizing")
     _add_plan_arguments(plan)
     plan.add_argument("-o", "--output", type=Path, metavar="FILE", help="plan file to make")
+    plan.add_argument(
+        "--rounding", choices=("rtn", "gptq", "gptaq"), default="rtn", help="how codes will be chosen (see quantize)"
+    )
+    plan.add_argument("--rotate", action="store_true", help="plan for a rotated residual stream (see quantize)")
+    plan.add_argument("--work", type=Path, metavar="DIR", help="where measurements are kept for the next run")
+    plan.add_argument(
+        "--pareto", type=Path, metavar="PREFIX",
+        help="write PREFIX.csv and PREFIX.png: loss, time and bytes of all budgets",
+    )  # fmt: skip
+    plan.add_argument(
+        "--profile", type=Path, metavar="PREFIX",
+        help="write PREFIX.json and PREFIX.png: how often experts are used (needs --calibration)",
+    )  # fmt: skip
 
     evaluate = commands.add_parser("eval", help="held-out perplexity of a model directory, through vLLM")
     evaluate.add_argument("model", type=Path, metavar="MODEL", help="model directory, packed or not")
     evaluate.add_argument("--text", required=True, type=Path, metavar="FILE", help="held-out text, or JSONL with text")
     evaluate.add_argument("--context", type=int, default=512, help="tokens of a window")
     evaluate.add_argument("--windows", type=int, metavar="N", help="use only the first N windows")
+    evaluate.add_argument("--enforce-eager", action="store_true", help="run the engine without torch.compile")
     evaluate.add_argument("--json", action="store_true", help="one JSON object on the last line of stdout")
     return parser
 
@@ -61,13 +89,39 @@ def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plan", type=Path, metavar="FILE", help="schemes that are given; with --bits, for what --bits does not choose"
     )
+    parser.add_argument(
+        "--sensitivity", choices=("weight", "layer", "loss"),
+        help="what schemes are judged by: weight errors, the layer's output, or the loss; default: loss with "
+        "--calibration, else weight",
+    )  # fmt: skip
+    parser.add_argument("--per-layer", action="store_true", help="the same bits in every layer, as MxMoE allocates")
+    parser.add_argument(
+        "--exponent", type=float, default=1.0, metavar="R", help="with --per-layer: minimize loss**R * time**(1-R)"
+    )
+    parser.add_argument(
+        "--time-weight", type=float, default=0.0, metavar="W", help="loss that a microsecond of a batch is worth"
+    )
+    parser.add_argument("--max-time-us", type=float, metavar="T", help="longest time of a batch in the experts")
+    parser.add_argument("--exact", action="store_true", help="solve the allocation exactly (small models)")
+    parser.add_argument("--device", default="cpu", help="whose time: cpu, a100, h100, h200, b200, or one in --tuning")
+    parser.add_argument("--tuning", type=Path, metavar="DIR", help="measured times, *.json; default: the roofline")
+    parser.add_argument("--batches", metavar="M:SHARE,...", help="tokens of the batches served, e.g. 1:0.2,32:0.8")
+    parser.add_argument(
+        "--no-compare", action="store_true", help="do not compare with a uniform plan on held-out calibration text"
+    )
+    parser.add_argument(
+        "--force-mixed", action="store_true", help="keep the mixed plan even where the uniform one is better"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line of stdout")
 
 
 def _parse_bits(text: str) -> float:
-    bits = float(text)
+    try:
+        bits = float(text)
+    except ValueError:
+        bits = math.nan
     if not (math.isfinite(bits) and bits > 0):
-        raise argparse.ArgumentTypeError(f"bits must be a positive number, got {text}")
+        raise argparse.ArgumentTypeError(f"bits must be a positive number, got {text!r}")
     return bits
 
 
@@ -82,6 +136,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command in ("quantize", "plan"):
         if options.bits is None and options.plan is None:
             parser.error(f"{options.command} needs --bits or --plan")
+        if options.bits is None:
+            # Read by nobody: the schemes are all given.
+            names = (
+                "uniform",
+                "schemes",
+                "sensitivity",
+                "exact",
+                "per_layer",
+                "time_weight",
+                "max_time_us",
+                "force_mixed",
+            )
+            idle = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name)]
+            if options.calibration and options.rounding == "rtn":
+                idle.append("--calibration")
+            if idle:
+                parser.error(f"{idle[0]} is about schemes that --bits chooses, and --plan gives them all: add --bits")
+        if options.command == "quantize" and options.rounding != "rtn" and not options.calibration:
+            parser.error(f"--rounding {options.rounding} needs --calibration FILE")
         if options.seed < 0:
             parser.error(f"--seed must not be negative, got {options.seed}")
         # Read when torch is loaded. Threads that spin at every barrier halt a busy machine: measured 18 times slower.

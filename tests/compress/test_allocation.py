@@ -11,7 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ext.compress.allocation import AllocationError, allocate, choose_uniform, measure_range
+from vllm_ext.compress.allocation import (
+    AllocationError,
+    allocate,
+    allocate_exactly,
+    allocate_within_time,
+    choose_uniform,
+    measure_range,
+)
 
 
 @st.composite
@@ -136,3 +143,57 @@ def test_uniform_is_the_largest_from_below_of_what_fits_everything() -> None:
 def test_malformed_arrays(costs: np.ndarray, sizes: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         allocate(costs, sizes, 100)
+
+
+@given(problems(max_units=5, max_options=4), st.data())
+def test_exact_is_the_optimum(problem: tuple[np.ndarray, np.ndarray], data: st.DataObject) -> None:
+    costs, sizes = problem
+    budget = draw_budget(data, costs, sizes)
+    found = allocate_exactly(costs, sizes, budget)
+    optimum = brute_force(costs, sizes, budget)
+    assert found.cost == pytest.approx(optimum, rel=1e-6, abs=1e-9)
+    assert found.size <= budget
+    assert found.lower_bound <= optimum * (1 + 1e-6) + 1e-9
+
+
+def test_gap_to_the_exact_optimum() -> None:
+    """Sizes of one layer of 16 experts; the Lagrangian choice is within half a percent of the exact one."""
+    generator = np.random.default_rng(1)
+    scale = generator.lognormal(0, 1.5, (32, 1))
+    costs = scale * 4.0 ** -np.array([2, 3, 4, 5, 6, 8])
+    sizes = (
+        np.outer(np.tile([65536, 32768], 16), [2.1875, 3.1875, 4.1875, 5.1875, 6.1875, 8.1875]).astype(np.int64) // 8
+    )
+    budget = int(sizes[:, 1].sum() * 1.02)
+    near, exact = allocate(costs, sizes, budget), allocate_exactly(costs, sizes, budget)
+    assert near.lower_bound <= exact.cost <= near.cost <= exact.cost * 1.03
+    assert exact.cost - exact.lower_bound <= 1e-4 * exact.cost
+
+
+def test_time_is_kept_and_costs_no_more_loss_than_needed() -> None:
+    generator = np.random.default_rng(2)
+    losses = generator.lognormal(0, 1, (60, 1)) * 4.0 ** -np.array([2, 3, 4])
+    times = generator.lognormal(0, 0.3, (60, 1)) * np.array([1.0, 1.4, 1.9])
+    sizes = np.tile(np.array([2, 3, 4]), (60, 1))
+    budget = 60 * 3
+    free = allocate(losses, sizes, budget)
+    rows = np.arange(60)
+    longest, shortest = times[rows, free.choice].sum(), times.min(axis=1).sum()
+    found, multiplier = allocate_within_time(losses, times, sizes, budget, longest)
+    assert (found.choice.tolist(), multiplier) == (free.choice.tolist(), 0.0)
+    before = np.inf
+    for share in (0.05, 0.3, 0.6, 0.9):
+        limit = shortest + share * (longest - shortest)
+        found, multiplier = allocate_within_time(losses, times, sizes, budget, limit)
+        assert times[rows, found.choice].sum() <= limit
+        assert multiplier > 0
+        assert free.cost <= found.cost <= before
+        assert found.lower_bound <= found.cost
+        before = found.cost
+    with pytest.raises(AllocationError, match=r"a time of .* is below the least within 180 bytes"):
+        allocate_within_time(losses, times, sizes, budget, shortest * 0.99)
+
+
+def test_exact_with_costs_of_any_size() -> None:
+    found = allocate_exactly(np.array([[4.0, 2.2e-308]]), np.array([[1, 1]]), 1)
+    assert found.choice.tolist() == [1]

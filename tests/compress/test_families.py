@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -94,6 +95,28 @@ def test_models_that_are_no_source(tmp_path: Path) -> None:
     (quantized / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="needs num_experts"):
         open_source(quantized)
+
+
+@pytest.mark.parametrize("method", ["fp8", ["x"]])
+def test_quantization_configs_of_any_kind(tmp_path: Path, method: object) -> None:
+    directory = write_model(tmp_path / "quantized", quantization_config=method)
+    with pytest.raises(CheckpointError, match=rf"is quantized already \({re.escape(str(method))}\)"):
+        open_source(directory)
+    # Some tools write the key without a value.
+    open_source(write_model(tmp_path / "plain", quantization_config=None))
+
+
+@pytest.mark.parametrize(("key", "value"), [("hidden_size", "128"), ("num_hidden_layers", None), ("num_experts", -1)])
+def test_sizes_that_are_none(tmp_path: Path, key: str, value: object) -> None:
+    with pytest.raises(CheckpointError, match=rf"config\.json has {key} = {value!r}, expected a size"):
+        open_source(write_model(tmp_path / "model", **{key: value}))
+
+
+@pytest.mark.parametrize("part", ["self_attn", "mlp"])
+def test_a_layer_that_is_not_there(tmp_path: Path, part: str) -> None:
+    tensors = {name: tensor for name, tensor in make_tensors().items() if f"layers.1.{part}" not in name}
+    with pytest.raises(CheckpointError, match=rf"says 2 layers, but .* no weight of model\.layers\.1\.{part}"):
+        open_source(write_model(tmp_path / "model", tensors))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 
 from tests.compress.small_model import EXPERTS, LAYERS, make_tensors, write_model
 from vllm_ext.compress.families import find_family
-from vllm_ext.compress.profile import ActivationProfile, load_model, measure_profile
+from vllm_ext.compress.profile import ActivationProfile, load_model, measure_profile, stream_profile
 from vllm_ext.compress.source import open_source
 from vllm_ext.quantization.safetensors_io import CheckpointError
 
@@ -46,8 +46,23 @@ def test_profile_equals_a_count_by_hand(directory: Path) -> None:
         for expert in range(EXPERTS):
             assert profile.counts[layer][expert] == int((ids == expert).sum())
             assert profile.mass[layer][expert] == pytest.approx(float(weights[ids == expert].sum()), rel=1e-5)
+        chosen = torch.zeros(len(ids), EXPERTS).scatter_(1, ids, 1.0)
+        assert np.array_equal(profile.coactivation[layer], (chosen.T @ chosen).long().numpy())
+        assert np.array_equal(np.diagonal(profile.coactivation[layer]), profile.counts[layer])
         assert profile.counts[layer].sum() == 240
         assert profile.mass[layer].sum() == pytest.approx(120, rel=1e-5)
+
+
+def test_streaming_gives_the_same_profile(directory: Path) -> None:
+    windows = np.random.default_rng(0).integers(0, 96, (6, 20))
+    source = open_source(directory)
+    whole = measure_profile(load_model(directory, torch.float32, "cpu"), source.family, windows)
+    streamed = stream_profile(source, windows)
+    assert streamed.tokens == whole.tokens
+    assert list(streamed.counts) == list(whole.counts)
+    for layer in whole.counts:
+        assert np.array_equal(streamed.coactivation[layer], whole.coactivation[layer])
+        assert streamed.mass[layer] == pytest.approx(whole.mass[layer], rel=1e-5)
 
 
 def test_layers_of_the_model_are_those_of_the_checkpoint(directory: Path) -> None:
@@ -64,7 +79,11 @@ def test_frequencies_never_vanish() -> None:
 def test_json_round_trip() -> None:
     profile = ActivationProfile(4, {LAYER: np.array([1, 7])}, {LAYER: np.array([0.25, 3.75])})
     value = json.loads(json.dumps(profile.to_json()))
+    assert ActivationProfile.from_json(value).coactivation == {}
+    profile = ActivationProfile(4, profile.counts, profile.mass, {LAYER: np.array([[1, 0], [0, 7]])})
+    value = json.loads(json.dumps(profile.to_json()))
     again = ActivationProfile.from_json(value)
+    assert again.coactivation[LAYER].dtype == np.int64
     assert again.to_json() == profile.to_json()
     assert again.counts[LAYER].dtype == np.int64
     with pytest.raises(CheckpointError, match="not an activation profile"):

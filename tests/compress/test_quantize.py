@@ -21,6 +21,7 @@ from vllm_ext.compress.quantize import quantize_model
 from vllm_ext.compress.rounding import dequantize, round_to_nearest
 from vllm_ext.compress.sensitivity import list_units, measure_weight_errors, weigh_by_frequency
 from vllm_ext.compress.source import open_source
+from vllm_ext.evaluate import measure_checkpoint
 from vllm_ext.quantization.checkpoint import list_linears, read_module, unpack_weight, validate_checkpoint
 from vllm_ext.quantization.plan import ExpertSchemes, Plan, PlanError
 from vllm_ext.quantization.safetensors_io import CheckpointError
@@ -126,7 +127,38 @@ def test_w16a16_and_sixteen_bit_experts_keep_their_weight(model: Path, tmp_path:
     report = quantize_model(model, tmp_path / "out", plan=Plan.parse(fixed))
     checkpoint = validate_checkpoint(tmp_path / "out")
     assert set(read_module(checkpoint, f"{EXPERT}.0")[f"{EXPERT}.0.gate_proj"]) == {"weight"}
-    assert report.planned.quantized_bytes == stored_bytes(tmp_path / "out")
+    planned = report.planned
+    assert planned.quantized_bytes + planned.unquantized_bytes == stored_bytes(tmp_path / "out")
+    assert planned.unquantized_bytes == EXPERTS * 2 * 64 * HIDDEN * 2
+    assert planned.bits_per_weight == 4 + 24 / 32
+    assert "65536 weights left as they are, 131072 bytes" in planned.describe_size()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_stays_as_it_is_counts_as_it_is(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {name: tensor.to(dtype) for name, tensor in make_tensors().items()}
+    source = write_model(tmp_path / "model", tensors)
+    schemes = [Scheme.parse("w4a16_g32"), Scheme.parse("w16a16")]
+    report = quantize_model(source, tmp_path / "out", bits=9, schemes=schemes)
+    planned = report.planned
+    assert planned.quantized_bytes + planned.unquantized_bytes == stored_bytes(tmp_path / "out")
+    weights = LAYERS * EXPERTS * 3 * 64 * HIDDEN
+    assert planned.quantized_weights + planned.unquantized_weights == weights
+    assert 7 < 8 * stored_bytes(tmp_path / "out") / weights <= 9
+    # The two commands mean the same by a bit.
+    assert measure_checkpoint(tmp_path / "out")[:2] == (planned.bits_per_weight, planned.quantized_bytes)
+
+
+def test_ignored_experts_get_no_bits(model: Path, tmp_path: Path) -> None:
+    ignored = tuple(f"{EXPERT}.{expert}" for expert in range(EXPERTS))
+    quantize_model(model, tmp_path / "out", bits=3.5, plan=Plan({}, ignored))
+    plan = validate_checkpoint(tmp_path / "out").plan
+    assert set(ignored) <= set(plan.ignore)
+    assert not set(ignored) & set(plan.modules)
+    with pytest.raises(PlanError, match=r"ignore names model\.layer, which the model does not have"):
+        quantize_model(model, tmp_path / "no", bits=3.5, plan=Plan({}, ("model.layer",)))
+    with pytest.raises(PlanError, match=r"experts\.0 is in the plan and in ignore: take it out of one"):
+        Plan.parse({ignored[0]: {"gate_up": "w16a16", "down": "w16a16"}}, ignored)
 
 
 def test_frequency_moves_bits_to_the_experts_in_use(model: Path) -> None:
@@ -166,7 +198,9 @@ def test_frequency_moves_bits_to_the_experts_in_use(model: Path) -> None:
         ({"bits": 5, "schemes": [Scheme.parse("w4a16_g32")]}, AllocationError, r"w4a16_g32 give 4\.7500 to 4\.7500"),
         ({"bits": 4, "schemes": [Scheme.parse("w3a16_g128")]}, PlanError, "down takes none .*128 does not divide K=64"),
         ({"plan": Plan({})}, PlanError, "names no module: give --bits"),
-        ({"bits": 3, "rounding": "gptq"}, ValueError, "unknown rounding 'gptq'; known: rtn"),
+        ({"bits": 3, "rounding": "hqq"}, ValueError, "unknown rounding 'hqq'; known: rtn, gptq, gptaq"),
+        ({"bits": 3, "rounding": "gptq"}, ValueError, "--rounding gptq needs calibration text: give --calibration"),
+        ({"bits": 3, "balanced": True}, ValueError, "--balanced chooses calibration text for gptq and gptaq"),
         ({"bits": 3, "calibration": ["nowhere.txt"]}, ValueError, "no usable tokenizer|does not exist"),
     ],
 )
@@ -215,6 +249,7 @@ def test_existing_output_is_refused_before_any_work(model: Path, tmp_path: Path)
     [
         ("{", "cannot be read"),
         ("[1]", "must map module paths to schemes"),
+        ('{"a": "w4a16_g64", "a": "w3a16_g64"}', "a is given twice"),
         ('{"a": "w4a16_g99"}', r"plan\.json: a: scheme 'w4a16_g99'"),
         ('{"plan": {"a": "w4a16_g64"}, "version": 3}', "version 3"),
         ('{"plan": {"a": "w4a16_g64"}, "version": 1, "plan_sha256": "00"}', "plan_sha256 is '00'"),

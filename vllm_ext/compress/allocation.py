@@ -5,7 +5,8 @@
 
 a multiple-choice knapsack. The Lagrangian, cost + lambda * size, falls apart into one minimum per unit; bisection
 finds the smallest lambda whose choice fits, and its dual value bounds what any choice can reach. What is left of the
-budget is filled by the upgrades with the largest gain per byte that fit.
+budget is filled by the upgrades with the largest gain per byte that fit. Time enters as part of the cost, loss +
+lambda * time: it is a sum over units too. Small instances can be solved exactly, which shows how near this comes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import coo_array
 
 #: Halvings of the interval of lambda; float64 has no more digits to give.
 BISECTIONS = 200
@@ -59,8 +62,81 @@ def allocate(costs: np.ndarray, sizes: np.ndarray, budget: int) -> Allocation:
     return Allocation(choice, int(_evaluate(sizes, choice)), cost, min(lower_bound, cost))
 
 
+def allocate_exactly(costs: np.ndarray, sizes: np.ndarray, budget: int, *, seconds: float = 30.0) -> Allocation:
+    """The optimum, by mixed-integer programming: hundreds of units take seconds, thousands too long.
+
+    Arguments and errors as `allocate`. seconds: when to stop; the lower bound then is below the cost, and the choice
+    is never worse than that of `allocate`. Solver: HiGHS, as in `scipy.optimize.milp`.
+    """
+    start = allocate(costs, sizes, budget)
+    costs, sizes = np.asarray(costs, np.float64), np.asarray(sizes, np.int64)
+    units, options = costs.shape
+    possible = np.isfinite(costs)
+    unit_of = np.repeat(np.arange(units), options)
+    one_each = coo_array((np.ones(costs.size), (unit_of, np.arange(costs.size))), shape=(units, costs.size))
+    # Divided by their own totals: the solver's tolerances are absolute. What alone costs more than the whole start is
+    # in no optimum, however much more: the ratio may be infinite.
+    unit_cost = start.cost if start.cost > 0 else 1.0
+    with np.errstate(over="ignore"):
+        ratios = np.minimum(np.where(possible, costs, 0.0) / unit_cost, 2.0 if start.cost > 0 else np.inf)
+    found = milp(
+        ratios.reshape(-1),
+        integrality=np.ones(costs.size),
+        bounds=Bounds(0, possible.reshape(-1).astype(np.float64)),
+        constraints=(
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(sizes.reshape(1, -1) / budget, -np.inf, 1),
+        ),
+        options={"time_limit": seconds, "mip_rel_gap": 1e-9},
+    )
+    if found.x is None:
+        return start
+    choice = found.x.reshape(units, options).argmax(axis=1)
+    size, cost = int(_evaluate(sizes, choice)), float(_evaluate(costs, choice))
+    if size > budget or cost >= start.cost:  # beyond the budget by the solver's tolerance alone
+        choice, size, cost = start.choice, start.size, start.cost
+    bound = max(start.lower_bound, found.mip_dual_bound * unit_cost)
+    return Allocation(choice, size, cost, min(bound, cost))
+
+
+def allocate_within_time(
+    losses: np.ndarray, times: np.ndarray, sizes: np.ndarray, budget: int, limit: float
+) -> tuple[Allocation, float]:
+    """Least loss within a budget of bytes and one of time; returns the allocation by loss and lambda, loss per time.
+
+    losses, times: float64 [units, options], inf in losses where an option does not fit. The smallest lambda found by
+    bisection whose loss + lambda * time keeps the limit. The lower bound is that of the bytes alone.
+    Raises AllocationError where even the fastest choice within the bytes takes longer.
+    """
+    free = allocate(losses, sizes, budget)
+    if _evaluate(times, free.choice) <= limit:
+        return free, 0.0
+    masked = np.where(np.isfinite(losses), times, np.inf)
+    fastest = allocate(masked, sizes, budget)
+    if fastest.cost > limit:
+        raise AllocationError(f"a time of {limit:g} is below the least within {budget} bytes, {fastest.cost:g}")
+    low, high = 0.0, max(free.cost, np.finfo(float).tiny) / fastest.cost
+    best = fastest
+    for _ in range(BISECTIONS):
+        found = allocate(losses + high * times, sizes, budget)
+        if _evaluate(times, found.choice) <= limit:
+            best = found
+            break
+        low, high = high, 2 * high
+    # Past six digits of lambda the choice no longer changes but for ties.
+    for _ in range(40):
+        middle = (low + high) / 2
+        found = allocate(losses + middle * times, sizes, budget)
+        if _evaluate(times, found.choice) > limit:
+            low = middle
+        else:
+            high, best = middle, found
+    cost = float(_evaluate(losses, best.choice))
+    return Allocation(best.choice, int(_evaluate(sizes, best.choice)), cost, min(free.lower_bound, cost)), high
+
+
 def choose_uniform(costs: np.ndarray, sizes: np.ndarray, budget: int) -> Allocation:
-    """The same option for every unit: the largest one within the budget, of equal sizes the one of least cost.
+    """The same option for every unit: of those within the budget the one of least cost, of equal costs the smallest.
 
     Arguments and errors as `allocate`; options that do not fit every unit are left out.
     """
@@ -74,7 +150,7 @@ def choose_uniform(costs: np.ndarray, sizes: np.ndarray, budget: int) -> Allocat
         raise AllocationError(
             f"budget of {budget} bytes is below the smallest uniform size, {totals[usable].min()} bytes"
         )
-    best = min(within, key=lambda option: (-totals[option], losses[option]))
+    best = min(within, key=lambda option: (losses[option], totals[option]))
     cost = float(losses[best])
     return Allocation(np.full(len(costs), best), int(totals[best]), cost, cost)
 

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from vllm_ext.compress.windows import split_windows
+
 #: Tokens of a window, and windows drawn from all sources together.
 CONTEXT = 512
 NUM_WINDOWS = 128
@@ -41,9 +43,15 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
     try:
         # Whole texts are encoded before they are cut, so the model's own limit would only cause a warning.
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, model_max_length=sys.maxsize)
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, model_max_length=sys.maxsize)
     except (OSError, ValueError, KeyError) as error:
         raise CalibrationError(f"{directory} has no usable tokenizer ({error}): copy its tokenizer files") from error
+    # Where config.json names a known model and there are no tokenizer files, transformers makes an empty one.
+    if not tokenizer.encode("text", add_special_tokens=False):
+        raise CalibrationError(
+            f"{directory} has no usable tokenizer (its vocabulary is empty): copy its tokenizer files"
+        )
+    return tokenizer
 
 
 def read_documents(path: Path) -> list[str]:
@@ -107,12 +115,10 @@ def cut_windows(path: Path, tokenizer: Tokenizer, context: int) -> np.ndarray:
         if ids and tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
         ids += tokenizer.encode(document, add_special_tokens=False)
-    count = len(ids) // context
-    if count == 0:
-        raise CalibrationError(
-            f"text file {path} has {len(ids)} tokens, less than one window of {context}: give a longer text"
-        )
-    return np.asarray(ids[: count * context], dtype=np.int64).reshape(count, context)
+    try:
+        return split_windows(ids, context, name=f"text file {path}")
+    except ValueError as error:
+        raise CalibrationError(str(error)) from error
 
 
 def _read_line(line: str, name: str) -> str:

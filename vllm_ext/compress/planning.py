@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a model and a number of bits to a plan: calibrate, measure, allocate."""
+"""From a model and a number of bits to a plan: calibrate, measure, allocate, and compare with a uniform plan."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from vllm_ext.compress.allocation import AllocationError, allocate, choose_uniform, measure_range
+from vllm_ext.compress.allocation import AllocationError, choose_uniform, measure_range
+from vllm_ext.compress.cache import StageCache, hash_array
 from vllm_ext.compress.calibration import load_tokenizer, make_windows
+from vllm_ext.compress.choosing import Choice, Problem, choose_by_layer, choose_globally, time_choice
 from vllm_ext.compress.families import Kind, Module
-from vllm_ext.compress.profile import ActivationProfile, load_model, measure_profile
-from vllm_ext.compress.sensitivity import Unit, list_units, measure_weight_errors, weigh_by_frequency
+from vllm_ext.compress.held_out import Comparison, measure_plans, split_held_out
+from vllm_ext.compress.measuring import find_shares, load_profile, measure_losses, open_cache
+from vllm_ext.compress.pareto import FrontPoint, trace_front
+from vllm_ext.compress.plan_options import PlanOptions
+from vllm_ext.compress.profile import ActivationProfile
+from vllm_ext.compress.sensitivity import Unit, list_units
 from vllm_ext.compress.source import SourceModel
+from vllm_ext.compress.time_model import open_time_model, predict_times
 from vllm_ext.quantization.plan import FORMAT_VERSION, ExpertSchemes, ModuleSchemes, Plan, PlanError
 from vllm_ext.quantization.scheme import Scheme
 
@@ -25,21 +34,47 @@ from vllm_ext.quantization.scheme import Scheme
 class PlanReport:
     """A plan and its true bytes.
 
-    quantized_weights, quantized_bytes: of all modules that the plan names. predicted_cost, lower_bound: of the
-    allocated blocks, see `allocation.Allocation`; None where the plan was given.
+    quantized_weights, quantized_bytes: of all blocks that the plan quantizes; unquantized_*: of those that it names
+    and leaves as they are (w16a16). Of the allocated blocks, None where the
+    plan was given: predicted_cost in the unit of `measure` ("loss": nats of mean token loss), lower_bound that no
+    choice within the bytes beats, predicted_time_us of a batch and the tile it assumes. chosen: "mixed", "uniform" or
+    "given". comparison: with a uniform plan on held-out text, None without such text.
     """
 
     plan: Plan
     quantized_weights: int
     quantized_bytes: int
+    unquantized_weights: int = 0
+    unquantized_bytes: int = 0
     predicted_cost: float | None = None
     lower_bound: float | None = None
     profile: ActivationProfile | None = None
+    measure: str | None = None
+    predicted_time_us: float | None = None
+    tile: str | None = None
+    chosen: str = "given"
+    comparison: Comparison | None = None
+    front: tuple[FrontPoint, ...] = ()
 
     @property
-    def bits_per_weight(self) -> float:
-        """8 * stored bytes / weights, scales and zero points included."""
-        return 8 * self.quantized_bytes / self.quantized_weights
+    def bits_per_weight(self) -> float | None:
+        """True bits of the quantized weights, scales and zero points included; None where there are none."""
+        return 8 * self.quantized_bytes / self.quantized_weights if self.quantized_weights else None
+
+    def describe_size(self) -> str:
+        """Bits and bytes in one line; what stays as it is beside what is quantized."""
+        bits = "" if self.bits_per_weight is None else f"{self.bits_per_weight:.4f} bits over "
+        text = f"{bits}{self.quantized_weights} quantized weights, {self.quantized_bytes} bytes"
+        if self.unquantized_weights:
+            text += f" (and {self.unquantized_weights} weights left as they are, {self.unquantized_bytes} bytes)"
+        return text
+
+    @property
+    def gap(self) -> float | None:
+        """How much the predicted cost exceeds the lower bound, as a share of the cost."""
+        if self.predicted_cost is None or self.lower_bound is None:
+            return None
+        return (self.predicted_cost - self.lower_bound) / self.predicted_cost if self.predicted_cost > 0 else 0.0
 
     def to_json(self) -> dict[str, Any]:
         """The numbers, JSON-ready, without the plan itself."""
@@ -47,9 +82,16 @@ class PlanReport:
             "bits_per_weight": self.bits_per_weight,
             "quantized_bytes": self.quantized_bytes,
             "quantized_weights": self.quantized_weights,
+            "unquantized_bytes": self.unquantized_bytes,
             "plan_sha256": self.plan.sha256,
+            "chosen": self.chosen,
+            "measure": self.measure,
             "predicted_cost": self.predicted_cost,
             "lower_bound": self.lower_bound,
+            "gap": self.gap,
+            "predicted_time_us": self.predicted_time_us,
+            "tile": self.tile,
+            "comparison": None if self.comparison is None else self.comparison.to_json(),
         }
 
 
@@ -62,47 +104,95 @@ def make_plan(
     calibration: Sequence[str | Path] = (),
     seed: int = 0,
     fixed: Plan | None = None,
+    rounding: str = "rtn",
+    options: PlanOptions | None = None,
     progress: bool = False,
 ) -> PlanReport:
     """The plan that `vllm-ext quantize` follows.
 
-    bits: true bits per weight of the experts that `fixed` does not name; their schemes are allocated under it, or one
-    scheme is chosen for all of them (`uniform`). None: the plan is `fixed` as it is. schemes: the options; default
-    one per width. calibration: sources of `calibration.make_windows`; without any, experts count the same.
-    fixed: schemes that are given, of linears or of whole layers of experts.
-    Raises PlanError, AllocationError, CalibrationError or CheckpointError, each naming the value and the fix.
+    bits: true bits per weight of the experts that `fixed` neither names nor ignores; their schemes are allocated under
+    it, or one scheme is chosen for all of them (`uniform`). None: the plan is `fixed` as it is. schemes: the options;
+    default one per width, with calibration also smaller groups. calibration: sources of `calibration.make_windows`;
+    without any, experts count the same and weights are all there is to judge by. fixed: schemes that are given, of
+    linears or of whole layers of experts. rounding: how codes will be chosen; sensitivities and the comparison use it.
+
+    With calibration text a quarter of its windows is held out. A uniform plan and a mixed plan of its bytes are
+    measured on them; where mixing does not win, the uniform plan is the result, unless options.force_mixed, and
+    unless the options weigh time: such a plan is not made for its loss alone.
+    Raises PlanError, AllocationError, CalibrationError, TimeModelError or CheckpointError, each naming the value and
+    the fix.
     """
+    options = options or PlanOptions()
     plan = fixed or Plan({})
     source.check_plan(plan)
-    cost = bound = None
-    profile = None
-    if bits is not None:
-        modules = [m for m in source.modules.values() if m.kind is Kind.EXPERT and m.path not in plan.modules]
-        if not modules:
-            raise PlanError("no expert is left to allocate bits to: leave out --bits, or experts in the plan")
-        units = list_units(modules, schemes)
-        sizes = np.stack([unit.sizes for unit in units])
-        budget = _check_budget(bits, units, sizes, uniform)
-        if calibration:
-            profile = profile_source(source, calibration, seed, progress)
-        errors = measure_weight_errors(source, units, progress=progress)
-        costs = weigh_by_frequency(errors, units, profile, _count_experts(source))
-        found = (choose_uniform if uniform else allocate)(costs, sizes, budget)
-        cost, bound = found.cost, found.lower_bound
-        plan = _merge(source, plan, units, found.choice)
-        source.check_plan(plan)
-    if not plan.modules:
-        raise PlanError("the plan names no module: give --bits, or a plan that names modules")
-    weights, stored = _measure_size(source, plan)
-    return PlanReport(plan, weights, stored, cost, bound, profile)
-
-
-def profile_source(
-    source: SourceModel, calibration: Sequence[str | Path], seed: int, progress: bool = False
-) -> ActivationProfile:
-    """The activation profile of a model on calibration text; loads the whole model once."""
-    windows = make_windows(calibration, load_tokenizer(source.directory), seed=seed)
-    return measure_profile(load_model(source.directory), source.family, windows, progress=progress)
+    if bits is None:
+        if not plan.modules:
+            raise PlanError("the plan names no module: give --bits, or a plan that names modules")
+        return PlanReport(plan, *_measure_size(source, plan))
+    measure = options.measure or ("loss" if calibration else "weight")
+    if measure != "weight" and not calibration:
+        raise PlanError(f"sensitivity {measure!r} is measured on calibration text: give --calibration, or use 'weight'")
+    modules = [m for m in source.modules.values() if m.kind is Kind.EXPERT and not plan.names(m.path)]
+    if not modules:
+        raise PlanError(
+            "no expert is left to allocate bits to: leave out --bits, or experts in the plan and its ignore"
+        )
+    units = list_units(modules, schemes, fine=bool(calibration))
+    sizes = np.stack([unit.sizes for unit in units])
+    budget = _check_budget(bits, units, sizes, uniform)
+    model = open_time_model(options.device, options.tables)
+    used, held, profile = np.zeros((0, 0), np.int64), np.zeros((0, 0), np.int64), None
+    cache = None
+    if calibration:
+        windows = make_windows(calibration, load_tokenizer(source.directory), seed=seed)
+        used, held = split_held_out(windows)
+        if options.work is not None:
+            cache = open_cache(options.work, source, units, used, measure, rounding)
+        profile = load_profile(source, used, cache, progress)
+    losses = measure_losses(source, units, measure, used, profile, rounding, cache, progress)
+    times = predict_times(
+        model,
+        [unit.block for unit in units],
+        [unit.options for unit in units],
+        find_shares(source, units, profile),
+        options.batches,
+    )
+    weights = np.array([unit.block.num_weights for unit in units])
+    layers = [unit.module.layer for unit in units]
+    # MxMoE adds up norms, where the errors of blocks, being independent, add up in squares.
+    judged = np.sqrt(losses) if options.per_layer and measure != "loss" else losses
+    problem = Problem(judged, times, sizes, weights, layers)
+    alone = _choose_uniform(problem, budget, required=uniform)
+    if uniform:
+        assert alone is not None
+        chosen, kind, comparison = alone, "uniform", None
+    else:
+        chosen, kind, comparison = _choose_mixed(problem, budget, options), "mixed", None
+        if options.compare and alone is not None and len(held):
+            choices = alone, _choose_equal(problem, alone, options), chosen
+            comparison = _compare(
+                source, plan, units, choices, int(weights.sum()), (used, held), rounding, cache, progress
+            )
+            # A plan that trades loss for time is not to be judged by its loss.
+            if not (comparison.mixed_wins or options.force_mixed or options.weighs_time):
+                chosen, kind = alone, "uniform"
+    merged = _merge(source, plan, units, chosen.options)
+    source.check_plan(merged)
+    names = [_name_column(units, option) for option in range(sizes.shape[1])]
+    front = trace_front(judged, times[chosen.tile], sizes, int(weights.sum()), names, time_weight=options.time_weight)
+    return PlanReport(
+        merged,
+        *_measure_size(source, merged),
+        predicted_cost=chosen.loss,
+        lower_bound=chosen.lower_bound,
+        profile=profile,
+        measure=measure,
+        predicted_time_us=chosen.time_us if np.isfinite(chosen.time_us) else None,
+        tile=model.tiles[chosen.tile],
+        chosen=kind,
+        comparison=comparison,
+        front=tuple(front),
+    )
 
 
 def read_plan(path: Path) -> Plan:
@@ -111,7 +201,7 @@ def read_plan(path: Path) -> Plan:
     Raises PlanError naming the file for anything else, and for a plan whose recorded hash is another.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates)
     except (OSError, ValueError) as error:
         raise PlanError(f"plan file {path} cannot be read ({error}): give a JSON file") from error
     try:
@@ -121,6 +211,78 @@ def read_plan(path: Path) -> Plan:
         return Plan.parse(value)
     except PlanError as error:
         raise PlanError(f"plan file {path}: {error}") from error
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of two values of one key the last would win without a word."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key} is given twice")
+        found[key] = value
+    return found
+
+
+def _choose_uniform(problem: Problem, budget: int, required: bool) -> Choice | None:
+    try:
+        return time_choice(problem, choose_uniform(problem.losses, problem.sizes, budget))
+    except AllocationError:
+        if required:
+            raise
+        # A budget between the least mixed and the least uniform size: there is nothing to compare with.
+        return None
+
+
+def _choose_mixed(problem: Problem, budget: int, options: PlanOptions) -> Choice:
+    if options.per_layer:
+        return choose_by_layer(problem, budget, options.exponent)
+    return choose_globally(
+        problem, budget, time_weight=options.time_weight, max_time_us=options.max_time_us, exact=options.exact
+    )
+
+
+def _choose_equal(problem: Problem, alone: Choice, options: PlanOptions) -> Choice:
+    """The mixed choice with the uniform one's bytes; that one itself where its bytes leave no other."""
+    try:
+        return _choose_mixed(problem, alone.size, options)
+    except AllocationError:
+        return alone
+
+
+def _compare(
+    source: SourceModel,
+    fixed: Plan,
+    units: Sequence[Unit],
+    choices: tuple[Choice, Choice, Choice],
+    weights: int,
+    windows: tuple[np.ndarray, np.ndarray],
+    rounding: str,
+    cache: StageCache | None,
+    progress: bool,
+) -> Comparison:
+    """choices: uniform, mixed at its bytes, mixed. windows: calibrated with, held out."""
+    plans = [_merge(source, fixed, units, choice.options) for choice in choices]
+    distinct = list({plan.sha256: plan for plan in plans}.values())
+    key = {"held_out": hash_array(windows[1]), "rounding": rounding, "plans": [plan.sha256 for plan in distinct]}
+    name = f"held-out-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
+    stored = None if cache is None else cache.load(name)
+    if stored is None:
+        stored = measure_plans(
+            source, distinct, windows[1], rounding=rounding, calibration=windows[0], progress=progress
+        )
+        if cache is not None:
+            cache.store(name, stored)
+    full, losses = stored
+    found = dict(zip([plan.sha256 for plan in distinct], losses, strict=True))
+    uniform, equal, mixed = (found[plan.sha256] for plan in plans)
+    bits = tuple(8 * choice.size / weights for choice in choices)
+    scheme = str(units[0].options[int(choices[0].options[0])])
+    return Comparison(int(windows[1].size), full, uniform, equal, mixed, bits[0], bits[1], bits[2], scheme)
+
+
+def _name_column(units: Sequence[Unit], option: int) -> str:
+    """Schemes of one column of options, which differ where groups do not fit every block."""
+    return "+".join(dict.fromkeys(str(unit.options[option]) for unit in units if unit.options[option]))
 
 
 def _check_budget(bits: float, units: Sequence[Unit], sizes: np.ndarray, uniform: bool) -> int:
@@ -139,15 +301,6 @@ def _check_budget(bits: float, units: Sequence[Unit], sizes: np.ndarray, uniform
             f"scales and zero points included"
         )
     return budget
-
-
-def _count_experts(source: SourceModel) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for module in source.modules.values():
-        if module.kind is Kind.EXPERT:
-            layer = module.path.rpartition(".")[0]
-            counts[layer] = counts.get(layer, 0) + 1
-    return counts
 
 
 def _merge(source: SourceModel, fixed: Plan, units: Sequence[Unit], choice: np.ndarray) -> Plan:
@@ -171,10 +324,12 @@ def pair_blocks(module: Module, schemes: ModuleSchemes) -> list[tuple[Any, Schem
     return list(zip(module.blocks, schemes if isinstance(schemes, ExpertSchemes) else (schemes,), strict=True))
 
 
-def _measure_size(source: SourceModel, plan: Plan) -> tuple[int, int]:
-    weights = stored = 0
+def _measure_size(source: SourceModel, plan: Plan) -> tuple[int, int, int, int]:
+    """(weights, bytes) of what the plan quantizes, and of what it names and leaves as it is."""
+    weights: Counter[bool] = Counter()
+    stored: Counter[bool] = Counter()
     for path, schemes in plan.modules.items():
         for block, scheme in pair_blocks(source.modules[path], schemes):
-            weights += block.num_weights
-            stored += scheme.stored_bytes(block.N, block.K)
-    return weights, stored
+            weights[scheme.is_quantized] += block.num_weights
+            stored[scheme.is_quantized] += scheme.stored_bytes(block.N, block.K, block.itemsize)
+    return weights[True], stored[True], weights[False], stored[False]

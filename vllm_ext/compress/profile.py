@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ import torch
 
 from vllm_ext.compress.families import Family
 from vllm_ext.compress.progress import track
+from vllm_ext.compress.source import SourceModel
+from vllm_ext.compress.streaming import LayerStream, StreamedLayer
 from vllm_ext.quantization.safetensors_io import CheckpointError
 
 #: Windows of one forward pass.
@@ -25,12 +27,14 @@ class ActivationProfile:
     """Routing of `tokens` calibration tokens.
 
     counts: int64 [experts] by layer path (`...mlp.experts`), tokens routed to each expert. mass: float64 [experts],
-    sum of the routing weights of those tokens.
+    sum of the routing weights of those tokens. coactivation: int64 [experts, experts], tokens routed to both; its
+    diagonal is counts.
     """
 
     tokens: int
     counts: Mapping[str, np.ndarray]
     mass: Mapping[str, np.ndarray]
+    coactivation: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def frequencies(self, layer: str) -> np.ndarray:
         """Share of a layer's routed tokens that each expert gets, float64 [experts], each above zero.
@@ -45,7 +49,11 @@ class ActivationProfile:
         return {
             "tokens": self.tokens,
             "layers": {
-                layer: {"counts": self.counts[layer].tolist(), "mass": self.mass[layer].tolist()}
+                layer: {
+                    "counts": self.counts[layer].tolist(),
+                    "mass": self.mass[layer].tolist(),
+                    **({"coactivation": self.coactivation[layer].tolist()} if layer in self.coactivation else {}),
+                }
                 for layer in self.counts
             },
         }
@@ -57,7 +65,12 @@ class ActivationProfile:
             layers = dict(value["layers"])
             counts = {layer: np.asarray(entry["counts"], np.int64) for layer, entry in layers.items()}
             mass = {layer: np.asarray(entry["mass"], np.float64) for layer, entry in layers.items()}
-            return cls(int(value["tokens"]), counts, mass)
+            pairs = {
+                layer: np.asarray(entry["coactivation"], np.int64)
+                for layer, entry in layers.items()
+                if "coactivation" in entry
+            }
+            return cls(int(value["tokens"]), counts, mass, pairs)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"not an activation profile ({error!r}): make it again") from error
 
@@ -87,22 +100,15 @@ def measure_profile(
     routers = family.find_routers(model)
     if not routers:
         raise CheckpointError("the model has no routed experts to profile")
-    counts: dict[str, np.ndarray] = {}
-    mass: dict[str, np.ndarray] = {}
+    counted = _Counts()
 
-    def record(layer: str, _module: torch.nn.Module, _inputs: Any, output: Any) -> None:
-        ids, weights = family.read_routing(output)
-        flat, values = ids.reshape(-1).cpu(), weights.reshape(-1).double().cpu()
-        if not bool(torch.isfinite(values).all()):
-            raise CheckpointError(f"the router of {layer} gave NaN or infinite weights: the checkpoint is damaged")
-        counts[layer] += torch.bincount(flat, minlength=len(counts[layer])).numpy()
-        mass[layer] += torch.bincount(flat, weights=values, minlength=len(mass[layer])).numpy()
+    def record(layer: str, num_experts: int, _module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+        counted.add(layer, num_experts, *family.read_routing(output))
 
     handles = []
     for layer, router in routers.items():
         num_experts = int(next(router.parameters()).shape[0])
-        counts[layer], mass[layer] = np.zeros(num_experts, np.int64), np.zeros(num_experts)
-        handles.append(router.register_forward_hook(partial(record, layer)))
+        handles.append(router.register_forward_hook(partial(record, layer, num_experts)))
     # Without the output layer: logits over the vocabulary would be the largest tensor by far.
     decoder = getattr(model, "base_model", model)
     batches = [windows[start : start + BATCH_WINDOWS] for start in range(0, len(windows), BATCH_WINDOWS)]
@@ -113,4 +119,53 @@ def measure_profile(
     finally:
         for handle in handles:
             handle.remove()
-    return ActivationProfile(int(windows.size), counts, mass)
+    return counted.finish(int(windows.size))
+
+
+def stream_profile(source: SourceModel, windows: np.ndarray, *, progress: bool = False) -> ActivationProfile:
+    """As `measure_profile` for a checkpoint, in float32, with one layer in memory at a time."""
+    stream, counted = LayerStream(source, windows), _Counts()
+    for layer in track(stream.layers(), "profile", stream.num_layers, progress):
+        if layer.routed is not None:
+            name = f"{source.family.layer_prefix(layer.index)}{_find_experts_name(layer)}"
+            counted.add(name, layer.num_experts, layer.routed.ids, layer.routed.weights)
+    profile = counted.finish(int(windows.size))
+    if not profile.counts:
+        raise CheckpointError("the model has no routed experts to profile")
+    return profile
+
+
+class _Counts:
+    """Sums over batches."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, np.ndarray] = {}
+        self._mass: dict[str, np.ndarray] = {}
+        self._pairs: dict[str, np.ndarray] = {}
+
+    def add(self, layer: str, num_experts: int, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        """ids int64 [tokens, top k], weights [tokens, top k]."""
+        weights = weights.double().cpu()
+        if not bool(torch.isfinite(weights).all()):
+            raise CheckpointError(f"the router of {layer} gave NaN or infinite weights: the checkpoint is damaged")
+        chosen = torch.zeros(len(ids), num_experts, dtype=torch.float64)
+        chosen.scatter_(1, ids.cpu(), 1.0)
+        flat = ids.reshape(-1).cpu()
+        pairs = (chosen.T @ chosen).round().long().numpy()
+        mass = torch.bincount(flat, weights=weights.reshape(-1), minlength=num_experts).numpy()
+        if layer in self._counts:
+            self._counts[layer] += np.diagonal(pairs)
+            self._mass[layer] += mass
+            self._pairs[layer] += pairs
+        else:
+            self._counts[layer], self._mass[layer], self._pairs[layer] = np.diagonal(pairs).copy(), mass, pairs
+
+    def finish(self, tokens: int) -> ActivationProfile:
+        """The profile of all that was added."""
+        return ActivationProfile(tokens, self._counts, self._mass, self._pairs)
+
+
+def _find_experts_name(layer: StreamedLayer) -> str:
+    """Path of the experts inside their decoder layer."""
+    experts = layer.stream.family.find_experts(layer.module)
+    return next(name for name, module in layer.module.named_modules() if module is experts)

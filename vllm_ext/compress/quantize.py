@@ -1,21 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantize a model into a packed checkpoint: plan, round layer by layer, write atomically."""
+"""Quantize a model into a packed checkpoint: rotate, plan, round layer by layer, write atomically."""
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from vllm_ext import __version__
+from vllm_ext.compress.balance import make_balanced_windows
+from vllm_ext.compress.cache import StageCache
+from vllm_ext.compress.calibration import CalibrationError, load_tokenizer, make_windows
+from vllm_ext.compress.plan_options import PlanOptions
 from vllm_ext.compress.planning import PlanReport, make_plan, pair_blocks
 from vllm_ext.compress.progress import track
-from vllm_ext.compress.rounding import QuantizedWeight, round_to_nearest
+from vllm_ext.compress.rotation import rotate_source
+from vllm_ext.compress.rounders import ROUNDERS
+from vllm_ext.compress.rounding import round_to_nearest
+from vllm_ext.compress.sequential import make_cache, round_layers
 from vllm_ext.compress.source import SourceModel, open_source
 from vllm_ext.quantization.checkpoint import (
     SHARD_BYTES,
@@ -29,8 +38,8 @@ from vllm_ext.quantization.plan import ExpertSchemes, Plan
 from vllm_ext.quantization.safetensors_io import TensorInfo
 from vllm_ext.quantization.scheme import Scheme
 
-#: How codes are chosen: name -> function (weight [N, K], scheme, name for errors) -> codes, scales, zeros.
-ROUNDINGS: dict[str, Callable[[torch.Tensor, Scheme, str], QuantizedWeight]] = {"rtn": round_to_nearest}
+#: How codes are chosen.
+ROUNDINGS = tuple(ROUNDERS)
 
 
 @dataclass(frozen=True)
@@ -65,21 +74,43 @@ def quantize_model(
     calibration: Sequence[str | Path] = (),
     seed: int = 0,
     plan: Plan | None = None,
+    rotate: bool = False,
+    balanced: bool = False,
+    work: Path | None = None,
+    options: PlanOptions | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: bool = False,
 ) -> QuantizeReport:
     """Quantize the model directory `model` into the new directory `output`.
 
-    bits, schemes, uniform, calibration, seed and plan as `planning.make_plan`; modules the plan does not name are
-    copied. rounding: a key of ROUNDINGS. Weights are read, rounded and written one at a time; calibration alone loads
-    the whole model. The same inputs and seed give the same files, byte for byte.
+    bits, schemes, uniform, calibration, seed, plan and options as `planning.make_plan`; modules the plan does not
+    name are copied. rounding: one of ROUNDINGS; gptq and gptaq need calibration and run the model one layer at a
+    time, rtn reads, rounds and writes one weight at a time. rotate: see `rotation.rotate_source`, with the seed.
+    balanced: choose windows as `balance.make_balanced_windows` does.
+    work: where measurements of the plan, and each layer that gptq and gptaq finished, are kept, so that a run that
+    was killed goes on there; None: a hidden folder beside `output`, removed at the end. The same inputs and seed give
+    the same files, byte for byte.
     Raises ValueError (its subclasses name the cause) for anything that cannot be used; `output` then does not exist.
     """
     started = time.monotonic()
     if rounding not in ROUNDINGS:
         raise ValueError(f"unknown rounding {rounding!r}; known: {', '.join(ROUNDINGS)}")
+    if rounding != "rtn" and not calibration:
+        raise CalibrationError(f"--rounding {rounding} needs calibration text: give --calibration FILE, or use rtn")
+    if balanced and rounding == "rtn":
+        raise ValueError("--balanced chooses calibration text for gptq and gptaq; --rounding rtn uses none")
     check_output(Path(output))
     source = open_source(model)
+    windows = None
+    if rounding != "rtn":
+        tokenizer = load_tokenizer(source.directory)
+        if balanced:
+            windows = make_balanced_windows(source, calibration, tokenizer, seed=seed, progress=progress)
+        else:
+            windows = make_windows(calibration, tokenizer, seed=seed)
+    if rotate:
+        source = rotate_source(source, seed)
+    folder, cache = work or Path(output).with_name(f".{Path(output).name}.work"), None
     planned = make_plan(
         source,
         bits=bits,
@@ -88,27 +119,40 @@ def quantize_model(
         calibration=calibration,
         seed=seed,
         fixed=plan,
+        rounding=rounding,
+        options=replace(options or PlanOptions(), work=folder),
         progress=progress,
     )
     targets = _list_targets(source, planned.plan)
     ignore = tuple(path for path in source.modules if path not in planned.plan.modules)
-    producer = make_producer(rounding=rounding, seed=seed, uniform=uniform, **({} if bits is None else {"bits": bits}))
+    details: dict[str, Any] = {} if bits is None else {"bits": bits}
+    details |= {name: True for name, chosen in (("rotated", rotate), ("balanced", balanced)) if chosen}
+    producer = make_producer(rounding=rounding, seed=seed, uniform=uniform, **details)
     infos = _list_infos(source, targets)
-    rounded = _round_tensors(source, targets, ROUNDINGS[rounding])
+    if windows is None:
+        tensors = track(_round_tensors(source, targets), "quantize", len(infos), progress)
+    else:
+        key = {"rounding": rounding, "rotate": seed if rotate else None, "plan": planned.plan.sha256}
+        cache = make_cache(folder, source, windows, key)
+        tensors = _round_layers(source, targets, planned.plan, rounding, windows, cache, progress)
     total = write_checkpoint(
         Path(output),
         plan=Plan(planned.plan.modules, ignore, producer),
         config=source.config,
         infos=infos,
-        tensors=track(rounded, "quantize", len(infos), progress),
-        model_card=make_model_card(source, planned, rounding),
+        tensors=tensors,
+        model_card=make_model_card(source, planned, rounding, rotate),
         companions=source.directory,
         shard_bytes=shard_bytes,
     )
+    if cache is not None:
+        cache.remove()
+    if work is None:
+        shutil.rmtree(folder, ignore_errors=True)
     return QuantizeReport(Path(output), planned, total, time.monotonic() - started)
 
 
-def make_model_card(source: SourceModel, planned: PlanReport, rounding: str) -> str:
+def make_model_card(source: SourceModel, planned: PlanReport, rounding: str, rotate: bool = False) -> str:
     """README.md of the checkpoint: what it is, how many bits, how to serve it."""
     name = source.directory.resolve().name
     rows = ["| scheme | gate_up blocks | down blocks | other linears |", "|---|---|---|---|"]
@@ -120,17 +164,22 @@ def make_model_card(source: SourceModel, planned: PlanReport, rounding: str) -> 
     for scheme in sorted(counts):
         rows.append("| " + " | ".join([scheme, *(str(counts[scheme][b]) for b in ("gate_up", "down", "other"))]) + " |")
     table = "\n".join(rows)
+    others = "all other tensors are those of the original"
+    if rotate:
+        others += (
+            ", with the residual stream rotated by a randomized Hadamard matrix, which leaves its function as it is"
+        )
     return f"""---
 base_model: {name}
 library_name: vllm
 tags: [vllm-ext, mxmoe, quantized]
 ---
 
-# {name}, {planned.bits_per_weight:.3f} bits per weight
+# {name}{"" if planned.bits_per_weight is None else f", {planned.bits_per_weight:.3f} bits per weight"}
 
 Mixed-precision weights of {name}, made by vllm-ext {__version__} (`vllm-ext quantize --method mxmoe`, rounding
-{rounding}). {planned.quantized_weights} weights take {planned.quantized_bytes} bytes, scales and zero points included;
-all other tensors are those of the original. The licence of the original model applies.
+{rounding}): {planned.describe_size()}, scales and zero points included; {others}.
+The licence of the original model applies.
 
     pip install vllm-ext
     vllm serve DIRECTORY
@@ -162,10 +211,8 @@ def _list_infos(source: SourceModel, targets: dict[str, Scheme]) -> dict[str, Te
     return infos
 
 
-def _round_tensors(
-    source: SourceModel, targets: dict[str, Scheme], rounding: Callable[[torch.Tensor, Scheme, str], QuantizedWeight]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the result, in the order of the source's files."""
+def _round_tensors(source: SourceModel, targets: dict[str, Scheme]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the result, rounded to nearest, in the order of the source's files."""
     for name in source.reader.infos:
         tensor = source.reader.read(name)
         scheme = targets.get(name)
@@ -173,5 +220,25 @@ def _round_tensors(
             yield name, tensor
             continue
         path = name.removesuffix(".weight")
-        for suffix, packed in pack_weight(*rounding(tensor, scheme, path), scheme).items():
+        for suffix, packed in pack_weight(*round_to_nearest(tensor, scheme, path), scheme).items():
             yield f"{path}.{suffix}", packed
+
+
+def _round_layers(
+    source: SourceModel,
+    targets: dict[str, Scheme],
+    plan: Plan,
+    rounding: str,
+    windows: np.ndarray,
+    cache: StageCache,
+    progress: bool,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the result: the quantized ones as their layers are done, then the rest."""
+    rounded = round_layers(source, plan, ROUNDERS[rounding](), windows, cache=cache, progress=progress)
+    for _, layer in rounded:
+        for path, codes in layer.items():
+            for suffix, packed in pack_weight(*codes, targets[f"{path}.weight"]).items():
+                yield f"{path}.{suffix}", packed.cpu()
+    for name in source.reader.infos:
+        if name not in targets:
+            yield name, source.reader.read(name)

@@ -38,7 +38,7 @@ def round_to_nearest(weight: torch.Tensor, scheme: Scheme, name: str = "weight")
         raise ValueError(f"{name}: {scheme} leaves a weight as it is; there is nothing to round")
     if weight.dim() != 2:
         raise ValueError(f"{name} must be [N, K], got {list(weight.shape)}")
-    _check_finite(weight, name)
+    check_finite(weight, name)
     N, K = weight.shape
     groups = weight.float().reshape(N, scheme.num_groups(K), -1)
     highest = groups.amax(-1).clamp(min=0.0)
@@ -75,7 +75,8 @@ def dequantize(quantized: QuantizedWeight, scheme: Scheme) -> torch.Tensor:
     return (centred * scales.float().unsqueeze(-1)).view(N, K)
 
 
-def _check_finite(weight: torch.Tensor, name: str) -> None:
+def check_finite(weight: torch.Tensor, name: str) -> None:
+    """Raises ValueError for a weight [N, K] with NaN or infinite values, naming the first."""
     finite = torch.isfinite(weight)
     if not finite.all():
         row, column = (~finite).nonzero()[0].tolist()

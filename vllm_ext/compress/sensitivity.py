@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each scheme costs each block: so far the squared weight error times the routing frequency."""
+"""Blocks, the schemes they may take, and what those cost by the weights alone: squared error times routing frequency.
+
+`layer_error` measures the same with calibration text, on the outputs of layers and on the loss.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,10 @@ from vllm_ext.quantization.scheme import Scheme
 #: Widths tried when the user names no schemes: weight-only, in the group size that fits each block.
 DEFAULT_BITS = (2, 3, 4, 5, 6, 8)
 
+#: Widths and smaller groups tried too where calibration text tells what they are worth.
+FINE_BITS = (2, 3, 4)
+FINE_GROUPS = (64, 32)
+
 
 class Unit(NamedTuple):
     """A block whose scheme is to be chosen, and the schemes it may take; None where one does not fit its shape."""
@@ -30,16 +37,21 @@ class Unit(NamedTuple):
     @property
     def sizes(self) -> np.ndarray:
         """Stored bytes of each option, int64 [options]; 0 where it does not fit."""
-        shape = self.block.N, self.block.K
+        shape = self.block.N, self.block.K, self.block.itemsize
         return np.array([option.stored_bytes(*shape) if option else 0 for option in self.options], np.int64)
 
 
-def list_units(modules: Sequence[Module], schemes: Sequence[Scheme]) -> list[Unit]:
+def list_units(modules: Sequence[Module], schemes: Sequence[Scheme], *, fine: bool = False) -> list[Unit]:
     """Every block of the modules with its options: the given schemes, or one per DEFAULT_BITS where none are given.
 
-    Raises PlanError, with the reason, for a block that takes none of the schemes.
+    fine: where none are given, also those of FINE_BITS in FINE_GROUPS; the group that fits is taken where
+    such a group does not. Raises PlanError, with the reason, for a block that takes none of the schemes.
     """
-    return [Unit(module, block, _list_options(module, block, schemes)) for module in modules for block in module.blocks]
+    return [
+        Unit(module, block, _list_options(module, block, schemes, fine))
+        for module in modules
+        for block in module.blocks
+    ]
 
 
 def measure_weight_errors(source: SourceModel, units: Sequence[Unit], *, progress: bool = False) -> np.ndarray:
@@ -68,7 +80,7 @@ def weigh_by_frequency(
     1 for what every token passes; 1/experts for an expert when there is no profile. num_experts: by layer path.
 
     Source: MxMoE weighs experts by activation frequency (arXiv:2505.05799, section 4.1); it measures the layer's output
-    error where this measures the weight's.
+    error where this measures the weight's; see `layer_error.measure_sensitivities` for that.
     """
     weights = np.ones(len(units))
     for row, unit in enumerate(units):
@@ -79,12 +91,19 @@ def weigh_by_frequency(
     return errors * weights[:, None]
 
 
-def _list_options(module: Module, block: Block, schemes: Sequence[Scheme]) -> tuple[Scheme | None, ...]:
-    if not schemes:
-        if block.K % 8:
-            return (Scheme(16),) * len(DEFAULT_BITS)
-        return tuple(Scheme(bits, 16, choose_group_size(block.K)) for bits in DEFAULT_BITS)
+def _list_options(
+    module: Module, block: Block, schemes: Sequence[Scheme], fine: bool = False
+) -> tuple[Scheme | None, ...]:
     options: list[Scheme | None] = []
+    if not schemes:
+        usual = choose_group_size(block.K)
+        for bits in DEFAULT_BITS:
+            options.append(Scheme(16) if block.K % 8 else Scheme(bits, 16, usual))
+            for size in FINE_GROUPS if fine and bits in FINE_BITS else ():
+                # The same column is the same kind of scheme for every unit, so that one column is a uniform plan.
+                fits = block.K % size == 0 and block.K % 8 == 0
+                options.append(Scheme(bits, 16, size) if fits else options[-1])
+        return tuple(options)
     reasons = []
     for scheme in schemes:
         try:

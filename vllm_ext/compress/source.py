@@ -58,6 +58,9 @@ class SourceModel:
                 except ValueError as error:
                     raise PlanError(f"{path} {block.name}: {error}") from error
             self._check_fused(plan, path)
+        for path in plan.ignore:
+            if path not in self.modules:
+                raise PlanError(f"ignore names {path}, which the model does not have{suggest(path, self.modules)}")
 
     def _check_fused(self, plan: Plan, path: str) -> None:
         name = path.rpartition(".")[2]
@@ -79,8 +82,9 @@ def open_source(model: str | Path) -> SourceModel:
             f"hf download NAME --local-dir DIR"
         )
     config = read_config(directory)
-    if "quantization_config" in config:
-        method = dict(config["quantization_config"] or {}).get("quant_method")
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise CheckpointError(f"{directory} is quantized already ({method}): give the unquantized model")
     family = find_family(config)
     reader = TensorReader(directory)

@@ -13,9 +13,10 @@ from typing import Any, Protocol
 
 import torch
 
+from vllm_ext.compress.families.decoder import Decoder, ExpertBlock, Residual, RoutedTokens
 from vllm_ext.compress.families.qwen3_moe import Qwen3Moe
 from vllm_ext.compress.families.structure import QUANTIZABLE, Block, Kind, Module
-from vllm_ext.quantization.safetensors_io import CheckpointError, TensorInfo
+from vllm_ext.quantization.safetensors_io import CheckpointError, TensorInfo, TensorReader
 
 
 class Family(Protocol):
@@ -29,6 +30,11 @@ class Family(Protocol):
     def fused(self) -> tuple[tuple[str, ...], ...]:
         """Sibling linears that vLLM fuses into one, which therefore need one scheme."""
 
+    @property
+    def linear_order(self) -> tuple[tuple[str, ...], ...]:
+        """Last parts of the paths of a layer's linears, outside of the experts, in the order in which data passes
+        them; those that share their input stand together."""
+
     def list_modules(self, config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> list[Module]:
         """Modules with a 2-D weight, in the order of the layers."""
 
@@ -37,6 +43,32 @@ class Family(Protocol):
 
     def read_routing(self, output: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """(expert ids [tokens, top k], routing weights [tokens, top k]) of a router's output."""
+
+    def find_decoder(self, model: torch.nn.Module) -> Decoder:
+        """The parts of a transformers model, real or on the meta device."""
+
+    def layer_prefix(self, layer: int) -> str:
+        """What the names of a decoder layer's tensors begin with in the checkpoint."""
+
+    def read_layer(
+        self, reader: TensorReader, layer: int, dtype: torch.dtype, device: torch.device
+    ) -> dict[str, torch.Tensor]:
+        """State of transformers' decoder layer, read from the checkpoint."""
+
+    def find_experts(self, layer: torch.nn.Module) -> torch.nn.Module | None:
+        """The module of a decoder layer that holds its routed experts; None for a dense layer."""
+
+    def replace_experts(self, layer: torch.nn.Module, experts: torch.nn.Module) -> None:
+        """Put a module with the same forward(hidden, ids, weights) in the place of a layer's routed experts."""
+
+    def read_expert_inputs(self, arguments: tuple[Any, ...]) -> RoutedTokens:
+        """What the module of `find_experts` was called with."""
+
+    def expert_weight(self, experts: torch.nn.Module, expert: int, block: str) -> torch.Tensor:
+        """Weight [N, K] of a block: gate stacked over up for "gate_up"."""
+
+    def describe_residual(self, config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> Residual:
+        """How every tensor meets the residual stream."""
 
 
 FAMILIES: tuple[Family, ...] = (Qwen3Moe(),)
@@ -52,4 +84,16 @@ def find_family(config: Mapping[str, Any]) -> Family:
     raise CheckpointError(f"no adapter for model_type {model_type!r}; known families: {known}")
 
 
-__all__ = ["FAMILIES", "QUANTIZABLE", "Block", "Family", "Kind", "Module", "find_family"]
+__all__ = [
+    "FAMILIES",
+    "QUANTIZABLE",
+    "Block",
+    "Decoder",
+    "ExpertBlock",
+    "Family",
+    "Kind",
+    "Module",
+    "Residual",
+    "RoutedTokens",
+    "find_family",
+]

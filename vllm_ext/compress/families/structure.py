@@ -26,12 +26,14 @@ class Block:
     """Weights that share one scheme.
 
     name: "gate_up" or "down" for an expert, "weight" otherwise. paths: module paths of the linear weights in the
-    checkpoint, without `.weight`, in the order in which they are stacked along N. shapes: (N, K) of each.
+    checkpoint, without `.weight`, in the order in which they are stacked along N. shapes: (N, K) of each. itemsize:
+    bytes of a weight in the checkpoint.
     """
 
     name: str
     paths: tuple[str, ...]
     shapes: tuple[tuple[int, int], ...]
+    itemsize: int = 2
 
     @property
     def N(self) -> int:  # noqa: N802 - the field's name of the number of output rows

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer by layer gives what the whole model gives: outputs, loss, gradients, and what experts see."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from tests.compress.runnable_model import EXPERTS, LAYERS, VOCABULARY, make_tokens, write_runnable
+from tests.compress.small_model import edit_tensors
+from vllm_ext.compress.profile import load_model, measure_profile
+from vllm_ext.compress.source import open_source
+from vllm_ext.compress.streaming import LayerStream
+from vllm_ext.quantization.safetensors_io import CheckpointError
+
+TOKENS = make_tokens()
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        {},
+        {"tie_word_embeddings": False, "attention_bias": True, "hidden_size": 96},
+        {"use_sliding_window": True, "sliding_window": 8, "norm_topk_prob": False},
+    ],
+    ids=["tied", "bias", "sliding"],
+)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_runnable(tmp_path_factory.mktemp("models") / "model", **request.param)
+
+
+def run_whole(model: Path) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, Any]:
+    """(outputs of the layers, gradients of the loss at them, loss, the model)."""
+    whole = load_model(model, torch.float32, "cpu")
+    outputs: list[torch.Tensor] = []
+
+    def keep(_module: torch.nn.Module, _arguments: Any, output: torch.Tensor) -> None:
+        output.retain_grad()
+        outputs.append(output)
+
+    for layer in whole.model.layers:  # type: ignore[union-attr]
+        layer.register_forward_hook(keep)
+    ids = torch.from_numpy(TOKENS)
+    logits = whole(input_ids=ids, use_cache=False).logits
+    loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    loss.backward()
+    gradients = [output.grad for output in outputs if output.grad is not None]
+    assert len(gradients) == LAYERS
+    return outputs, gradients, loss.detach(), whole
+
+
+@pytest.mark.parametrize("batch_windows", [4, 1, 9])
+def test_outputs_and_loss(model: Path, batch_windows: int) -> None:
+    outputs, _, loss, _ = run_whole(model)
+    stream = LayerStream(open_source(model), TOKENS, batch_windows=batch_windows)
+    last: list[torch.Tensor] = []
+    for layer in stream.layers():
+        assert [len(hidden) for hidden in layer.inputs] == [
+            len(batch) for batch in torch.arange(6).split(batch_windows)
+        ]
+        torch.testing.assert_close(torch.cat(layer.outputs), outputs[layer.index].detach(), rtol=1e-4, atol=1e-5)
+        last = layer.outputs
+    assert stream.loss(last) == pytest.approx(float(loss), rel=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_gradients(model: Path, tmp_path: Path, dtype: torch.dtype, tolerance: float) -> None:
+    _, expected, _, _ = run_whole(model)
+    stream = LayerStream(open_source(model), TOKENS, batch_windows=4)
+    found = []
+    for index, parts in stream.loss_gradients(tmp_path, dtype):
+        found.append(index)
+        difference = torch.cat(parts) - expected[index]
+        assert float(difference.norm() / expected[index].norm()) < tolerance
+    assert found == list(reversed(range(LAYERS)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_blocks_rebuild_the_output_of_the_experts(model: Path) -> None:
+    """Adding up what the blocks give, by routing weight, is what the layer's experts give."""
+    source = open_source(model)
+    profile = measure_profile(load_model(model, torch.float32, "cpu"), source.family, TOKENS)
+    for layer in LayerStream(source, TOKENS).layers():
+        experts = source.family.find_experts(layer.module)
+        blocks = list(layer.expert_blocks())
+        if layer.index == 1:
+            assert (experts, blocks, layer.routed, layer.num_experts) == (None, [], None, 0)
+            continue
+        assert experts is not None
+        assert layer.routed is not None
+        routed = layer.routed
+        assert [(block.expert, block.block) for block in blocks] == [
+            (expert, block) for expert in range(EXPERTS) for block in ("gate_up", "down")
+        ]
+        total = torch.zeros_like(routed.hidden)
+        for block in blocks:
+            assert block.inputs.shape == (len(block.rows), block.weight.shape[1])
+            module = source.modules[f"model.layers.{layer.index}.mlp.experts.{block.expert}"]
+            stacked = torch.cat([weight for _, weight in source.read_weights(module.blocks[block.block == "down"])])
+            assert torch.equal(block.weight, stacked.float())
+            if block.block == "down":
+                output = functional.linear(block.inputs, block.weight) * block.routing[:, None]
+                total.index_add_(0, block.rows, output)
+        expected = experts(routed.hidden, routed.ids, routed.weights)
+        torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-5)
+        path = f"model.layers.{layer.index}.mlp.experts"
+        counts = [len(block.rows) for block in blocks if block.block == "down"]
+        assert counts == profile.counts[path].tolist()
+
+
+def test_one_layer_of_weights_at_a_time(model: Path) -> None:
+    stream = LayerStream(open_source(model), TOKENS)
+    kept = []
+    for layer in stream.layers():
+        kept.append(layer)
+        alive = [sum(parameter.numel() for parameter in one.module.parameters()) for one in kept]
+        assert alive[-1] > 0
+        assert alive[:-1] == [0] * (len(kept) - 1)
+    assert all(parameter.is_meta for parameter in stream._model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("windows", "message"),
+    [
+        (np.zeros((0, 4), np.int64), "not empty"),
+        (np.zeros(4, np.int64), r"got \[4\]"),
+        (np.full((1, 4), VOCABULARY), f"hold tokens from {VOCABULARY} to {VOCABULARY}, the model has 0 to"),
+    ],
+)
+def test_bad_windows(model: Path, windows: np.ndarray, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LayerStream(open_source(model), windows)
+
+
+def test_a_tensor_that_is_missing_or_too_many(tmp_path: Path) -> None:
+    directory = write_runnable(tmp_path / "model")
+    edit_tensors(directory, model__layers__0__self_attn__q_norm__weight=None)
+    with pytest.raises(CheckpointError, match=r"layer 0 of .* lacks self_attn\.q_norm\.weight"):
+        next(LayerStream(open_source(directory), TOKENS).layers())
+    edit_tensors(
+        directory,
+        model__layers__0__self_attn__q_norm__weight=torch.ones(16),
+        model__layers__0__self_attn__q_proj__bias=torch.ones(64),
+    )
+    with pytest.raises(CheckpointError, match=r"has the unexpected self_attn\.q_proj\.bias"):
+        next(LayerStream(open_source(directory), TOKENS).layers())
+
+
+def test_batches_of_another_size_are_refused(model: Path) -> None:
+    stream = LayerStream(open_source(model), TOKENS, batch_windows=3)
+    layer = next(stream.layers())
+    with pytest.raises(ValueError, match=r"batch of 2 windows: this stream has \[3\]"):
+        layer.run(layer.module, [layer.inputs[0][:2]])
+
+
+def test_experts_with_another_activation(tmp_path: Path) -> None:
+    directory = write_runnable(tmp_path / "model", hidden_act="gelu")
+    with pytest.raises(CheckpointError, match="hidden_act = 'gelu'; experts are run with silu alone"):
+        LayerStream(open_source(directory), TOKENS)
