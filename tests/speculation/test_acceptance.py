@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Acceptance is learned as it is, per position and request, whatever was censored."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_ext.speculation.acceptance import HIGHEST, AcceptanceModel
+
+
+def draw_accepted(rng: np.random.Generator, hazards: np.ndarray, drafted: np.ndarray) -> np.ndarray:
+    """How many of `drafted` are accepted, by hazards [n, k_max]."""
+    passed = np.cumprod(rng.random(hazards.shape) < hazards, axis=1)
+    return np.minimum(passed.sum(axis=1), drafted)
+
+
+def learn(hazards: np.ndarray, steps: int, draw_drafted: object = None, **settings: float) -> np.ndarray:
+    """Survival that a model believes in after `steps`, drafts of random lengths."""
+    rng = np.random.default_rng(0)
+    n, k_max = hazards.shape
+    model = AcceptanceModel(k_max, **settings)
+    slots = model.find_slots(range(n))
+    for _ in range(steps):
+        drafted = rng.integers(0, k_max + 1, n)
+        model.observe(slots, drafted, draw_accepted(rng, hazards, drafted))
+    return model.predict_survival(slots)
+
+
+@pytest.mark.parametrize("hazard", [0.2, 0.6, 0.95])
+def test_constant_acceptance_is_found(hazard: float) -> None:
+    survival = learn(np.full((32, 5), hazard), 200)
+    assert survival.mean(axis=0) == pytest.approx(hazard ** np.arange(1, 6), abs=0.05)
+
+
+def test_positions_differ() -> None:
+    hazards = np.tile([0.9, 0.9, 0.3, 0.9], (64, 1))
+    survival = learn(hazards, 300).mean(axis=0)
+    assert survival == pytest.approx(np.cumprod(hazards[0]), abs=0.06)
+
+
+def test_requests_differ_also_where_they_were_never_tried() -> None:
+    rng = np.random.default_rng(0)
+    model = AcceptanceModel(6)
+    slots = model.find_slots(["good", "bad"])
+    hazards = np.array([[0.95] * 6, [0.15] * 6])
+    for _ in range(80):
+        drafted = np.array([2, 2])
+        model.observe(slots, drafted, draw_accepted(rng, hazards, drafted))
+    good, bad = model.predict_survival(slots)
+    assert good[1] > 0.75
+    assert bad[1] < 0.15
+    assert good[5] > 5 * bad[5]
+
+
+def test_censoring_is_no_failure() -> None:
+    """Drafts that are all accepted say nothing about what would have come behind them."""
+    model = AcceptanceModel(8, initial=0.5)
+    slots = model.find_slots([0])
+    for _ in range(50):
+        model.observe(slots, np.array([2]), np.array([2]))
+    survival = model.predict_survival(slots)[0]
+    assert survival[1] > 0.9
+    assert survival[2] > 0.8
+
+
+def test_a_change_is_followed() -> None:
+    rng = np.random.default_rng(1)
+    model = AcceptanceModel(4)
+    slots = model.find_slots(range(4))
+    for hazard in (0.95, 0.05):
+        for _ in range(60):
+            drafted = np.full(4, 4)
+            model.observe(slots, drafted, draw_accepted(rng, np.full((4, 4), hazard), drafted))
+        assert abs(model.predict_survival(slots)[:, 0].mean() - hazard) < 0.1
+
+
+def test_an_idle_request_drifts_to_what_the_others_do() -> None:
+    model = AcceptanceModel(2)
+    slots = model.find_slots(["idle", "other"])
+    for _ in range(20):
+        model.observe(slots[:1], np.array([2]), np.array([0]))
+    low = model.predict_survival(slots)[0, 0]
+    for _ in range(200):
+        model.observe(slots, np.array([0, 2]), np.array([0, 2]))
+    assert low < 0.15
+    assert model.predict_survival(slots)[0, 0] > 0.6
+
+
+def test_new_requests_start_where_the_others_are_and_slots_are_used_again() -> None:
+    model = AcceptanceModel(3)
+    for request in range(500):
+        slots = model.find_slots([request])
+        model.observe(slots, np.array([3]), np.array([3]))
+        model.keep_only({request: None})
+        assert len(model) == 1
+    assert len(model._trials) <= 16
+    assert model.predict_survival(model.find_slots(["new"]))[0, 2] > 0.7
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5), st.integers(0, 5)), max_size=60))
+def test_any_history_gives_chances(history: list[tuple[int, int, int]]) -> None:
+    model = AcceptanceModel(5)
+    for request, drafted, accepted in history:
+        model.observe(model.find_slots([request]), np.array([drafted]), np.array([min(drafted, accepted)]))
+    survival = model.predict_survival(model.find_slots(range(10)))
+    assert ((survival > 0) & (survival <= HIGHEST)).all()
+    assert (np.diff(survival, axis=1) <= 0).all()
+
+
+@pytest.mark.parametrize(("drafted", "accepted"), [(2, 3), (6, 1), (2, -1)])
+def test_impossible_observations(drafted: int, accepted: int) -> None:
+    model = AcceptanceModel(5)
+    with pytest.raises(ValueError, match=rf"accepted \[{accepted}\] of drafted \[{drafted}\] with k_max 5"):
+        model.observe(model.find_slots(["a"]), np.array([drafted]), np.array([accepted]))
+
+
+def test_k_max_must_allow_a_draft() -> None:
+    with pytest.raises(ValueError, match="k_max must be at least 1, got 0"):
+        AcceptanceModel(0)

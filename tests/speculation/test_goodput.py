@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The chosen lengths against every combination there is."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_ext.speculation.goodput import DraftCost, choose_lengths, choose_padded, choose_uniform
+
+chances = st.floats(0.0, 1.0)
+costs = st.builds(DraftCost, st.floats(0.1, 50), st.floats(0, 10), st.floats(0, 10))
+
+
+def make_survival(hazards: list[list[float]]) -> np.ndarray:
+    return np.cumprod(np.array(hazards, dtype=np.float64), axis=1)
+
+
+def find_best(survival: np.ndarray, caps: np.ndarray, cost: DraftCost, weights: np.ndarray) -> float:
+    best = 0.0
+    for lengths in itertools.product(*(range(cap + 1) for cap in caps)):
+        tokens = weights.sum() + sum(weights[i] * survival[i, :k].sum() for i, k in enumerate(lengths))
+        time = cost.fixed + cost.per_token * sum(lengths) + cost.per_pass * max(lengths)
+        best = max(best, tokens / time)
+    return best
+
+
+@given(st.data(), st.integers(1, 3), st.integers(1, 4), costs)
+def test_no_combination_of_lengths_is_better(data: st.DataObject, n: int, k_max: int, cost: DraftCost) -> None:
+    survival = make_survival([data.draw(st.lists(chances, min_size=k_max, max_size=k_max)) for _ in range(n)])
+    caps = np.array(data.draw(st.lists(st.integers(0, k_max), min_size=n, max_size=n)))
+    weights = np.array(data.draw(st.lists(st.floats(0.1, 5), min_size=n, max_size=n)))
+    choice = choose_lengths(survival, caps, cost, weights)
+    assert (choice.lengths <= caps).all()
+    assert (choice.lengths >= 0).all()
+    taken = sum(weights[i] * survival[i, :k].sum() for i, k in enumerate(choice.lengths))
+    assert choice.tokens == pytest.approx(weights.sum() + taken)
+    assert choice.milliseconds == pytest.approx(
+        cost.fixed + cost.per_token * choice.lengths.sum() + cost.per_pass * choice.lengths.max()
+    )
+    assert choice.goodput >= find_best(survival, caps, cost, weights) * (1 - 1e-9)
+
+
+@given(st.data(), st.integers(1, 4))
+def test_the_best_of_a_few_uniform_lengths(data: st.DataObject, n: int) -> None:
+    survival = make_survival([data.draw(st.lists(chances, min_size=4, max_size=4)) for _ in range(n)])
+    lengths = [0, 1, 2, 4]
+    times = data.draw(st.lists(st.floats(0.1, 20), min_size=4, max_size=4))
+    choice = choose_uniform(survival, lengths, times)
+    found = {k: (n + survival[:, :k].sum()) / time for k, time in zip(lengths, times, strict=True)}
+    assert len(set(choice.lengths)) == 1
+    assert choice.goodput == pytest.approx(max(found.values()))
+    assert found[int(choice.lengths[0])] == pytest.approx(choice.goodput)
+
+
+def test_free_drafts_are_all_taken_and_dear_ones_none() -> None:
+    survival = make_survival([[0.9, 0.9], [0.2, 0.2]])
+    caps = np.array([2, 2])
+    assert choose_lengths(survival, caps, DraftCost(5.0, 0.0)).lengths.tolist() == [2, 2]
+    assert choose_lengths(survival, caps, DraftCost(1.0, 5.0)).lengths.tolist() == [0, 0]
+    # In between, the request that accepts more drafts more.
+    assert choose_lengths(survival, caps, DraftCost(5.0, 1.5)).lengths.tolist() == [2, 0]
+
+
+def test_a_heavier_request_drafts_more() -> None:
+    survival = make_survival([[0.5], [0.5]])
+    choice = choose_lengths(survival, np.array([1, 1]), DraftCost(4.0, 1.0), np.array([3.0, 0.5]))
+    assert choice.lengths.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("cost", [DraftCost(0.0, 1.0), DraftCost(float("nan"), 1.0), DraftCost(1.0, -1.0)])
+def test_times_that_are_none(cost: DraftCost) -> None:
+    with pytest.raises(ValueError, match="times must be positive, got DraftCost"):
+        choose_lengths(np.ones((1, 1)), np.array([1]), cost)
+
+
+def test_lengths_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"lengths \[0, 3\] do not fit 2 costs and k_max 2"):
+        choose_uniform(np.ones((1, 2)), [0, 3], [1.0, 2.0])
+
+
+@given(st.data(), st.integers(1, 3), costs, st.floats(0, 1))
+def test_padded_steps_are_filled_as_well_as_any_combination(
+    data: st.DataObject, n: int, cost: DraftCost, share: float
+) -> None:
+    survival = make_survival([data.draw(st.lists(chances, min_size=3, max_size=3)) for _ in range(n)])
+    caps = np.array(data.draw(st.lists(st.integers(0, 3), min_size=n, max_size=n)))
+    padding, sizes = share * cost.per_token, (1, 2, 4, 8, 16)
+    choice = choose_padded(survival, caps, cost, padding, n, sizes)
+    assert (choice.lengths <= caps).all()
+    best = 0.0
+    for lengths in itertools.product(*(range(cap + 1) for cap in caps)):
+        drafts, passes = sum(lengths), max(lengths)
+        room = min(size for size in sizes if size >= n + drafts) - n
+        time = cost.fixed + padding * room + (cost.per_token - padding) * drafts + cost.per_pass * passes
+        best = max(best, (n + sum(survival[i, :k].sum() for i, k in enumerate(lengths))) / time)
+    assert choice.goodput >= best * (1 - 1e-9)
+
+
+def test_a_batch_beyond_the_largest_size_is_not_padded() -> None:
+    survival, caps, cost = make_survival([[0.9], [0.9]]), np.array([1, 1]), DraftCost(4.0, 1.0)
+    padded = choose_padded(survival, caps, cost, 1.0, 2, (1,))
+    assert padded.lengths.tolist() == choose_lengths(survival, caps, cost).lengths.tolist()

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The step-time fit: finds what a step costs, ignores spikes, follows changes, never goes below zero."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vllm_ext.speculation.step_time import (
+    COEFFICIENTS,
+    SPIKES_IN_A_ROW,
+    WARMUP_STEPS,
+    StepFeatures,
+    StepTimeModel,
+    load_prior,
+    store_prior,
+)
+
+TRUE = {"step": 12.0, "tokens": 0.4, "context_tokens": 5e-4, "requests": 0.05, "passes": 1.5, "drafted": 0.02}
+
+
+def measure(features: StepFeatures, true: Mapping[str, float] = TRUE) -> float:
+    return true["step"] + sum(true[name] * value for name, value in features._asdict().items())
+
+
+def draw_features(rng: np.random.Generator) -> StepFeatures:
+    requests, passes = int(rng.integers(1, 33)), int(rng.integers(0, 6))
+    drafted = int(rng.integers(0, passes * requests + 1))
+    return StepFeatures(requests + drafted, requests * int(rng.integers(100, 2000)), requests, passes, drafted)
+
+
+def run(model: StepTimeModel, steps: int, noise: float = 0.05, true: Mapping[str, float] = TRUE, seed: int = 0) -> None:
+    rng = np.random.default_rng(seed)
+    for _ in range(steps):
+        features = draw_features(rng)
+        model.observe(features, measure(features, true) * float(rng.lognormal(0, noise)))
+
+
+def worst_error(model: StepTimeModel, true: Mapping[str, float] = TRUE) -> float:
+    rng = np.random.default_rng(99)
+    return max(
+        abs(model.predict(features) / measure(features, true) - 1)
+        for features in (draw_features(rng) for _ in range(50))
+    )
+
+
+def test_predictions_are_right_after_two_hundred_steps() -> None:
+    model = StepTimeModel()
+    run(model, 200)
+    assert worst_error(model) < 0.08
+    assert min(model.coefficients.values()) >= 0
+
+
+def test_a_compilation_of_seconds_changes_nothing() -> None:
+    model = StepTimeModel()
+    run(model, 100)
+    before = model.coefficients
+    for _ in range(SPIKES_IN_A_ROW - 1):
+        model.observe(StepFeatures(8, 4000, 8, 0, 0), 2000.0)
+    assert model.coefficients == before
+    run(model, 64, seed=1)
+    assert worst_error(model) < 0.1
+
+
+def test_the_first_steps_are_not_believed() -> None:
+    model = StepTimeModel()
+    for _ in range(WARMUP_STEPS):
+        model.observe(StepFeatures(8, 4000, 8, 0, 0), 1500.0)
+    assert model.num_observed == 0
+    run(model, 100)
+    assert worst_error(model) < 0.1
+
+
+def test_a_slower_machine_is_noticed() -> None:
+    model = StepTimeModel()
+    run(model, 200)
+    slower = {name: 5 * value for name, value in TRUE.items()}
+    run(model, 250, true=slower, seed=2)
+    assert worst_error(model, slower) < 0.1
+
+
+def test_what_never_varies_stays_at_its_prior() -> None:
+    """With one length all the time only the sum of what a draft costs is seen; it must not be guessed apart."""
+    model = StepTimeModel({"drafted": 0.2})
+    for _ in range(150):
+        features = StepFeatures(16, 4000, 4, 3, 12)
+        model.observe(features, measure(features))
+    assert model.predict(StepFeatures(16, 4000, 4, 3, 12)) == pytest.approx(measure(features), rel=0.03)
+    assert all(value >= 0 for value in model.coefficients.values())
+    cost = model.describe_cost(StepFeatures(4, 4000, 4, 0, 0))
+    assert cost.fixed > 0
+    assert cost.per_token >= 0
+
+
+@pytest.mark.parametrize("prior", [{"token": 1.0}, {"tokens": -1.0}])
+def test_priors_that_are_none(prior: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="must be non-negative milliseconds by step, tokens"):
+        StepTimeModel(prior)
+
+
+def test_a_fit_outlives_the_engine(tmp_path: Path) -> None:
+    path = tmp_path / "cache" / "model.json"
+    assert load_prior(path) is None
+    store_prior(path, TRUE)
+    assert load_prior(path) == TRUE
+    assert StepTimeModel(load_prior(path)).coefficients == pytest.approx(TRUE)
+    assert set(COEFFICIENTS) == set(TRUE)
+    for text in (
+        "",
+        "[]",
+        '{"step": 1}',
+        '{"step": -1, ' + ", ".join(f'"{name}": 1' for name in COEFFICIENTS[1:]) + "}",
+    ):
+        path.write_text(text)
+        assert load_prior(path) is None

@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SmartSpec (arXiv:2406.14066): draft lengths chosen every step so that tokens per second are highest.
+
+    acceptance.py   how likely the next drafts of each request are accepted
+    step_time.py    how long a step takes, fitted while serving
+    goodput.py      the lengths with the most expected tokens per millisecond
+    controller.py   the three together: trim what is verified, choose what is drafted, probe, learn
+
+Nothing here imports vLLM, so a simulator drives the same code as the engine does (bench/speculation).
+"""
