@@ -20,16 +20,22 @@ cache line, one AVX-512 register, and more than any GPU vector load asks for):
        +-----------------------+--+-------------------+--+------------------+--+
 
     layouts PLAIN_BF16, PLAIN_FP16, PLAIN_FP32: the weight itself, [N, K] row-major at codes_offset; no scales.
+
+    layout CPU_RECORD: records of 16 rows and 128 columns with their scales and zero points, one section at
+    codes_offset; native/layout.py draws them. For the compiled CPU kernels; loaders write the plain layouts.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
 import torch
 
+from .native import layout as records
+from .native.load import find_ops
 from .packing import pack_codes, packed_size, unpack_codes
 
 #: Activation widths: as they are, or int8.
@@ -61,6 +67,7 @@ class Layout(IntEnum):
     PLAIN_BF16 = 1
     PLAIN_FP16 = 2
     PLAIN_FP32 = 3
+    CPU_RECORD = 4
 
 
 #: Layouts that hold the weight itself, with its element type.
@@ -99,35 +106,49 @@ def num_groups(K: int, group_size: int) -> int:
     return K // group_size
 
 
-def section_bytes(block: BlockFormat, N: int, K: int) -> tuple[int, int, int]:
-    """Bytes of (codes, scales, zeros) of a block, before alignment. Raises ValueError for a bad format."""
+def section_bytes(block: BlockFormat, N: int, K: int, gate_up: bool = False) -> tuple[int, int, int]:
+    """Bytes of (codes, scales, zeros) of a block, before alignment. Raises ValueError for a bad format.
+
+    gate_up: the weight is gate and up one after the other, which CPU_RECORD stores in turn.
+    """
     if block.layout in FULL_PRECISION_DTYPES:
         return N * K * FULL_PRECISION_DTYPES[block.layout].itemsize, 0, 0
     groups = num_groups(K, block.group_size)
+    if block.layout == Layout.CPU_RECORD:
+        num_records = math.prod(records.count_records(N, K, gate_up))
+        return num_records * records.record_bytes(block.weight_bits, block.group_size), 0, 0
     return N * packed_size(K, block.weight_bits), 2 * N * groups, 0 if block.symmetric else N * groups
 
 
-def place_block(block: BlockFormat, N: int, K: int, start: int) -> tuple[list[int], int]:
+def place_block(block: BlockFormat, N: int, K: int, start: int, gate_up: bool = False) -> tuple[list[int], int]:
     """Row of the table (in `Field`'s order) of a weight [N, K] whose sections begin at byte `start`, and their end.
 
-    Raises ValueError for a format its shape cannot take.
+    gate_up: as in `section_bytes`. Raises ValueError for a format its shape cannot take.
     """
     offsets, end = [], start
-    for size in section_bytes(block, N, K):
+    for size in section_bytes(block, N, K, gate_up):
         offsets.append(end if size else -1)
         end += -(-size // ALIGNMENT) * ALIGNMENT
     return [block.weight_bits, block.act_bits, block.group_size, *offsets, block.layout], end
 
 
-def view_block(arena: torch.Tensor, row: Sequence[int], N: int, K: int) -> dict[str, torch.Tensor]:
+def view_block(
+    arena: torch.Tensor, row: Sequence[int], N: int, K: int, gate_up: bool = False
+) -> dict[str, torch.Tensor]:
     """Views of the arena that hold a weight [N, K], by the names its tensors have in checkpoints.
 
     "qweight" uint8 [N, K*bits/8], "scales" fp16 [N, K/g] and, for an asymmetric block, "zeros" uint8 [N, K/g];
-    or "weight" [N, K] of the layout's element type. Raises ValueError for a row that points past the arena's end,
-    for unknown widths and layouts, and for sections that do not lie as those of a weight [N, K] do.
+    or "weight" [N, K] of the layout's element type; or "records" uint8 [row blocks, records along K, bytes], which
+    no checkpoint has. Raises ValueError for a row that points past the arena's end, for unknown widths and layouts,
+    and for sections that do not lie as those of a weight [N, K] do. gate_up: as in `section_bytes`.
     """
     if row[Field.ACT_BITS] not in ACT_BITS:
         raise ValueError(f"act_bits={row[Field.ACT_BITS]} is not one of {', '.join(map(str, ACT_BITS))}")
+    if row[Field.LAYOUT] == Layout.CPU_RECORD:
+        num_groups(K, row[Field.GROUP_SIZE])
+        size = records.record_bytes(row[Field.WEIGHT_BITS], row[Field.GROUP_SIZE])
+        shape = (*records.count_records(N, K, gate_up), size)
+        return {"records": _section(arena, row[Field.CODES_OFFSET], math.prod(shape)).view(shape)}
     if row[Field.LAYOUT] != Layout.PLAIN_CODES:
         dtype = _full_precision_dtype(row)
         weight = _section(arena, row[Field.CODES_OFFSET], N * K * dtype.itemsize)
@@ -153,13 +174,17 @@ def write_codes(
     codes: torch.Tensor,
     scales: torch.Tensor,
     zeros: torch.Tensor | None,
+    gate_up: bool = False,
 ) -> None:
-    """Write a PLAIN_CODES block at its place.
+    """Write a block of codes at its place, in the layout of its row.
 
     row: the block's row of the table, as a list. codes uint8 [N, K], one code an element; scales fp16
-    [N, K/g]; zeros uint8 [N, K/g], or None for a symmetric block.
+    [N, K/g]; zeros uint8 [N, K/g], or None for a symmetric block. gate_up: as in `section_bytes`.
     Raises ValueError where the tensors do not agree with the row.
     """
+    if row[Field.LAYOUT] == Layout.CPU_RECORD:
+        _write_records(arena, row, codes, scales, zeros, gate_up)
+        return
     if row[Field.LAYOUT] != Layout.PLAIN_CODES:
         raise ValueError(f"layout {row[Field.LAYOUT]} does not hold codes")
     views = view_block(arena, row, *codes.shape)
@@ -169,19 +194,52 @@ def write_codes(
     for name, view in views.items():
         tensor = tensors[name]
         assert tensor is not None
-        if tensor.dtype != view.dtype or tensor.shape != view.shape:
-            raise ValueError(f"{name} must be {view.dtype} {list(view.shape)}, got {tensor.dtype} {list(tensor.shape)}")
+        _check_tensor(name, tensor, view.dtype, view.shape)
         view.copy_(tensor)
 
 
-def read_codes(
-    arena: torch.Tensor, row: Sequence[int], N: int, K: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Read a PLAIN_CODES block back: (codes uint8 [N, K], scales fp16 [N, K/g], zeros uint8 [N, K/g] or None).
+def _write_records(
+    arena: torch.Tensor,
+    row: Sequence[int],
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    gate_up: bool,
+) -> None:
+    N, K = codes.shape
+    bits, group_size = row[Field.WEIGHT_BITS], row[Field.GROUP_SIZE]
+    place = view_block(arena, row, N, K, gate_up)["records"]
+    groups = (N, num_groups(K, group_size))
+    _check_tensor("codes", codes, torch.uint8, (N, K))
+    _check_tensor("scales", scales, torch.float16, groups)
+    if zeros is not None:
+        _check_tensor("zeros", zeros, torch.uint8, groups)
+    if codes.numel() and (largest := int(codes.max())) >= 2**bits:
+        raise ValueError(f"code {largest} does not fit in bits={bits}")
+    ops = find_ops() if arena.device.type == "cpu" else None
+    if ops is None:
+        place.copy_(records.pack_records(codes, scales, zeros, bits, group_size, gate_up))
+    else:
+        ops.repack_block(codes, scales, zeros, bits, group_size, gate_up, place.view(-1))
 
-    scales and zeros are views of the arena. Raises ValueError for a table row that points past its end.
+
+def _check_tensor(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: Sequence[int]) -> None:
+    if tensor.dtype != dtype or list(tensor.shape) != list(shape):
+        raise ValueError(f"{name} must be {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
+
+
+def read_codes(
+    arena: torch.Tensor, row: Sequence[int], N: int, K: int, gate_up: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Read a block of codes back: (codes uint8 [N, K], scales fp16 [N, K/g], zeros uint8 [N, K/g] or None).
+
+    Of a plain block, scales and zeros are views of the arena; of a CPU_RECORD block zeros are always given.
+    Raises ValueError for a table row that points past the arena's end. gate_up: as in `section_bytes`.
     """
-    views = view_block(arena, row, N, K)
+    views = view_block(arena, row, N, K, gate_up)
+    if "records" in views:
+        widths = row[Field.WEIGHT_BITS], row[Field.GROUP_SIZE]
+        return records.unpack_records(views["records"], *widths, N, K, gate_up)
     return unpack_codes(views["qweight"], row[Field.WEIGHT_BITS], K), views["scales"], views.get("zeros")
 
 
@@ -199,11 +257,30 @@ def read_full_precision(arena: torch.Tensor, row: Sequence[int], N: int, K: int)
     return view_block(arena, row, N, K)["weight"]
 
 
-def dequantize_block(arena: torch.Tensor, row: Sequence[int], N: int, K: int) -> torch.Tensor:
-    """The weight [N, K] in float32 that a row of the table stands for."""
+def copy_block(
+    source: torch.Tensor,
+    source_row: Sequence[int],
+    target: torch.Tensor,
+    target_row: Sequence[int],
+    N: int,
+    K: int,
+    gate_up: bool = False,
+) -> None:
+    """Copy a weight [N, K] from one arena to another, whose row may give it another layout of codes.
+
+    gate_up: as in `section_bytes`.
+    """
+    if source_row[Field.LAYOUT] in FULL_PRECISION_DTYPES:
+        write_full_precision(target, target_row, read_full_precision(source, source_row, N, K))
+    else:
+        write_codes(target, target_row, *read_codes(source, source_row, N, K, gate_up), gate_up)
+
+
+def dequantize_block(arena: torch.Tensor, row: Sequence[int], N: int, K: int, gate_up: bool = False) -> torch.Tensor:
+    """The weight [N, K] in float32 that a row of the table stands for. gate_up: as in `section_bytes`."""
     if row[Field.LAYOUT] in FULL_PRECISION_DTYPES:
         return read_full_precision(arena, row, N, K).float()
-    codes, scales, zeros = read_codes(arena, row, N, K)
+    codes, scales, zeros = read_codes(arena, row, N, K, gate_up)
     groups = scales.shape[1]
     centred = codes.view(N, groups, K // groups).float()
     centred -= 2 ** (row[Field.WEIGHT_BITS] - 1) if zeros is None else zeros.float().unsqueeze(-1)

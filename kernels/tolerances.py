@@ -58,6 +58,35 @@ MIXED_LINEAR: dict[tuple[torch.dtype, int], Tolerance] = {
 MIXED_LINEAR_REFERENCE = MIXED_MOE_REFERENCE
 
 
+#: The compiled CPU kernels on bf16 and fp16 against the reference in float32; keys: activation bits. For layers with
+#: at least FEW_OUTPUTS outputs in all: rounding to bf16 costs 2**-8 at most and half of that on average, so a handful
+#: of outputs can be off by twice as much.
+NATIVE_MOE: dict[int, Tolerance] = {
+    16: Tolerance(2e-3, "the output is rounded to 8 bits; two int8 planes add 2**-16 of a group's largest value"),
+    8: Tolerance(1.8e-2, "a last-bit difference before int8 rounding can flip a code of the intermediate, 1/127"),
+}
+
+#: One linear layer: no rounding in between.
+NATIVE_LINEAR: dict[int, Tolerance] = {
+    16: NATIVE_MOE[16],
+    8: Tolerance(2e-3, "both round the same inputs to the same int8 codes; only the output is rounded to 8 bits"),
+}
+
+#: Random layers down to 8 columns and one token, some blocks in bf16.
+NATIVE_FUZZ: dict[int, Tolerance] = {
+    16: Tolerance(2e-2, "as MIXED_MOE in bf16: blocks kept in bf16 round their inputs to 8 bits"),
+    8: Tolerance(6e-2, "one flipped code of an intermediate of 8 columns, beside bf16 blocks"),
+}
+
+#: Outputs below which the tolerances of the compiled kernels are doubled.
+FEW_OUTPUTS = 512
+
+
+def native_limit(tolerance: Tolerance, num_outputs: int) -> float:
+    """The largest accepted `relative_error` of a compiled kernel's result with this many elements."""
+    return tolerance.relative * (1 if num_outputs >= FEW_OUTPUTS else 2)
+
+
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Frobenius norm of (actual - expected) over that of expected; where that is zero, the norm of actual."""
     difference = torch.linalg.vector_norm(actual.double() - expected.double())

@@ -14,6 +14,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from tests.child import run_child
 from vllm_ext import __version__, activation, config, observability
+from vllm_ext.kernels.native import load as native_load
 from vllm_ext.patches import registry
 from vllm_ext.scheduling import factory
 
@@ -55,8 +56,25 @@ def test_compile_cache_key_sees_features_and_not_the_directory(tiny_moe: str) ->
 
     make_config(tiny_moe, quantization="mxmoe")
     factors = vllm.envs.compile_factors()
-    assert factors[activation.ACTIVE_ENV] == f"mxmoe {__version__}"
+    # Another test of this process may have loaded the compiled kernels.
+    layout = "records" if native_load.is_loaded() else "plain"
+    assert factors[activation.ACTIVE_ENV] == f"mxmoe {__version__} {layout}"
     assert os.environ[observability.DIRECTORY_ENV] not in str(factors)
+
+
+def test_compile_cache_key_sees_the_layout_of_packed_weights(tiny_moe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph holds the sizes of the arenas, which differ with and without the compiled kernels."""
+    import vllm.envs
+
+    monkeypatch.setenv("VLLM_EXT_CACHE_DIR", "/somewhere")
+    make_config(tiny_moe, quantization="mxmoe")
+    found = []
+    for loaded in (False, True):
+        monkeypatch.setattr(native_load, "is_loaded", lambda loaded=loaded: loaded)
+        factors = vllm.envs.compile_factors()
+        found.append(factors[activation.ACTIVE_ENV])
+        assert "/somewhere" not in str(factors)
+    assert [text.split()[-1] for text in found] == ["plain", "records"]
 
 
 def test_unknown_key_stops_before_the_engine(tiny_moe: str) -> None:

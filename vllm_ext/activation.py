@@ -24,6 +24,9 @@ logger = logging.getLogger("vllm.vllm_ext")
 #: Comma-separated features the API process switched on; child processes apply their patches.
 ACTIVE_ENV = "VLLM_EXT_ACTIVE"
 
+#: Settings of the compiled CPU kernels (kernels/native), which users may make in the environment.
+KERNEL_ENVS = ("VLLM_EXT_CACHE_DIR", "VLLM_EXT_CPU_ISA")
+
 #: Everything `activate` does on a supported vLLM when no feature is asked for. A test compares vLLM before
 #: and after with this list; docs/activation.md shows it.
 ALWAYS_ON = (
@@ -202,21 +205,31 @@ def withdraw_state() -> None:
     for name in (ACTIVE_ENV, observability.DIRECTORY_ENV):
         os.environ.pop(name, None)
         sys.modules["vllm.envs"].environment_variables.pop(name, None)
+    for name in KERNEL_ENVS:
+        sys.modules["vllm.envs"].environment_variables.pop(name, None)
 
 
 def announce_environment() -> None:
     """Make our variables known to vLLM where they are set: it warns about, or refuses, `VLLM_` names it does not know.
 
-    vLLM hashes these getters into its compile-cache key. The features belong there, and the pack's version, which
-    fixes the sizes of packed weights that a graph holds; the directory does not.
+    vLLM hashes these getters into its compile-cache key. The features belong there, and what fixes the sizes of packed
+    weights that a graph holds: the pack's version, and whether compiled kernels have brought their layout. Directories
+    do not.
     """
     from vllm_ext import __version__, observability
+
+    def describe_graph() -> str:
+        # Asked by the process that compiles, after its weights are loaded; elsewhere the module is not imported.
+        native = sys.modules.get("vllm_ext.kernels.native.load")
+        layout = "records" if native is not None and native.is_loaded() else "plain"
+        return f"{os.environ.get(ACTIVE_ENV)} {__version__} {layout}"
 
     if ACTIVE_ENV in os.environ:
         import vllm.envs
 
-        vllm.envs.environment_variables[ACTIVE_ENV] = lambda: f"{os.environ.get(ACTIVE_ENV)} {__version__}"
-        vllm.envs.environment_variables[observability.DIRECTORY_ENV] = lambda: None
+        vllm.envs.environment_variables[ACTIVE_ENV] = describe_graph
+        for name in (observability.DIRECTORY_ENV, *KERNEL_ENVS):
+            vllm.envs.environment_variables[name] = lambda: None
 
 
 def active_features() -> tuple[str, ...]:

@@ -45,8 +45,8 @@ def gather(server: str | None = None) -> dict[str, Any]:
     """The report as one JSON-ready object.
 
     Keys: vllm (version or None), vllm_distribution, vllm_ext, plugin_loaded, features
-    {name: {status, reason, switch}}, patches [{record, target, status, reason}], problems [{problem, fix}], and
-    server {metric: value} when a URL was given.
+    {name: {status, reason, switch}}, cpu_kernels {status, reason}, patches [{record, target, status, reason}],
+    problems [{problem, fix}], and server {metric: value} when a URL was given.
     """
     installed = compat.find_installed_vllm()
     problems = _find_environment_problems(installed)
@@ -68,6 +68,7 @@ def gather(server: str | None = None) -> dict[str, Any]:
         "vllm_ext": __version__,
         "plugin_loaded": plugin_loaded,
         "features": _describe_features(probe, patches),
+        "cpu_kernels": _describe_cpu_kernels(),
         "patches": patches,
         "problems": problems,
     }
@@ -204,6 +205,15 @@ def _describe_features(probe: dict[str, Any], patches: list[dict[str, str]]) -> 
     return described
 
 
+def _describe_cpu_kernels() -> dict[str, str]:
+    """Whether the compiled CPU kernels are there. Compiles nothing."""
+    try:
+        from vllm_ext.kernels.native.load import describe_kernels
+    except ImportError as error:
+        return {"status": "off", "reason": f"torch cannot be imported: {error}"}
+    return describe_kernels()
+
+
 def _read_server(url: str, problems: list[dict[str, str]]) -> dict[str, float]:
     """The pack's metrics of a running server, `{name{labels}: value}`; an unreachable one is a problem."""
     address = url.rstrip("/") + "/metrics"
@@ -251,6 +261,9 @@ def print_report(report: dict[str, Any]) -> None:
     for name, feature in report["features"].items():
         style = styles.get(feature["status"], "red")
         features.add_row(name, f"[{style}]{feature['status']}", escape(feature["switch"]), escape(feature["reason"]))
+    kernels = report["cpu_kernels"]
+    style = {**styles, "pending": "yellow"}.get(kernels["status"], "red")
+    features.add_row("CPU kernels", f"[{style}]{kernels['status']}", "", escape(kernels["reason"]))
     patches = Table("patched symbol", "status", "found")
     patches.columns[0].overflow = "fold"
     for patch in report["patches"]:

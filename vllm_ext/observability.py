@@ -56,6 +56,11 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("vllm_ext:mxmoe_weight_count", "gauge", "Expert weights held in mixed precision."),
     Metric(
+        "vllm_ext:mxmoe_resident_bytes",
+        "gauge",
+        "Bytes of those layers' experts in memory, in the layout that the kernels read.",
+    ),
+    Metric(
         "vllm_ext:mxmoe_routed_pairs_total",
         "counter",
         "(token, expert) pairs computed by the CPU path of vllm_ext::mixed_moe, over all layers and ranks.",

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registers `torch.ops.vllm_ext.act_quant`: the schema, the fake implementation, and one implementation for all
-devices. The reference has no host sync and no loop: on a GPU it is a handful of kernels, slower than a fused one
-but capturable, so no warning is due."""
+"""Registers `torch.ops.vllm_ext.act_quant`: the schema, the fake implementation, one implementation for the CPU and
+one for all other devices. That is the reference: it has no host sync and no loop, so on a GPU it is a handful of
+kernels, slower than a fused one but capturable, and no warning is due."""
 
 from __future__ import annotations
 
 import torch
 
 from ..arena import num_groups
-from . import reference
+from . import cpu, reference
 
 SCHEMA = "act_quant(Tensor x, int group_size) -> (Tensor, Tensor)"
 
@@ -25,6 +25,7 @@ def _register() -> torch.library.Library | None:
         return None
     library = torch.library.Library("vllm_ext", "FRAGMENT")
     library.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl("act_quant", cpu.act_quant, "CPU")
     library.impl("act_quant", reference.act_quant, "CompositeExplicitAutograd")
     torch.library.register_fake("vllm_ext::act_quant", _act_quant_fake, lib=library)
     return library

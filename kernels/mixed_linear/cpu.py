@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm_ext::mixed_linear` on the CPU: one dequantize and one GEMM per row block, no Python loop over tokens.
+"""`vllm_ext::mixed_linear` on the CPU: cpu.cpp where the weights are CPU_RECORD and x is bf16 or fp16; else one
+dequantize and one GEMM per row block, no Python loop over tokens.
 
 The C++ operators that vLLM and torch bring for packed weights are not used: those that scale per group round
 activations per token (`int4_scaled_mm_cpu`) or keep scales in bf16 (`_weight_int4pack_mm_for_cpu`), which is another
@@ -14,7 +15,8 @@ import torch
 from torch.nn.functional import linear
 
 from ..act_quant.reference import round_activations
-from ..arena import Field, dequantize_block
+from ..arena import Field, Layout, dequantize_block
+from ..native.load import find_ops, load_ops
 from .arguments import check_arguments, check_rows
 from .layout import NUM_ROWS
 
@@ -24,9 +26,12 @@ def mixed_linear(
 ) -> torch.Tensor:
     """Same arguments, result and errors as `vllm_ext.kernels.mixed_linear.mixed_linear`.
 
-    Differs from the reference as `apply_block` says.
+    Differs from the reference as `apply_block` says; in the compiled kernels 16-bit activations are two int8 planes,
+    whose error is that of rounding the output to bf16.
     """
     check_arguments(x, arena, table, out_features, bias)
+    if x.dtype != torch.float32 and holds_records(table) and (ops := load_ops()) is not None:
+        return ops.mixed_linear(x, arena, table, out_features, bias)
     rows = table.tolist()
     check_rows(rows, out_features)
     inputs = x.reshape(-1, x.shape[-1])
@@ -37,18 +42,38 @@ def mixed_linear(
     return out.to(x.dtype).view(*x.shape[:-1], out_features)
 
 
+def holds_records(table: torch.Tensor) -> bool:
+    """Whether some weight of a table [..., fields], on the CPU, is CPU_RECORD."""
+    # The largest layout is looked for, not each row: this runs in every call.
+    return table.numel() > 0 and int(table.select(-1, Field.LAYOUT).max()) == Layout.CPU_RECORD
+
+
 def apply_block(
-    inputs: torch.Tensor, arena: torch.Tensor, row: Sequence[int], N: int, K: int, dtype: torch.dtype
+    inputs: torch.Tensor,
+    arena: torch.Tensor,
+    row: Sequence[int],
+    N: int,
+    K: int,
+    dtype: torch.dtype,
+    gate_up: bool = False,
 ) -> torch.Tensor:
     """inputs [tokens, K] -> float32 [tokens, N], with a table row's weight and activation width.
 
     dtype: that of x. Where it is bf16 and the activations are 16-bit, the GEMM runs in bf16 (the CPU's matrix
-    unit) with float32 accumulation; otherwise in float32.
+    unit) with float32 accumulation; otherwise in float32. gate_up: as in `arena.section_bytes`.
     """
-    weight = dequantize_block(arena, row, N, K)
+    weight = _dequantize(arena, row, N, K, gate_up)
     if row[Field.ACT_BITS] == 8:
         return linear(round_activations(inputs.float(), row[Field.GROUP_SIZE]), weight)
     if dtype == torch.bfloat16:
         return linear(inputs.to(dtype), weight.to(dtype)).float()
     # float16 GEMMs are emulated on most CPUs; float32 is faster and closer to the reference.
     return linear(inputs.float(), weight)
+
+
+def _dequantize(arena: torch.Tensor, row: Sequence[int], N: int, K: int, gate_up: bool) -> torch.Tensor:
+    ops = find_ops() if row[Field.LAYOUT] == Layout.CPU_RECORD else None
+    if ops is None:
+        return dequantize_block(arena, row, N, K, gate_up)
+    widths = row[Field.WEIGHT_BITS], row[Field.GROUP_SIZE]
+    return ops.dequantize_block(arena, row[Field.CODES_OFFSET], *widths, N, K, gate_up)

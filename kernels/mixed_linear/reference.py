@@ -30,8 +30,13 @@ def mixed_linear(
     return out.to(x.dtype).view(*x.shape[:-1], out_features)
 
 
-def apply_block(inputs: torch.Tensor, arena: torch.Tensor, row: Sequence[int], N: int, K: int) -> torch.Tensor:
-    """One GEMM in float32: inputs [tokens, K] -> [tokens, N], with a table row's weight and activation width."""
+def apply_block(
+    inputs: torch.Tensor, arena: torch.Tensor, row: Sequence[int], N: int, K: int, gate_up: bool = False
+) -> torch.Tensor:
+    """One GEMM in float32: inputs [tokens, K] -> [tokens, N], with a table row's weight and activation width.
+
+    gate_up: as in `arena.section_bytes`.
+    """
     if row[Field.ACT_BITS] == 8:
         inputs = round_activations(inputs, row[Field.GROUP_SIZE])
-    return inputs @ dequantize_block(arena, row, N, K).T
+    return inputs @ dequantize_block(arena, row, N, K, gate_up).T

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm_ext::mixed_moe` on the CPU: sort the (token, expert) pairs once, then one dequantize and two GEMMs per
-expert that received tokens. There is no Python loop over tokens."""
+"""`vllm_ext::mixed_moe` on the CPU: cpu.cpp where the weights are CPU_RECORD and x is bf16 or fp16. Else, sort the
+(token, expert) pairs once, then one dequantize and two GEMMs per expert that received tokens; there is no Python
+loop over tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import silu
 
-from ..mixed_linear.cpu import apply_block
+from ..mixed_linear.cpu import apply_block, holds_records
+from ..native.load import load_ops
 from .arguments import check_arguments
 from .layout import Block, block_shape
 from .reference import map_to_local
@@ -30,12 +32,19 @@ def mixed_moe(
     """Same arguments, result and errors as `vllm_ext.kernels.mixed_moe.mixed_moe`.
 
     Differs from the reference where x is bf16 and a block's activations are 16-bit: that GEMM runs in bf16 (the
-    CPU's matrix unit) with float32 accumulation. Sums over experts are float32, in the order of the table, whatever
-    the order of the tokens.
+    CPU's matrix unit) with float32 accumulation; in the compiled kernels, on two int8 planes of x, whose error is that
+    of rounding to bf16. Sums over experts are float32, in the order of the table, whatever the order of the tokens.
 
     observer: told the number of (token, expert) pairs computed here, once per call.
     """
     check_arguments(x, topk_ids, topk_weights, arena, table, expert_map, intermediate_size, activation)
+    if x.dtype != torch.float32 and holds_records(table) and (ops := load_ops()) is not None:
+        routed, num_pairs = ops.mixed_moe(
+            x, topk_ids, topk_weights, arena, table, expert_map, intermediate_size, weight_on_input
+        )
+        if observer is not None:
+            observer(num_pairs)
+        return routed
     pairs, counts = sort_pairs(map_to_local(topk_ids, expert_map, table.shape[0]), table.shape[0])
     tokens = pairs // max(topk_ids.shape[1], 1)
     routing = topk_weights.float().flatten()[pairs].unsqueeze(-1)
@@ -50,7 +59,7 @@ def mixed_moe(
         if weight_on_input:
             inputs = inputs.float() * weight
         shape = block_shape(Block.GATE_UP, x.shape[1], intermediate_size)
-        gate_up = apply_block(inputs, arena, rows[Block.GATE_UP], *shape, x.dtype)
+        gate_up = apply_block(inputs, arena, rows[Block.GATE_UP], *shape, x.dtype, gate_up=True)
         gate, up = gate_up.chunk(2, dim=-1)
         hidden = silu(gate) * up
         shape = block_shape(Block.DOWN, x.shape[1], intermediate_size)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..arena import NUM_FIELDS, BlockFormat, place_block
+from ..arena import NUM_FIELDS, BlockFormat, copy_block, place_block
 
 
 class Block(IntEnum):
@@ -58,9 +58,24 @@ def plan_arena(
             N, K = block_shape(block, hidden_size, intermediate_size)
             start = end
             try:
-                row, end = place_block(block_format, N, K, start)
+                row, end = place_block(block_format, N, K, start, block == Block.GATE_UP)
             except ValueError as error:
                 raise ValueError(f"expert {expert}, {block.name.lower()}: {error}") from error
             table[expert, block] = torch.tensor(row, device="cpu")
             block_bytes[-1].append(end - start)
     return ArenaPlan(table, end, block_bytes)
+
+
+def copy_arena(
+    source: torch.Tensor,
+    source_table: torch.Tensor,
+    target: torch.Tensor,
+    target_table: torch.Tensor,
+    hidden_size: int,
+    intermediate_size: int,
+) -> None:
+    """Copy the weights of a layer from one arena to another, whose table may give them other layouts."""
+    for source_rows, target_rows in zip(source_table.tolist(), target_table.tolist(), strict=True):
+        for block in Block:
+            shape = block_shape(block, hidden_size, intermediate_size)
+            copy_block(source, source_rows[block], target, target_rows[block], *shape, block == Block.GATE_UP)

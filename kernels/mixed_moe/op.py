@@ -9,6 +9,7 @@ import torch
 
 from ..fallback import warn_no_fast_path
 from . import cpu, reference
+from .arguments import check_arguments
 
 SCHEMA = (
     "mixed_moe(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor arena, Tensor table, "
@@ -81,6 +82,7 @@ def _mixed_moe_fake(
     activation: str,
     weight_on_input: bool,
 ) -> torch.Tensor:
+    check_arguments(x, topk_ids, topk_weights, arena, table, expert_map, intermediate_size, activation)
     return x.new_empty(x.shape)
 
 

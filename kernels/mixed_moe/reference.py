@@ -44,7 +44,7 @@ def mixed_moe(
         if weight_on_input:
             inputs = inputs * routing
         shape = block_shape(Block.GATE_UP, hidden_size, intermediate_size)
-        gate_up = apply_block(inputs, arena, rows[Block.GATE_UP], *shape)
+        gate_up = apply_block(inputs, arena, rows[Block.GATE_UP], *shape, gate_up=True)
         gate, up = gate_up.chunk(2, dim=-1)
         shape = block_shape(Block.DOWN, hidden_size, intermediate_size)
         down = apply_block(silu(gate) * up, arena, rows[Block.DOWN], *shape)

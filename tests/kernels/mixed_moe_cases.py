@@ -72,7 +72,8 @@ def make_layer(
             zeros = torch.randint(0, 2**bits, (N, groups), generator=generator, dtype=torch.uint8)
             if block_format.symmetric:
                 zeros.fill_(2 ** (bits - 1))
-            write_codes(arena, rows[block], codes, scales, None if block_format.symmetric else zeros)
+            written = None if block_format.symmetric else zeros
+            write_codes(arena, rows[block], codes, scales, written, gate_up=block == Block.GATE_UP)
             step, zero = (t.double().numpy().repeat(K // groups, axis=1) for t in (scales, zeros))
             weights[-1].append(step * (codes.double().numpy() - zero))
     return Layer(arena, plan.table, formats, weights, hidden_size, intermediate_size)

@@ -149,12 +149,19 @@ def test_companions_are_copied_and_nothing_else(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     wanted = ["tokenizer.json", "tokenizer.model", "chat_template.jinja", "generation_config.json", "LICENSE.txt"]
-    for name in [*wanted, "config.json", "model.safetensors.index.json", "train.txt", "x.safetensors", "README.md"]:
+    left = ["config.json", "model.safetensors.index.json", "train.txt", "x.safetensors", "README.md", "modeling_x.py"]
+    for name in [*wanted, *left]:
         (source / name).write_text("source")
-    write(tmp_path / "out", companions=source)
+    templates = source / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tools.jinja").write_text("source")
+    write(tmp_path / "out", companions=source, config={**CONFIG, "auto_map": {"AutoModel": "modeling_x.X"}})
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *wanted, "config.json", "model.safetensors", "README.md",
+        *wanted, "config.json", "model.safetensors", "README.md", "additional_chat_templates",
     }  # fmt: skip
+    assert (tmp_path / "out" / "additional_chat_templates" / "tools.jinja").read_text() == "source"
+    # No code, and nothing that asks for some.
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert (tmp_path / "out" / "README.md").read_text() == "# card\n"
     umask = os.umask(0)
     os.umask(umask)
@@ -308,7 +315,7 @@ def test_any_bytes_are_refused_by_name(data: bytes) -> None:
         ({"dtype": "U8", "shape": [-2], "data_offsets": [0, 2]}, "damaged safetensors header"),
         ({"dtype": "U8", "shape": ["2"], "data_offsets": [0, 2]}, "damaged safetensors header"),
         ({"dtype": "U8", "shape": 2, "data_offsets": [0, 2]}, "damaged safetensors header"),
-        ({"dtype": "Q4", "shape": [2], "data_offsets": [0, 2]}, "damaged safetensors header .'Q4'"),
+        ({"dtype": "Q4", "shape": [2], "data_offsets": [0, 2]}, "a has element type 'Q4'; known are BOOL"),
         ({"shape": [2], "data_offsets": [0, 2]}, "damaged safetensors header"),
         (7, "damaged safetensors header"),
     ],
@@ -334,9 +341,16 @@ def test_missing_shard_and_wrong_index(tmp_path: Path) -> None:
     index.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=r"places extra\.weight in model-00002"):
         validate_checkpoint(tmp_path / "out")
-    index.write_text("{")
-    with pytest.raises(CheckpointError, match=r"index\.json is damaged"):
-        validate_checkpoint(tmp_path / "out")
+    for text, reason in (
+        ("{", "Expecting"),
+        ('{"weight_map": ["a"]}', "weight_map is a list"),
+        ('{"weight_map": {"a": "../a.safetensors"}}', "places a in '../a.safetensors', which is no file name"),
+        ('{"weight_map": {"a": 7}}', "places a in 7"),
+        ("[" * 100_000, "RecursionError"),
+    ):
+        index.write_text(text)
+        with pytest.raises(CheckpointError, match=rf"index\.json is damaged .*{reason}"):
+            validate_checkpoint(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -386,3 +400,30 @@ def test_reading_what_is_not_there(packed: Path) -> None:
         read_module(checkpoint, "model.layers.0.self_attn.q_proj")
     with pytest.raises(CheckpointError, match="has no tensor nothing"):
         checkpoint.reader.read("nothing")
+
+
+def test_tensors_outside_the_plan_are_missed(packed: Path) -> None:
+    edit_tensors(packed, **{"model.norm.weight": None})
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is missing: copy or quantize"):
+        validate_checkpoint(packed)
+
+
+def test_a_source_that_vanishes_is_named(packed: Path, tmp_path: Path) -> None:
+    reader = TensorReader(packed)
+    (packed / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"reading model\.norm\.weight from .*packed/model\.safetensors failed"):
+        reader.read("model.norm.weight")
+
+
+def test_files_beside_the_one_that_counts_are_not_read(packed: Path) -> None:
+    # A copy of the weights under other names, as some repositories carry.
+    shutil.copyfile(packed / "model.safetensors", packed / "consolidated.safetensors")
+    validate_checkpoint(packed)
+
+
+@pytest.mark.parametrize("value", ["four", 0, True, 2.5])
+def test_a_number_of_experts_that_is_none(packed: Path, value: object) -> None:
+    config = json.loads((packed / "config.json").read_text())
+    (packed / "config.json").write_text(json.dumps({**config, "num_experts": value}))
+    with pytest.raises(CheckpointError, match=rf"config\.json has num_experts = {value!r}, expected a size"):
+        validate_checkpoint(packed)

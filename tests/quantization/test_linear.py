@@ -133,6 +133,17 @@ def test_a_reload_fills_the_arena_in_place(play_rank: Any) -> None:
     assert tolerances.relative_error(layer(x)[0], expected) < 1e-5
 
 
+def test_an_incomplete_checkpoint_is_not_rounded(play_rank: Any) -> None:
+    layer = make_qkv("w4a16_g64", is_packed=False)
+    weights = qkv_weights()
+    for shard in ("q", "v"):
+        layer.weight.weight_loader(layer.weight, weights[shard], shard)
+    # vLLM's own last step processes layers that are not complete, too.
+    message = rf"^{PARENT}\.qkv_proj\.weight is not in the checkpoint, or not all of it: .* of 32768 elements came"
+    with pytest.raises(ValueError, match=message):
+        layerwise.finalize_layerwise_processing(layer, SimpleNamespace(dtype=torch.float32))
+
+
 @pytest.mark.parametrize("scheme", ["w4a16_g32", "w3a16_g-1", "w6a16_g64_sym"])
 def test_row_parallel_parts_add_up(scheme: str, play_rank: Any) -> None:
     weight = random_weight(24, HIDDEN, 7)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, Qwen3MoeConfig
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import parallel_state
 from vllm.model_executor.layers.fused_moe import (
     FusedMoEMethodBase,
     MoEActivation,
@@ -38,7 +39,7 @@ def make_layer(**changes: Any) -> RoutedExperts:
     """A RoutedExperts with the attributes vLLM has set when it asks for the method, and no weights."""
     layer = RoutedExperts.__new__(RoutedExperts)
     torch.nn.Module.__init__(layer)
-    parallel = SimpleNamespace(enable_eplb=changes.pop("enable_eplb", False))
+    parallel = SimpleNamespace(enable_eplb=changes.pop("enable_eplb", False), use_ep=changes.pop("use_ep", False))
     layer.moe_config = SimpleNamespace(
         has_bias=changes.pop("has_bias", False),
         moe_parallel_config=parallel,
@@ -248,3 +249,20 @@ def test_a_model_without_experts_is_warned_about(caplog: pytest.LogCaptureFixtur
     assert len(caplog.records) == 1
     message = caplog.records[0].getMessage()
     assert "some/llama (model type 'llama') declares none: it is served unquantized" in message
+
+
+def test_a_rank_of_a_pipeline_checks_the_layers_it_builds(monkeypatch: pytest.MonkeyPatch, vllm_config: Any) -> None:
+    monkeypatch.setattr(parallel_state, "model_parallel_is_initialized", lambda: True)
+    monkeypatch.setattr(parallel_state, "get_pp_group", lambda: SimpleNamespace(world_size=2))
+    plan = {f"{ATTENTION}.o_proj": "w4a16_g128", "model.layers.7.self_attn.o_proj": "w4a16_g128"}
+    for misspelt, message in ((f"{ATTENTION}.oproj", rf"names {ATTENTION}.oproj, .*nearest is {ATTENTION}.o_proj"), (
+        "model.layers.7.self_attn.oproj", None)):  # fmt: skip
+        config = MxMoEConfig(Plan.parse({**plan, misspelt: "w4a16_g128"}))
+        linear = ReplicatedLinear.__new__(ReplicatedLinear)
+        torch.nn.Module.__init__(linear)
+        config.get_quant_method(linear, f"{ATTENTION}.o_proj")
+        if message is None:
+            config.check_plan()
+        else:
+            with pytest.raises(PlanError, match=message):
+                config.check_plan()

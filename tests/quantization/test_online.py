@@ -10,6 +10,8 @@ from vllm.model_executor.layers.fused_moe import MoEActivation
 
 from vllm_ext.compress.rounding import dequantize, round_to_nearest
 from vllm_ext.kernels import tolerances
+from vllm_ext.kernels.arena import Field, Layout, dequantize_block
+from vllm_ext.quantization import resident
 from vllm_ext.quantization.default_plan import choose_schemes
 from vllm_ext.quantization.moe import LayerStorage
 from vllm_ext.quantization.online import MxMoEOnlineMethod
@@ -111,9 +113,44 @@ def test_storage_is_the_true_number_of_bytes() -> None:
     storage = make_method(layer).storage
     weights = EXPERTS * 3 * HIDDEN * INTERMEDIATE
     # Half of the weights have 3-bit, half 4-bit codes; every 128 share two bytes of scale and one of zero point.
-    assert storage == LayerStorage(weights * 3.5 / 8 + weights / 128 * 3, weights, 0, 0)
-    assert storage.quantized_bytes == layer.expert_arena.numel()
+    # In memory the zero points take two bytes.
+    resident = weights * 3.5 / 8 + weights / 128 * 4
+    assert storage == LayerStorage(weights * 3.5 / 8 + weights / 128 * 3, weights, 0, 0, resident)
+    assert storage.resident_bytes == layer.expert_arena.numel()
     assert storage.bits_per_weight == 3.6875
+
+
+def test_a_float32_layer_stays_as_it_is_stored() -> None:
+    layer = make_layer(*random_weights(torch.float32))
+    storage = make_method(layer).storage
+    assert storage is not None
+    assert storage.resident_bytes == storage.quantized_bytes == layer.expert_arena.numel()
+    assert set(layer.expert_table[:, :, Field.LAYOUT].flatten().tolist()) == {Layout.PLAIN_CODES}
+
+
+def test_16_bit_layers_are_repacked_for_the_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate_up, down = random_weights(torch.bfloat16)
+    layer = make_layer(gate_up, down)
+    method = make_method(layer)
+    assert set(layer.expert_table[:, :, Field.LAYOUT].flatten().tolist()) == {Layout.CPU_RECORD}
+    # Without them, the same codes in the plain layout, on torch's operators.
+    monkeypatch.setattr(resident, "load_ops", lambda *_: None)
+    plain = make_layer(gate_up, down)
+    plain_method = make_method(plain)
+    assert set(plain.expert_table[:, :, Field.LAYOUT].flatten().tolist()) == {Layout.PLAIN_CODES}
+    for expert in range(EXPERTS):
+        for block, shape in ((0, (2 * INTERMEDIATE, HIDDEN)), (1, (HIDDEN, INTERMEDIATE))):
+            weights = [
+                dequantize_block(
+                    found.expert_arena.data, found.expert_table[expert, block].tolist(), *shape, block == 0
+                )
+                for found in (layer, plain)
+            ]
+            assert torch.equal(*weights)
+    ids, routing = make_routing(9)
+    x = torch.randn(9, HIDDEN).bfloat16()
+    outputs = [m.apply(found, x, routing, ids, None, None) for m, found in ((method, layer), (plain_method, plain))]
+    assert tolerances.relative_error(*outputs) < tolerances.MIXED_MOE[torch.bfloat16, 16].relative
 
 
 def test_the_second_call_does_nothing() -> None:

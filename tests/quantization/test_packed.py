@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from vllm.config import ParallelConfig, VllmConfig, set_current_vllm_config
-from vllm.model_executor.layers.fused_moe import MoEActivation, RoutedExperts
+from vllm.model_executor.layers.fused_moe import MoEActivation, RoutedExperts, UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.fused_moe.config import (
     FusedMoEConfig,
     FusedMoEParallelConfig,
@@ -300,6 +300,17 @@ def test_renamed_tensors_are_named_by_vllm() -> None:
         load(make_layer(make_plan()), {"0.gate_proj.qweights": torch.zeros(2, 2)})
 
 
+def test_an_incomplete_checkpoint_is_not_rounded() -> None:
+    plan, weights = make_plan(), random_weights()
+    tensors = {f"{name.removeprefix(LAYER + '.')}.weight": weight for name, weight in weights.items()}
+    del tensors["2.up_proj.weight"]
+    layer = make_layer(plan, is_packed=False)
+    load(layer, tensors)
+    # vLLM's own last step processes layers that are not complete, too.
+    with pytest.raises(ValueError, match=rf"^{LAYER}\.2\.up_proj\.weight is not in the checkpoint"):
+        layerwise.finalize_layerwise_processing(layer, SimpleNamespace(dtype=torch.float32))
+
+
 def test_loaders_do_not_keep_the_layer_alive() -> None:
     plan = make_plan()
     layer = make_layer(plan)
@@ -345,6 +356,18 @@ def test_an_incomplete_reload_names_the_tensor() -> None:
     del tensors["2.up_proj.scales"]
     with pytest.raises(ValueError, match=rf"^{LAYER}\.2\.up_proj\.scales is not in the checkpoint"):
         reload(layer, tensors)
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("is_named", [False, True])
+def test_experts_that_stay_are_not_left_to_a_method_that_crashes(is_packed: bool, is_named: bool) -> None:
+    named = make_plan([("w16a16", "w16a16")] * EXPERTS)
+    config = MxMoEConfig(named if is_named else Plan.parse({"model.lm_head": "w4a16_g128"}), is_packed)
+    assert isinstance(config.get_quant_method(make_layer(make_plan()), LAYER), UnquantizedFusedMoEMethod)
+    # vLLM's own kernel dies under expert parallelism on CPUs.
+    method = config.get_quant_method(make_layer(make_plan(), ep=(0, 2)), LAYER)
+    assert type(method) is (MxMoEPackedMethod if is_packed else MxMoEOnlineMethod)
+    assert [str(scheme) for pair in method.global_schemes for scheme in pair] == ["w16a16"] * 2 * EXPERTS
 
 
 def test_eplb_is_refused() -> None:

@@ -155,3 +155,27 @@ def test_online_packed_and_changed(tiny_moe: str, tmp_path: Path, monkeypatch: p
         assert not set(before.values()) & set(reloaded.values())
     finally:
         llm.llm_engine.engine_core.shutdown()
+
+
+@pytest.mark.parametrize("expert_parallel", [False, True])
+def test_packed_on_two_ranks(
+    tiny_moe: str, tmp_path: Path, expert_parallel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under expert parallelism, layer 3, which the plan leaves out, too: vLLM's own kernel would die there."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_moe)
+    windows = [tokenizer(Path(tiny_moe, "py_val.txt").read_text()[:2000])["input_ids"][:128]]
+    linears = {"q_proj": "w4a16_g-1", "k_proj": "w4a16_g-1", "v_proj": "w4a16_g-1", "o_proj": "w3a16_g32"}
+    plan = make_plan(("w4a16_g64", "w3a16_g32", "w8a16_g64_sym"), linears, left_out="model.layers.3")
+    directory = pack_model(tiny_moe, tmp_path / "packed", plan)
+    scores = []
+    for ranks in (1, 2):
+        options = {"tensor_parallel_size": ranks, "enable_expert_parallel": expert_parallel and ranks > 1}
+        if ranks > 1:
+            # Two workers on one NUMA node have to be told their cores.
+            monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+        llm = start(directory, enforce_eager=True, **options)
+        try:
+            scores.append(score_with_vllm(llm, windows))
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+    assert (scores[0] - scores[1]).abs().max() < 1e-4

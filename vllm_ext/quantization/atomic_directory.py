@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A directory that appears complete or not at all."""
+"""Directories and files that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -18,6 +18,27 @@ def check_output(output: Path) -> None:
     """Raises CheckpointError where `output` exists: nothing is ever overwritten."""
     if os.path.lexists(output):
         raise CheckpointError(f"{output} exists already: remove it or give another output directory")
+
+
+def check_parent(path: Path) -> None:
+    """Raises CheckpointError where there is no folder to write `path` into: better before the work than after."""
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path.parent} is not a directory: create it, or write {path.name} somewhere else")
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a new text file in one step. Raises CheckpointError where it exists, and OSError where the disk does."""
+    check_output(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        check_output(path)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -50,6 +71,13 @@ def make_directory(output: Path, num_bytes: int) -> Iterator[Path]:
     except BaseException:
         _remove(partial)
         raise
+    try:
+        _flush(output.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"{output} is complete, but its folder could not be flushed to the disk ({error.strerror or error}): "
+            f"run sync before you rely on it"
+        ) from error
 
 
 def _publish(partial: Path, output: Path) -> None:
@@ -57,12 +85,11 @@ def _publish(partial: Path, output: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     partial.chmod(0o777 & ~umask)  # mkdtemp makes it private
-    for path in partial.iterdir():
+    for path in partial.rglob("*"):
         _flush(path)
     _flush(partial)
     check_output(output)
     partial.rename(output)
-    _flush(output.parent)
 
 
 def _flush(path: Path) -> None:

@@ -30,14 +30,17 @@ SHARD_BYTES = 5_000_000_000
 #: Projections of an expert in the checkpoint, and the block each belongs to.
 EXPERT_PROJECTIONS = {"gate_proj": "gate_up", "up_proj": "gate_up", "down_proj": "down"}
 
-#: Files beside the weights that belong to the model: tokenizer, templates, generation config, licence.
+#: Files beside the weights that belong to the model: tokenizer, templates, generation config, licence. No code.
 COMPANION_FILES = (
-    "*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "*.py", "LICENSE*", "NOTICE*",
+    "*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "LICENSE*", "NOTICE*",
 )  # fmt: skip
+#: Folders of such files.
+COMPANION_FOLDERS = ("additional_chat_templates",)
 _NOT_COMPANIONS = ("config.json", "*.index.json")
 
 _QUANTIZED_TENSOR = re.compile(r"(?P<linear>.+)\.(?P<suffix>qweight|scales|zeros)")
-_NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+#: Names under which Hugging Face configurations give their number of routed experts.
+NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,18 @@ def write_checkpoint(
     """
     if not plan.is_packed:
         raise CheckpointError("a packed checkpoint needs a producer in its plan: see make_producer")
-    config = {**config, "quantization_config": plan.to_config()}
+    # auto_map names code of the original repository, which is not copied and must not be fetched unasked.
+    config = {key: value for key, value in config.items() if key != "auto_map"}
+    others = list_other_tensors(plan, infos)
+    plan = Plan(plan.modules, plan.ignore, {**plan.producer, "other_tensors": others})
+    config["quantization_config"] = plan.to_config()
     return _write_directory(output, config, infos, tensors, model_card, companions, shard_bytes, validate_checkpoint)
+
+
+def list_other_tensors(plan: Plan, infos: Iterable[str]) -> list[str]:
+    """Names of the tensors that no module of the plan owns: norms, embeddings, routers, what is not quantized."""
+    linears = {path for module, schemes in plan.modules.items() for path in list_linears(module, schemes)}
+    return [name for name in infos if name.rpartition(".")[0] not in linears]
 
 
 def write_plain_checkpoint(
@@ -182,7 +195,8 @@ def validate_checkpoint(directory: Path) -> Checkpoint:
     """Check a packed checkpoint by its headers alone, and return it opened.
 
     Every module of the plan has exactly the tensors of its scheme, with their types and shapes; the projections of
-    an expert fit together; every layer's experts are complete; no tensor of a quantized module is left over.
+    an expert fit together; every layer's experts are complete; no tensor of a quantized module is left over; and the
+    tensors that the writer left as they were are all there.
     Raises CheckpointError or PlanError naming the tensor, what was found, what was expected, and the fix.
     """
     checkpoint = open_checkpoint(directory)
@@ -203,6 +217,9 @@ def validate_checkpoint(directory: Path) -> Checkpoint:
                 f"{suggest(match['linear'], checkpoint.plan.modules)}: the plan and the tensors come from different "
                 f"runs; quantize the model again"
             )
+    for name in checkpoint.plan.producer.get("other_tensors", ()):
+        if name not in infos:
+            raise CheckpointError(f"{name} is missing{suggest(name, infos)}: copy or quantize the checkpoint again")
     return checkpoint
 
 
@@ -237,9 +254,20 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def read_size(config: Mapping[str, Any], key: str) -> int:
+    """A size that config.json must hold. Raises CheckpointError, naming key and value, where it is none."""
+    value = config.get(key)
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"config.json has {key} = {value!r}, expected a size: copy it again")
+    return value
+
+
 def count_experts(config: Mapping[str, Any]) -> int | None:
-    """Routed experts of a layer according to config.json; None where it has no such key."""
-    return next((int(config[key]) for key in _NUM_EXPERTS_KEYS if config.get(key) is not None), None)
+    """Routed experts of a layer according to config.json; None where it has no such key.
+
+    Raises CheckpointError for a value that is not a count.
+    """
+    return next((read_size(config, key) for key in NUM_EXPERTS_KEYS if config.get(key) is not None), None)
 
 
 def list_expert_layers(plan: Plan) -> dict[str, int]:
@@ -314,11 +342,16 @@ def _copy_companions(source: Path, target: Path) -> None:
         wanted = any(fnmatch(path.name, pattern) for pattern in COMPANION_FILES)
         if wanted and not any(fnmatch(path.name, pattern) for pattern in _NOT_COMPANIONS) and path.is_file():
             shutil.copyfile(path, target / path.name)
+    for folder in COMPANION_FOLDERS:
+        if (source / folder).is_dir():
+            (target / folder).mkdir()
+            _copy_companions(source / folder, target / folder)
 
 
 __all__ = [
-    "COMPANION_FILES", "EXPERT_PROJECTIONS", "SHARD_BYTES", "Checkpoint", "CheckpointError", "PlanError",
-    "TensorInfo", "TensorReader", "check_output", "count_experts", "list_expert_layers", "list_linears",
-    "list_tensors", "make_producer", "open_checkpoint", "pack_weight", "read_config", "read_module", "unpack_weight",
-    "validate_checkpoint", "write_checkpoint", "write_plain_checkpoint",
+    "COMPANION_FILES", "COMPANION_FOLDERS", "EXPERT_PROJECTIONS", "NUM_EXPERTS_KEYS", "SHARD_BYTES", "Checkpoint",
+    "CheckpointError", "PlanError", "TensorInfo", "TensorReader", "check_output", "count_experts",
+    "list_expert_layers", "list_linears", "list_other_tensors", "list_tensors", "make_producer", "open_checkpoint",
+    "pack_weight", "read_config", "read_module", "read_size", "unpack_weight", "validate_checkpoint",
+    "write_checkpoint", "write_plain_checkpoint",
 ]  # fmt: skip

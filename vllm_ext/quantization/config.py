@@ -5,12 +5,17 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from vllm_ext.quantization.plan import Plan, PlanError
+from vllm_ext.quantization.checkpoint import NUM_EXPERTS_KEYS, validate_checkpoint
+from vllm_ext.quantization.plan import ExpertSchemes, Plan, PlanError
+from vllm_ext.quantization.safetensors_io import INDEX_FILE, SINGLE_FILE
+from vllm_ext.quantization.scheme import Scheme
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
@@ -18,14 +23,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.vllm_ext")
 
-#: Names under which Hugging Face configurations give their number of experts.
-EXPERT_COUNT_NAMES = (
-    "num_experts",
-    "moe_num_experts",
-    "n_routed_experts",
-    "num_local_experts",
-    "block_configs",
-)
+#: Keys of a Hugging Face configuration that declare experts; the last one of models that configure layer by layer.
+EXPERT_COUNT_NAMES = (*NUM_EXPERTS_KEYS, "block_configs")
 
 
 #: Last parts of the module paths of routers: [experts, hidden] and decisive for the output, they stay as they are.
@@ -96,7 +95,17 @@ class MxMoEConfig(QuantizationConfig):
         return None
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Warn once where the model declares no experts: it would be served unquantized without a word."""
+        """Look at the whole model before any process loads it.
+
+        Without a plan: warn once where the model declares no experts, because it would be served unquantized without
+        a word. Packed, in a local directory: raise CheckpointError or PlanError, naming the tensor, where the files
+        are not complete (`checkpoint.validate_checkpoint`). vLLM does not miss tensors of quantized models.
+        """
+        if self.is_packed:
+            directory = Path(model_name)
+            # Without weight files the engine makes weights up (--load-format dummy), or vLLM says what it misses.
+            if (directory / INDEX_FILE).is_file() or (directory / SINGLE_FILE).is_file():
+                validate_checkpoint(directory)
         if hf_config is None or self.plan is not None:
             return
         text_config = hf_config.get_text_config()
@@ -128,12 +137,15 @@ class MxMoEConfig(QuantizationConfig):
     def check_plan(self) -> None:
         """Raise PlanError for a module of the plan that no layer of the model is.
 
-        Not checked under pipeline parallelism, where a rank builds only some of the layers.
+        Under pipeline parallelism a rank builds only some of the layers, and checks those.
         """
         from vllm.distributed.parallel_state import get_pp_group, model_parallel_is_initialized
 
         unused = sorted(self.plan.modules.keys() - self._used) if self.plan is not None else []
-        if not unused or (model_parallel_is_initialized() and get_pp_group().world_size > 1):
+        if model_parallel_is_initialized() and get_pp_group().world_size > 1:
+            built = {find_decoder_layer(module) for module in self._seen} - {None}
+            unused = [module for module in unused if find_decoder_layer(module) in built]
+        if not unused:
             return
         more = f" (and {len(unused) - 1} more)" if len(unused) > 1 else ""
         nearest = difflib.get_close_matches(unused[0], sorted(self._seen), n=1)
@@ -165,7 +177,7 @@ class MxMoEConfig(QuantizationConfig):
         """The method of the routed experts of a layer."""
         from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
 
-        from vllm_ext.quantization.moe import check_layer
+        from vllm_ext.quantization.moe import check_layer, crashes_unquantized
         from vllm_ext.quantization.online import MxMoEOnlineMethod
         from vllm_ext.quantization.packed import MxMoEPackedMethod
 
@@ -176,11 +188,12 @@ class MxMoEConfig(QuantizationConfig):
         schemes = self.plan.find_experts(prefix, num_experts)
         modules = [f"{prefix}.{expert}" for expert in range(num_experts)]
         self._seen.update(modules)
-        if schemes is None:
-            return UnquantizedFusedMoEMethod(layer.moe_config)
-        self._used.update(modules)
-        if not any(scheme.is_quantized for pair in schemes for scheme in pair):
-            return UnquantizedFusedMoEMethod(layer.moe_config)
+        if schemes is not None:
+            self._used.update(modules)
+        if schemes is None or not any(scheme.is_quantized for pair in schemes for scheme in pair):
+            if not crashes_unquantized(layer):
+                return UnquantizedFusedMoEMethod(layer.moe_config)
+            schemes = [ExpertSchemes(Scheme(16), Scheme(16))] * num_experts
         check_layer(layer, prefix)
         method: MxMoEPackedMethod | MxMoEOnlineMethod
         if self.is_packed:
@@ -216,3 +229,9 @@ class MxMoEConfig(QuantizationConfig):
         method = (MxMoELinearMethod if self.is_packed else MxMoEOnlineLinearMethod)(scheme, prefix, shards)
         method.check_plan = self.check_plan
         return method
+
+
+def find_decoder_layer(module: str) -> str | None:
+    """The part of a module path that names its decoder layer, `model.layers.3`; None outside of them."""
+    match = re.match(r"(.+?\.\d+)\.", module)
+    return match[1] if match else None

@@ -13,12 +13,20 @@ from vllm.model_executor.layers.quantization.online.fp8 import OnlineLinearBase
 from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 
 from vllm_ext.compress.rounding import round_to_nearest
-from vllm_ext.kernels.arena import view_block, write_codes
+from vllm_ext.kernels.arena import write_codes
 from vllm_ext.kernels.mixed_linear import op  # noqa: F401 - registers torch.ops.vllm_ext.mixed_linear
-from vllm_ext.kernels.mixed_linear.layout import LinearPlan, plan_linear
+from vllm_ext.kernels.mixed_linear.layout import plan_linear
+from vllm_ext.kernels.packing import unpack_codes
 from vllm_ext.quantization.moe import LayerStorage, describe_block
+from vllm_ext.quantization.resident import allocate_arena, choose_layout, place_in_memory
 from vllm_ext.quantization.scheme import Scheme
-from vllm_ext.quantization.tensors import check_split, check_tensor, describe_missing, is_dummy_load
+from vllm_ext.quantization.tensors import (
+    check_linear_arrived,
+    check_split,
+    check_tensor,
+    describe_missing,
+    is_dummy_load,
+)
 
 #: vLLM's shard ids of a fused q/k/v layer, in the order of its parts; other fused layers count from 0.
 QKV_SHARDS = ("q", "k", "v")
@@ -48,11 +56,27 @@ class MxMoELinearBase(LinearMethodBase):
         parent, _, _ = layer_name.rpartition(".")
         self.part_names = [f"{parent}.{shard}" if parent else shard for shard in shards]
 
-    def set_arena(self, layer: torch.nn.Module, arena: torch.Tensor, plan: LinearPlan, K: int) -> None:
-        """Give the layer its arena and table, and note what it takes."""
+    def set_weight(
+        self,
+        layer: torch.nn.Module,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        """Give the layer its arena and table, and note what it takes.
+
+        codes: uint8 [N, K], one code an element; scales, zeros as the scheme has them; dtype: of the model.
+        """
+        N, K = codes.shape
+        stored = describe_block(self.scheme, dtype)
+        layout = choose_layout(dtype, codes.device)
+        plan = plan_linear([(place_in_memory(stored, layout), N)], K)
+        arena = allocate_arena(plan.num_bytes, layout, codes.device)
+        write_codes(arena, plan.table[0].tolist(), codes, scales, zeros)
         replace_parameter(layer, "linear_arena", arena)
         layer.register_buffer("linear_table", plan.table.to(arena.device), persistent=False)
-        self.storage = LayerStorage(plan.num_bytes, self.out_features * K, 0, 0)
+        self.storage = LayerStorage(plan_linear([(stored, N)], K).num_bytes, N * K, 0, 0, plan.num_bytes)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """[..., K] -> [..., outputs of this rank] in x's dtype."""
@@ -89,6 +113,7 @@ class MxMoELinearMethod(MxMoELinearBase):
         """
         check_split(self.layer_name, self.scheme, input_size, input_size // input_size_per_partition)
         self.out_features, self.K = sum(output_partition_sizes), input_size_per_partition
+        self.params_dtype = params_dtype
         self.is_dummy = is_dummy_load()
         # The layer's own loader, the v1 one: our class is not in vLLM's WEIGHT_LOADER_V2_SUPPORTED.
         extra_weight_attrs.pop("weight_loader")
@@ -141,12 +166,11 @@ class MxMoELinearMethod(MxMoELinearBase):
         if missing and not self.is_dummy:
             raise ValueError(describe_missing(missing, self.scheme))
         self.loaded.clear()
-        plan = plan_linear([(describe_block(self.scheme, layer.qweight.dtype), self.out_features)], self.K)
-        arena = torch.zeros(plan.num_bytes, dtype=torch.uint8, device=layer.qweight.device)
-        for suffix, place in view_block(arena, plan.table[0].tolist(), self.out_features, self.K).items():
-            place.copy_(getattr(layer, suffix))
-            replace_parameter(layer, suffix, torch.empty(0, dtype=place.dtype, device=place.device))
-        self.set_arena(layer, arena, plan, self.K)
+        tensors = {suffix: getattr(layer, suffix).data for suffix in self.scheme.tensors}
+        codes = unpack_codes(tensors["qweight"], self.scheme.weight_bits, self.K)
+        self.set_weight(layer, codes, tensors["scales"], tensors.get("zeros"), self.params_dtype)
+        for suffix, tensor in tensors.items():
+            replace_parameter(layer, suffix, torch.empty(0, dtype=tensor.dtype, device=tensor.device))
         layer._already_called_process_weights_after_loading = True
 
 
@@ -188,19 +212,17 @@ class MxMoEOnlineLinearMethod(MxMoELinearBase, OnlineLinearBase):
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Turn `weight` into `linear_arena` and `linear_table`, and empty it.
 
-        Raises ValueError, naming the layer, for NaN or infinite weights.
+        Raises ValueError, naming the layer, for NaN or infinite weights, and where not all of it arrived.
         """
         if getattr(layer, "_already_called_process_weights_after_loading", False):
             return
         if self.check_plan is not None:
             self.check_plan()
+        check_linear_arrived(layer, self.layer_name)
         weight = layer.weight.data
-        N, K = weight.shape
-        plan = plan_linear([(describe_block(self.scheme, weight.dtype), N)], K)
-        arena = torch.zeros(plan.num_bytes, dtype=torch.uint8, device=weight.device)
-        write_codes(arena, plan.table[0].tolist(), *round_to_nearest(weight, self.scheme, self.layer_name))
+        rounded = round_to_nearest(weight, self.scheme, self.layer_name)
+        self.set_weight(layer, *rounded, weight.dtype)
         replace_parameter(layer, "weight", torch.empty(0, dtype=weight.dtype, device=weight.device))
-        self.set_arena(layer, arena, plan, K)
         layer._already_called_process_weights_after_loading = True
 
 

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, MoEActivation, RoutedExperts
 from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
+from vllm.platforms import current_platform
 
 from vllm_ext import observability
-from vllm_ext.kernels.arena import BlockFormat
+from vllm_ext.kernels.arena import BlockFormat, Layout
 from vllm_ext.kernels.mixed_moe import op
-from vllm_ext.kernels.mixed_moe.layout import ArenaPlan, Block, block_shape
+from vllm_ext.kernels.mixed_moe.layout import ArenaPlan, Block, block_shape, plan_arena
 from vllm_ext.quantization.plan import ExpertSchemes
+from vllm_ext.quantization.resident import place_in_memory
 from vllm_ext.quantization.scheme import Scheme
 from vllm_ext.quantization.tensors import check_split
 
@@ -26,12 +28,16 @@ op.call_observer = functools.partial(observability.add, "vllm_ext:mxmoe_routed_p
 
 @dataclass(frozen=True)
 class LayerStorage:
-    """What the quantized weights of one layer on one rank take, alignment included; 16-bit blocks apart."""
+    """What the weights of one layer on one rank take as they are stored, alignment included; 16-bit blocks apart.
+
+    resident_bytes: of all of them in memory, where the CPU kernels have them in another layout.
+    """
 
     quantized_bytes: int
     quantized_weights: int
     unquantized_bytes: int
     unquantized_weights: int
+    resident_bytes: int
 
     @property
     def bits_per_weight(self) -> float:
@@ -72,6 +78,7 @@ class MxMoEMethodBase(FusedMoEMethodBase):
             observability.add("vllm_ext:mxmoe_layer_count", float(is_first_rank), engine_index)
             observability.add("vllm_ext:mxmoe_weight_bytes", storage.quantized_bytes, engine_index)
             observability.add("vllm_ext:mxmoe_weight_count", storage.quantized_weights, engine_index)
+            observability.add("vllm_ext:mxmoe_resident_bytes", storage.resident_bytes, engine_index)
         self.storage = storage
 
     def apply(
@@ -120,6 +127,12 @@ def check_layer(layer: RoutedExperts, layer_name: str) -> None:
         raise ValueError(f"{layer_name}: --quantization mxmoe does not support {refused}; serve this model without it")
 
 
+def crashes_unquantized(layer: RoutedExperts) -> bool:
+    """Whether vLLM's own method dies on this layer: vLLM 0.32 on CPUs does at the first request of an unquantized MoE
+    layer under expert parallelism (`cpu_fused_moe` indexes by global expert ids). Ours then serves it as w16a16."""
+    return current_platform.is_cpu() and layer.moe_config.moe_parallel_config.use_ep
+
+
 def list_local_experts(layer: RoutedExperts, num_experts: int) -> list[int]:
     """Global ids of the experts that live on this rank, in the order of their local ids."""
     local_ids = {expert: layer._map_global_expert_id_to_local_expert_id(expert) for expert in range(num_experts)}
@@ -150,17 +163,30 @@ def describe_block(scheme: Scheme, dtype: torch.dtype) -> BlockFormat:
     return BlockFormat(scheme.weight_bits, scheme.act_bits, scheme.group_size, scheme.symmetric)
 
 
+def plan_in_memory(
+    formats: Sequence[tuple[BlockFormat, BlockFormat]], hidden_size: int, intermediate_size: int, layout: Layout
+) -> ArenaPlan:
+    """The arena of a layer whose codes lie in `layout`. formats: as stored."""
+    placed = [(place_in_memory(gate_up, layout), place_in_memory(down, layout)) for gate_up, down in formats]
+    return plan_arena(placed, hidden_size, intermediate_size)
+
+
 def measure_storage(
-    schemes: Sequence[ExpertSchemes], plan: ArenaPlan, hidden_size: int, intermediate_size: int
+    schemes: Sequence[ExpertSchemes],
+    plan: ArenaPlan,
+    hidden_size: int,
+    intermediate_size: int,
+    resident_bytes: int,
 ) -> LayerStorage:
-    """Count the bytes and weights of a planned layer."""
+    """Count the bytes and weights of a planned layer. plan: as stored; resident_bytes: of its arena in memory."""
     counts = {True: [0, 0], False: [0, 0]}
     for expert_schemes, expert_bytes in zip(schemes, plan.block_bytes, strict=True):
         for block, scheme, num_bytes in zip(Block, expert_schemes, expert_bytes, strict=True):
             N, K = block_shape(block, hidden_size, intermediate_size)
             counts[scheme.is_quantized][0] += num_bytes
             counts[scheme.is_quantized][1] += N * K
-    return LayerStorage(*counts[True], *counts[False])
+    quantized, unquantized = counts[True], counts[False]
+    return LayerStorage(quantized[0], quantized[1], unquantized[0], unquantized[1], resident_bytes)
 
 
 def list_storage(model: torch.nn.Module) -> dict[str, LayerStorage]:

@@ -23,7 +23,10 @@ from vllm_ext.quantization.moe import (
     describe_block,
     list_local_experts,
     measure_storage,
+    plan_in_memory,
 )
+from vllm_ext.quantization.resident import allocate_arena, choose_layout
+from vllm_ext.quantization.tensors import describe_missing_weight, list_arrived
 
 
 class MxMoEOnlineMethod(MxMoEMethodBase, OnlineMoEMethodBase):
@@ -59,17 +62,34 @@ class MxMoEOnlineMethod(MxMoEMethodBase, OnlineMoEMethodBase):
             layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, **extra_weight_attrs
         )
 
+    def check_arrived(self, layer: RoutedExperts) -> None:
+        """Raise ValueError naming the first tensor of this rank's experts that the checkpoint does not hold.
+
+        vLLM processes a layer that is not complete all the same, with whatever its memory held
+        (`reload.layerwise.finalize_layerwise_processing`). Weights that did not come expert by expert are not checked.
+        """
+        arrived = list_arrived(layer)
+        if not arrived or any("expert_id" not in arguments for arguments in arrived):
+            return
+        given = {(arguments["expert_id"], arguments["shard_id"]) for arguments in arrived}
+        parts = {"w1": layer.ckpt_gate_proj_name, "w3": layer.ckpt_up_proj_name, "w2": layer.ckpt_down_proj_name}
+        for expert in list_local_experts(layer, layer.moe_config.num_logical_experts):
+            for shard_id, part in parts.items():
+                if (expert, shard_id) not in given:
+                    raise ValueError(describe_missing_weight(f"{self.layer_name}.{expert}.{part}.weight"))
+
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Turn `w13_weight` and `w2_weight` into `expert_arena` (uint8) and `expert_table` (int64), and empty them.
 
         vLLM calls this twice at start-up, and again after a weight reload. A reload keeps the plan of the first
         load: vLLM then copies the new arena into the old one and keeps the old table, so they must agree.
-        Raises ValueError, naming layer and expert, for NaN or infinite weights.
+        Raises ValueError, naming layer and expert, for NaN or infinite weights, and for a tensor that did not arrive.
         """
         if getattr(layer, "_already_called_process_weights_after_loading", False):
             return
         if self.check_plan is not None:
             self.check_plan()
+        self.check_arrived(layer)
         self._zero_padding(layer)
         weights = (layer.w13_weight.data, layer.w2_weight.data)
         _, hidden_size, intermediate_size = weights[Block.DOWN].shape
@@ -79,22 +99,22 @@ class MxMoEOnlineMethod(MxMoEMethodBase, OnlineMoEMethodBase):
             )
             self.schemes = [ExpertSchemes(*pair) for pair in zip(gate_up, down, strict=True)]
         dtype, device = weights[Block.GATE_UP].dtype, weights[Block.GATE_UP].device
-        plan = plan_arena(
-            [(describe_block(gate_up, dtype), describe_block(down, dtype)) for gate_up, down in self.schemes],
-            hidden_size,
-            intermediate_size,
-        )
-        arena = torch.zeros(plan.num_bytes, dtype=torch.uint8, device=device)
+        formats = [(describe_block(gate_up, dtype), describe_block(down, dtype)) for gate_up, down in self.schemes]
+        stored = plan_arena(formats, hidden_size, intermediate_size)
+        layout = choose_layout(dtype, device)
+        plan = plan_in_memory(formats, hidden_size, intermediate_size, layout)
+        arena = allocate_arena(plan.num_bytes, layout, device)
         for expert, rows in enumerate(plan.table.tolist()):
             for block in Block:
                 weight, scheme = weights[block][expert], self.schemes[expert][block]
                 if scheme.is_quantized:
                     name = f"{self.layer_name}, {block.name.lower()}, expert {expert}"
-                    write_codes(arena, rows[block], *round_to_nearest(weight, scheme, name))
+                    rounded = round_to_nearest(weight, scheme, name)
+                    write_codes(arena, rows[block], *rounded, gate_up=block == Block.GATE_UP)
                 else:
                     write_full_precision(arena, rows[block], weight)
         self.intermediate_size = intermediate_size
-        self.report_storage(measure_storage(self.schemes, plan, hidden_size, intermediate_size))
+        self.report_storage(measure_storage(self.schemes, stored, hidden_size, intermediate_size, plan.num_bytes))
         replace_parameter(layer, "expert_arena", arena)
         layer.register_buffer("expert_table", plan.table.to(device), persistent=False)
         for name in ("w13_weight", "w2_weight"):

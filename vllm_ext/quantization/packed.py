@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+from vllm.model_executor.utils import replace_parameter
 
-from vllm_ext.kernels.arena import view_block
-from vllm_ext.kernels.mixed_moe.layout import ArenaPlan, Block, block_shape, plan_arena
+from vllm_ext.kernels.arena import Layout, view_block
+from vllm_ext.kernels.mixed_moe.layout import ArenaPlan, Block, block_shape, copy_arena, plan_arena
 from vllm_ext.quantization.moe import (
     ExpertSchemes,
     MxMoEMethodBase,
@@ -30,7 +31,9 @@ from vllm_ext.quantization.moe import (
     describe_block,
     list_local_experts,
     measure_storage,
+    plan_in_memory,
 )
+from vllm_ext.quantization.resident import allocate_arena, choose_layout
 from vllm_ext.quantization.tensors import (
     check_tensor,
     describe_missing,
@@ -78,11 +81,11 @@ class MxMoEPackedMethod(MxMoEMethodBase):
         tp_size = self.moe.moe_parallel_config.tp_size
         self.check_padding()
         check_sizes(self.layer_name, self.schemes, self.local_experts, hidden_size, self.intermediate_size, tp_size)
-        self.plan: ArenaPlan = plan_arena(
-            [(describe_block(pair[0], params_dtype), describe_block(pair[1], params_dtype)) for pair in self.schemes],
-            hidden_size,
-            self.intermediate_size,
-        )
+        self.params_dtype = params_dtype
+        self.formats = [
+            (describe_block(pair[0], params_dtype), describe_block(pair[1], params_dtype)) for pair in self.schemes
+        ]
+        self.plan: ArenaPlan = plan_arena(self.formats, hidden_size, self.intermediate_size)
         self.rows = self.plan.table.tolist()
         self.is_dummy = is_dummy_load()
         # Zeros: `--load-format dummy` leaves integer tensors as they are.
@@ -170,7 +173,11 @@ class MxMoEPackedMethod(MxMoEMethodBase):
         return f"{self.layer_name}.{self.local_experts[expert]}.{part[shard_id]}.{suffix}"
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        """Raise ValueError naming the first tensor that did not arrive; else complete `expert_table`."""
+        """Bring the arena into the layout of this device's kernels, and complete `expert_table`.
+
+        The loaded layers are repacked one by one, so the peak is the result plus one layer. Raises ValueError naming
+        the first tensor that did not arrive.
+        """
         if getattr(layer, "_already_called_process_weights_after_loading", False):
             return
         assert self.schemes is not None
@@ -188,6 +195,13 @@ class MxMoEPackedMethod(MxMoEMethodBase):
             names = [self.name_tensor(layer, *key) for key in missing]
             raise ValueError(describe_missing(names, self.schemes[expert][SHARDS[shard_id]]))
         self.loaded.clear()
-        layer.register_buffer("expert_table", self.plan.table.to(layer.expert_arena.device), persistent=False)
-        self.report_storage(measure_storage(self.schemes, self.plan, self.hidden_size, self.intermediate_size))
+        device, sizes = layer.expert_arena.device, (self.hidden_size, self.intermediate_size)
+        layout = choose_layout(self.params_dtype, device)
+        plan = self.plan if layout == Layout.PLAIN_CODES else plan_in_memory(self.formats, *sizes, layout)
+        if plan is not self.plan:
+            arena = allocate_arena(plan.num_bytes, layout, device)
+            copy_arena(layer.expert_arena.data, self.plan.table, arena, plan.table, *sizes)
+            replace_parameter(layer, "expert_arena", arena)
+        layer.register_buffer("expert_table", plan.table.to(device), persistent=False)
+        self.report_storage(measure_storage(self.schemes, self.plan, *sizes, plan.num_bytes))
         layer._already_called_process_weights_after_loading = True

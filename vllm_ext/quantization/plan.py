@@ -67,6 +67,8 @@ class Plan:
         if producer is not None and not isinstance(producer, Mapping):
             raise PlanError(f"producer must be a mapping, got {producer!r}")
         parsed = {_check_module(module): _parse_schemes(module, value) for module, value in modules.items()}
+        if both := [name for name in ignore if name in parsed]:
+            raise PlanError(f"{both[0]} is in the plan and in ignore: take it out of one of them")
         return cls(parsed, tuple(ignore), dict(producer or {}))
 
     @classmethod
@@ -97,6 +99,10 @@ class Plan:
                 f"changed after the checkpoint was written; quantize the model again"
             )
         return plan
+
+    def names(self, module: str) -> bool:
+        """Whether the plan says anything about a module: a scheme, or to leave it as it is."""
+        return module in self.modules or module in self.ignore
 
     @property
     def is_packed(self) -> bool:

@@ -30,6 +30,9 @@ DTYPES: dict[str, torch.dtype] = {
     "I16": torch.int16,
     "I32": torch.int32,
     "I64": torch.int64,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
     "F16": torch.float16,
@@ -78,13 +81,18 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], int]:
             )
         try:
             header = json.loads(file.read(length))
-            infos, offsets = {}, {}
+            infos: dict[str, TensorInfo] = {}
+            offsets: dict[str, tuple[int, ...]] = {}
+            unsupported: dict[str, str] = {}
             for name, entry in header.items():
                 if name != "__metadata__":
-                    infos[name] = TensorInfo(DTYPES[entry["dtype"]], _read_sizes(entry["shape"]))
+                    unsupported |= {entry["dtype"]: name} if entry["dtype"] not in DTYPES else {}
+                    infos[name] = TensorInfo(DTYPES.get(entry["dtype"], torch.uint8), _read_sizes(entry["shape"]))
                     offsets[name] = _read_sizes(entry["data_offsets"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path} has a damaged safetensors header ({error}): copy it again") from error
+    for kind, name in unsupported.items():
+        raise CheckpointError(f"{path}: {name} has element type {kind!r}; known are {', '.join(DTYPES)}")
     end = 0
     for name in sorted(infos, key=offsets.__getitem__):
         if offsets[name] != (end, end + infos[name].num_bytes):
@@ -117,10 +125,13 @@ class TensorReader:
         expected: Mapping[str, str] = {}
         if index.is_file():
             try:
-                expected = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-            except (ValueError, KeyError, TypeError) as error:
+                expected = _check_weight_map(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise CheckpointError(f"{index} is damaged ({error!r}): copy it again") from error
             files = sorted(set(expected.values()))
+        elif (directory / SINGLE_FILE).is_file():
+            # As vLLM: other files beside it, such as a consolidated copy, hold the same weights under other names.
+            files = [SINGLE_FILE]
         else:
             files = sorted(path.name for path in directory.glob("*.safetensors"))
         if not files:
@@ -150,10 +161,14 @@ class TensorReader:
             raise CheckpointError(f"{self.directory} has no tensor {name}{suggest(name, self._files)}")
         # Read, not mapped: pages of a mapped shard count as this process's memory until the shard is closed.
         info, data = self.infos[name], bytearray(self.infos[name].num_bytes)
-        with (self.directory / file).open("rb") as stream:
-            stream.seek(self._offsets[name])
-            if stream.readinto(data) != len(data):
-                raise CheckpointError(f"{self.directory / file} became shorter while it was read: copy it again")
+        try:
+            with (self.directory / file).open("rb") as stream:
+                stream.seek(self._offsets[name])
+                count = stream.readinto(data)
+        except OSError as error:
+            raise CheckpointError(f"reading {name} from {self.directory / file} failed ({error.strerror})") from error
+        if count != len(data):
+            raise CheckpointError(f"{self.directory / file} became shorter while it was read: copy it again")
         # frombuffer refuses an empty buffer.
         flat = torch.frombuffer(data, dtype=info.dtype) if data else torch.empty(0, dtype=info.dtype)
         return flat.reshape(info.shape)
@@ -231,6 +246,16 @@ class ShardWriter:
                 # On a full disk closing flushes and fails again; the first error is the one to report.
                 if not hide_errors:
                     raise
+
+
+def _check_weight_map(weight_map: Any) -> dict[str, str]:
+    """{tensor: file} of an index. Raises ValueError for anything else, and for a file outside of the directory."""
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"weight_map is a {type(weight_map).__name__}")
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or file != os.path.basename(file) or file in ("", ".", ".."):
+            raise ValueError(f"weight_map places {tensor} in {file!r}, which is no file name")
+    return weight_map
 
 
 def _read_sizes(values: Any) -> tuple[int, ...]:

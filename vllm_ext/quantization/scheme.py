@@ -120,11 +120,14 @@ class Scheme:
             )
         return K // self.group_size
 
-    def stored_bytes(self, N: int, K: int) -> int:
-        """Bytes of all tensors of an [N, K] weight; two per weight for w16a16. Raises ValueError as `num_groups`."""
+    def stored_bytes(self, N: int, K: int, itemsize: int = 2) -> int:
+        """Bytes of all tensors of an [N, K] weight. Raises ValueError as `num_groups`.
+
+        itemsize: bytes per weight of the unquantized checkpoint, which w16a16 leaves as it is.
+        """
         total = 0
         for spec in self.tensors.values():
-            total += math.prod(spec.shape(N, K)) * (2 if spec.dtype is None else spec.dtype.itemsize)
+            total += math.prod(spec.shape(N, K)) * (itemsize if spec.dtype is None else spec.dtype.itemsize)
         return total
 
     def bits_per_weight(self, N: int, K: int) -> float:

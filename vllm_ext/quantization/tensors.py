@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor.model_loader.reload import layerwise
 
 from vllm_ext.quantization.scheme import Scheme, TensorSpec
 
@@ -72,6 +74,31 @@ def narrow_to_rank(tensor: torch.Tensor, split_dim: int | None, tp_rank: int, tp
         return tensor
     size = tensor.shape[split_dim] // tp_size
     return tensor.narrow(split_dim, tp_rank * size, size)
+
+
+def list_arrived(layer: torch.nn.Module) -> list[dict[str, Any]]:
+    """Arguments of every loader call that vLLM kept for a layer it is about to process online; empty for others."""
+    if is_dummy_load():
+        return []
+    return [call.arguments for _, call in layerwise.get_layerwise_info(layer).loaded_weights]
+
+
+def check_linear_arrived(layer: torch.nn.Module, name: str) -> None:
+    """Raise ValueError where only some elements of a linear layer came before it is rounded.
+
+    vLLM processes a layer that is not complete all the same, with whatever its memory held
+    (`reload.layerwise.finalize_layerwise_processing`).
+    """
+    info = layerwise.get_layerwise_info(layer)
+    if list_arrived(layer) and info.load_numel_total is not None and info.load_numel < info.load_numel_total:
+        raise ValueError(
+            f"{describe_missing_weight(f'{name}.weight')} ({info.load_numel} of {info.load_numel_total} elements came)"
+        )
+
+
+def describe_missing_weight(name: str) -> str:
+    """The error text for a weight to be rounded that is not there."""
+    return f"{name} is not in the checkpoint, or not all of it: the checkpoint is incomplete; copy it again"
 
 
 def is_dummy_load() -> bool:

@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: Apache-2.0
+// `mixed_linear` on the CPU. reference.py is the specification.
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <optional>
+
+#include "blocks.h"
+#include "dispatch.h"
+#include "lanes.h"
+
+namespace vllm_ext {
+namespace {
+
+// Columns of the table: the arena's fields, then the number of outputs.
+constexpr int kNumRows = kNumFields, kNumColumns = kNumFields + 1;
+
+// Tokens per pass: bounds the scratch memory of long prompts.
+constexpr int64_t kPassTokens = 1024;
+
+// Pairs of 16 outputs per task: a stretch of weights that is long enough for the prefetcher.
+constexpr int64_t kTaskPairs = 4;
+
+struct LinearWorkspace : Workspace {
+  std::vector<Block> blocks;
+  std::vector<BlockInput> inputs;  // one per block; blocks of one format share their memory
+};
+
+bool same_input(const Block& a, const Block& b) {
+  return a.is_records == b.is_records && (!a.is_records || (a.headers == b.headers && a.planes == b.planes &&
+                                                            a.act_group == b.act_group));
+}
+
+WorkspacePool<LinearWorkspace>& pool() {
+  static WorkspacePool<LinearWorkspace> workspaces;
+  return workspaces;
+}
+
+at::Tensor mixed_linear(const at::Tensor& x, const at::Tensor& arena, const at::Tensor& table, int64_t out_features,
+                        const std::optional<at::Tensor>& bias) {
+  TORCH_CHECK_VALUE(x.dim() > 0, "x must be [..., K], got ", x.sizes());
+  const Element element = find_element(x.scalar_type());
+  TORCH_CHECK_VALUE(arena.dim() == 1 && arena.scalar_type() == at::kByte && arena.is_contiguous(),
+                    "arena must be contiguous uint8 [bytes], got ", arena.scalar_type(), " ", arena.sizes());
+  TORCH_CHECK_VALUE(table.dim() == 2 && table.size(1) == kNumColumns && table.scalar_type() == at::kLong,
+                    "table must be int64 [row blocks, ", kNumColumns, "], got ", table.scalar_type(), " ",
+                    table.sizes());
+  TORCH_CHECK_VALUE(!bias || (bias->dim() == 1 && bias->size(0) == out_features), "bias must be float [", out_features,
+                    "]");
+  const int64_t K = x.size(-1);
+  const at::Tensor fields = table.contiguous();
+  const auto* rows = fields.const_data_ptr<int64_t>();
+  const int64_t num_blocks = table.size(0);
+  int64_t total = 0;
+  for (int64_t i = 0; i < num_blocks; ++i) {
+    TORCH_CHECK_VALUE(rows[i * kNumColumns + kNumRows] > 0, "row block ", i, " has no outputs");
+    total += rows[i * kNumColumns + kNumRows];
+  }
+  TORCH_CHECK_VALUE(total == out_features, "out_features is ", out_features, ", but the table describes ", total,
+                    " outputs");
+  auto workspace = pool().acquire();
+  workspace->blocks.clear();
+  for (int64_t i = 0; i < num_blocks; ++i) {
+    workspace->blocks.push_back(
+        read_block(rows + i * kNumColumns, arena, rows[i * kNumColumns + kNumRows], K, /*gate_up=*/false));
+  }
+
+  const at::Tensor inputs = x.contiguous();
+  auto shape = x.sizes().vec();
+  shape.back() = out_features;
+  at::Tensor out = at::empty(shape, x.options());
+  const int64_t all_tokens = K ? x.numel() / K : 0;
+  if (all_tokens == 0) return out;
+  const at::Tensor bias_row = bias ? bias->to(at::kFloat).contiguous() : at::Tensor();
+  const float* bias_values = bias ? bias_row.const_data_ptr<float>() : nullptr;
+  const auto* in = static_cast<const uint8_t*>(inputs.const_data_ptr());
+  auto* result = static_cast<uint8_t*>(out.data_ptr());
+  const int64_t size = element_bytes(element), padded = divide_up(K, kDepth) * kDepth;
+  const Kernels& kernels = current_kernels();
+  const int lanes = at::get_num_threads();
+  workspace->grow_lanes(lanes);
+  auto& blocks = workspace->blocks;
+  auto& block_inputs = workspace->inputs;
+  block_inputs.resize(blocks.size());
+  int64_t panel = 240;
+  for (const Block& block : blocks) panel = std::min(panel, panel_tokens(block));
+
+  for (int64_t pass = 0; pass < all_tokens; pass += kPassTokens) {
+    const int64_t tokens = std::min(kPassTokens, all_tokens - pass);
+    int64_t num_bytes = 0;
+    for (const Block& block : blocks) num_bytes += BlockInput::plan_bytes(block, tokens);
+    workspace->shared.reserve(num_bytes);
+    for (size_t i = 0; i < blocks.size(); ++i) block_inputs[i].place(blocks[i], tokens, workspace->shared);
+    // Each distinct form of the activations is computed once.
+    const auto first_alike = [&](size_t i) {
+      size_t j = 0;
+      while (!same_input(blocks[j], blocks[i])) ++j;
+      return j;
+    };
+    const int64_t grain = std::max<int64_t>(1, 4096 / padded);
+    run_tasks(kernels, divide_up(tokens, grain), lanes, [&](int64_t task, int lane) {
+      Scratch& scratch = *workspace->lanes[static_cast<size_t>(lane)];
+      scratch.reserve(Scratch::part_bytes<float>(padded));
+      auto* row = scratch.take<float>(padded);
+      std::fill(row + K, row + padded, 0.0f);
+      for (int64_t token = task * grain; token < std::min(tokens, (task + 1) * grain); ++token) {
+        kernels.load_row(in + (pass + token) * K * size, element, K, 1.0f, row);
+        for (size_t i = 0; i < blocks.size(); ++i) {
+          if (first_alike(i) == i) block_inputs[i].set_row(kernels, token, row);
+        }
+      }
+    });
+
+    int64_t first_output = 0;
+    for (size_t i = 0; i < blocks.size(); ++i) {
+      const Block& block = blocks[i];
+      const BlockInput& input = block_inputs[first_alike(i)];
+      const int64_t panels = divide_up(tokens, panel);
+      const int64_t pairs = std::clamp<int64_t>(block.pairs() / (4 * lanes), 1, kTaskPairs);
+      const int64_t ranges = divide_up(block.pairs(), pairs);
+      run_tasks(kernels, panels * ranges, lanes, [&](int64_t task, int lane) {
+        const int64_t begin = task / ranges * panel, count = std::min(panel, tokens - begin);
+        const int64_t first_pair = task % ranges * pairs, last_pair = std::min(block.pairs(), first_pair + pairs);
+        Scratch& scratch = *workspace->lanes[static_cast<size_t>(lane)];
+        scratch.reserve(Scratch::part_bytes<float>(count * 2 * kRows));
+        auto* sums = scratch.take<float>(count * 2 * kRows);
+        for (int64_t pair = first_pair; pair < last_pair; ++pair) {
+          input.multiply(kernels, block, pair, begin, count, sums);
+          const int64_t output = pair * 2 * kRows, outputs = std::min<int64_t>(2 * kRows, block.N - output);
+          for (int64_t token = 0; token < count; ++token) {
+            float* values = sums + token * 2 * kRows;
+            if (bias_values) {
+              for (int64_t n = 0; n < outputs; ++n) values[n] += bias_values[first_output + output + n];
+            }
+            kernels.store_row(values, outputs, element,
+                              result + ((pass + begin + token) * out_features + first_output + output) * size);
+          }
+        }
+      });
+      first_output += block.N;
+    }
+  }
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(vllm_ext_cpu, CPU, library) { library.impl("mixed_linear", &mixed_linear); }
+
+}  // namespace vllm_ext

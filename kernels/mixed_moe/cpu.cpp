@@ -1,0 +1,334 @@
+// SPDX-License-Identifier: Apache-2.0
+// `mixed_moe` on the CPU. reference.py is the specification.
+//
+//     sort      (token, expert) pairs by expert
+//     round     each pair's x to what its expert's gate_up block wants, packed for the kernels
+//     gate_up   task = 128 intermediate columns of one expert: gate and up, SwiGLU, rounding for the down block
+//     down      task = a range of output columns: all experts in the order of the table, summed in float32
+//
+// No task writes what another writes, and no sum depends on the number of threads or on which of them was faster.
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <optional>
+
+#include "blocks.h"
+#include "dispatch.h"
+#include "lanes.h"
+
+namespace vllm_ext {
+namespace {
+
+enum { kGateUp, kDown, kNumBlocks };
+
+// Tokens per pass: bounds the scratch memory of long prompts.
+constexpr int64_t kPassTokens = 1024;
+
+// Pairs of one chunk: 128 intermediate columns are 8 times 16 of gate and of up.
+constexpr int64_t kChunkPairs = kDepth / kRows;
+
+struct Expert {
+  Block gate_up, down;
+  int64_t first, count;  // of the sorted pairs
+  BlockInput input, hidden;
+  float* late_hidden;  // float32 rows, where the down block's scales span more than a chunk
+};
+
+struct GateUpTask {
+  int expert, chunk;
+  int64_t begin, count;
+  int64_t cost;
+};
+
+struct MoeWorkspace : Workspace {
+  std::vector<int32_t> local_ids;   // [tokens * top k]; -1 for none
+  std::vector<int64_t> offsets;     // of each expert's pairs
+  std::vector<int32_t> tokens;      // of the sorted pairs, within the pass
+  std::vector<float> weights;       // routing weights of the sorted pairs
+  std::vector<float> sum_weights;   // by which outputs are summed: those, or 1
+  std::vector<Expert> experts;      // that have pairs, in the order of the table
+  std::vector<int32_t> pair_experts;
+  std::vector<GateUpTask> tasks;
+};
+
+WorkspacePool<MoeWorkspace>& pool() {
+  static WorkspacePool<MoeWorkspace> workspaces;
+  return workspaces;
+}
+
+template <class Id>
+void map_ids(const Id* ids, int64_t count, const int64_t* map, int64_t limit, int64_t num_local_experts,
+             std::vector<int32_t>& local_ids) {
+  local_ids.resize(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) {
+    int64_t id = ids[i];
+    TORCH_CHECK_VALUE(id < limit, "topk_ids holds ", id, ", but there are ", limit, " experts");
+    if (id >= 0 && map) {
+      id = map[id];
+      TORCH_CHECK_VALUE(id < num_local_experts, "expert_map holds ", id, ", but the table has ", num_local_experts,
+                        " local experts");
+    }
+    local_ids[static_cast<size_t>(i)] = id < 0 ? -1 : static_cast<int32_t>(id);
+  }
+}
+
+struct Call {
+  const Kernels& kernels;
+  int lanes;
+  const at::Tensor& arena;
+  const int64_t* table;
+  int64_t num_experts, hidden_size, intermediate_size;
+  Element element;
+  bool weight_on_input;
+  MoeWorkspace& work;
+
+  Scratch& lane(int index) { return *work.lanes[static_cast<size_t>(index)]; }
+
+  // Fills tokens, weights, experts and pair_experts from local_ids [num_tokens * top_k]; returns the number of pairs.
+  int64_t sort_pairs(const int32_t* local_ids, const float* routing, int64_t num_tokens, int64_t top_k) {
+    work.offsets.assign(static_cast<size_t>(num_experts) + 1, 0);
+    for (int64_t i = 0; i < num_tokens * top_k; ++i) {
+      if (local_ids[i] >= 0) ++work.offsets[static_cast<size_t>(local_ids[i]) + 1];
+    }
+    work.experts.clear();
+    work.pair_experts.clear();
+    for (int64_t expert = 0; expert < num_experts; ++expert) {
+      const int64_t count = work.offsets[static_cast<size_t>(expert) + 1];
+      const int64_t first = work.offsets[static_cast<size_t>(expert)];
+      work.offsets[static_cast<size_t>(expert) + 1] += first;
+      if (count == 0) continue;
+      const int64_t* rows = table + expert * kNumBlocks * kNumFields;
+      const int index = static_cast<int>(work.experts.size());
+      work.experts.push_back({read_block(rows, arena, 2 * intermediate_size, hidden_size, /*gate_up=*/true),
+                              read_block(rows + kNumFields, arena, hidden_size, intermediate_size, /*gate_up=*/false),
+                              first,
+                              count,
+                              {},
+                              {},
+                              nullptr});
+      work.pair_experts.insert(work.pair_experts.end(), static_cast<size_t>(count), index);
+    }
+    const int64_t pairs = work.offsets[static_cast<size_t>(num_experts)];
+    work.tokens.resize(static_cast<size_t>(pairs));
+    work.weights.resize(static_cast<size_t>(pairs));
+    for (int64_t i = 0; i < num_tokens * top_k; ++i) {
+      if (local_ids[i] < 0) continue;
+      const auto place = static_cast<size_t>(work.offsets[static_cast<size_t>(local_ids[i])]++);
+      work.tokens[place] = static_cast<int32_t>(i / top_k);
+      work.weights[place] = routing[i];
+    }
+    work.sum_weights.assign(work.weights.begin(), work.weights.end());
+    if (weight_on_input) std::fill(work.sum_weights.begin(), work.sum_weights.end(), 1.0f);
+    return pairs;
+  }
+
+  // Gives every expert its part of the scratch memory. Their addresses must not change any more.
+  void place_inputs() {
+    int64_t num_bytes = 0;
+    for (const Expert& expert : work.experts) {
+      num_bytes += BlockInput::plan_bytes(expert.gate_up, expert.count);
+      num_bytes += BlockInput::plan_bytes(expert.down, expert.count);
+      if (expert.down.act_group) {
+        num_bytes += Scratch::part_bytes<float>(expert.count * BlockInput::stride_of(expert.down));
+      }
+    }
+    work.shared.reserve(num_bytes);
+    for (Expert& expert : work.experts) {
+      expert.input.place(expert.gate_up, expert.count, work.shared);
+      expert.hidden.place(expert.down, expert.count, work.shared);
+      if (expert.down.act_group) {
+        expert.late_hidden = work.shared.take<float>(expert.count * BlockInput::stride_of(expert.down));
+      }
+    }
+  }
+
+  void round_inputs(const uint8_t* x, int64_t pairs) {
+    const int64_t padded = divide_up(hidden_size, kDepth) * kDepth;
+    const int64_t grain = std::max<int64_t>(1, 4096 / padded);
+    run_tasks(kernels, divide_up(pairs, grain), lanes, [&](int64_t task, int index) {
+      Scratch& scratch = lane(index);
+      scratch.reserve(Scratch::part_bytes<float>(padded));
+      auto* row = scratch.take<float>(padded);
+      std::fill(row + hidden_size, row + padded, 0.0f);
+      for (int64_t pair = task * grain; pair < std::min(pairs, (task + 1) * grain); ++pair) {
+        const auto place = static_cast<size_t>(pair);
+        Expert& expert = work.experts[static_cast<size_t>(work.pair_experts[place])];
+        kernels.load_row(x + work.tokens[place] * hidden_size * element_bytes(element), element, hidden_size,
+                         weight_on_input ? work.weights[place] : 1.0f, row);
+        expert.input.set_row(kernels, pair - expert.first, row);
+      }
+    });
+  }
+
+  void plan_gate_up() {
+    // Bytes of weights that are read in the time in which one row of integers is multiplied with one pair's chunk.
+    constexpr int64_t kRowCost = 160;
+    work.tasks.clear();
+    for (size_t i = 0; i < work.experts.size(); ++i) {
+      const Expert& expert = work.experts[i];
+      const int64_t panel = panel_tokens(expert.gate_up);
+      for (int64_t begin = 0; begin < expert.count; begin += panel) {
+        const int64_t count = std::min(panel, expert.count - begin);
+        const int64_t cost = expert.gate_up.pair_bytes() + kRowCost * count * expert.gate_up.planes;
+        for (int64_t chunk = 0; chunk < expert.down.chunks(); ++chunk) {
+          work.tasks.push_back({static_cast<int>(i), static_cast<int>(chunk), begin, count, cost});
+        }
+      }
+    }
+    // Longest first: then the threads end at about the same time. Ties in memory order.
+    std::sort(work.tasks.begin(), work.tasks.end(), [](const GateUpTask& a, const GateUpTask& b) {
+      if (a.cost != b.cost) return a.cost > b.cost;
+      if (a.expert != b.expert) return a.expert < b.expert;
+      return a.begin != b.begin ? a.begin < b.begin : a.chunk < b.chunk;
+    });
+  }
+
+  void run_gate_up() {
+    plan_gate_up();
+    run_tasks(kernels, static_cast<int64_t>(work.tasks.size()), lanes, [&](int64_t index, int lane_index) {
+      const GateUpTask& task = work.tasks[static_cast<size_t>(index)];
+      Expert& expert = work.experts[static_cast<size_t>(task.expert)];
+      Scratch& scratch = lane(lane_index);
+      scratch.reserve(Scratch::part_bytes<float>(task.count * 2 * kRows) +
+                      Scratch::part_bytes<float>(task.count * kDepth));
+      auto* sums = scratch.take<float>(task.count * 2 * kRows);
+      auto* columns = scratch.take<float>(task.count * kDepth);
+      // A last chunk of fewer columns: the kernels of the down block read zeros there.
+      const int64_t first_pair = task.chunk * kChunkPairs;
+      const int64_t pairs = std::min(kChunkPairs, expert.gate_up.pairs() - first_pair);
+      if (pairs < kChunkPairs) std::fill(columns, columns + task.count * kDepth, 0.0f);
+      for (int64_t pair = 0; pair < pairs; ++pair) {
+        expert.input.multiply(kernels, expert.gate_up, first_pair + pair, task.begin, task.count, sums);
+        kernels.apply_swiglu(sums, static_cast<int>(task.count), columns + pair * kRows, kDepth);
+      }
+      for (int64_t i = 0; i < task.count; ++i) {
+        const int64_t token = task.begin + i;
+        if (expert.late_hidden) {
+          std::memcpy(expert.late_hidden + token * BlockInput::stride_of(expert.down) + task.chunk * kDepth,
+                      columns + i * kDepth, kDepth * sizeof(float));
+        } else {
+          expert.hidden.set_chunk(kernels, token, task.chunk, columns + i * kDepth, nullptr);
+        }
+      }
+    });
+  }
+
+  // Scales that span more than a chunk need all of a token's hidden columns first.
+  void round_late_hidden(int64_t pairs) {
+    if (std::none_of(work.experts.begin(), work.experts.end(), [](const Expert& e) { return e.late_hidden; })) return;
+    run_tasks(kernels, pairs, lanes, [&](int64_t pair, int) {
+      Expert& expert = work.experts[static_cast<size_t>(work.pair_experts[static_cast<size_t>(pair)])];
+      if (!expert.late_hidden) return;
+      const int64_t token = pair - expert.first;
+      expert.hidden.set_row(kernels, token, expert.late_hidden + token * BlockInput::stride_of(expert.down));
+    });
+  }
+
+  void run_down(uint8_t* out, int64_t num_tokens) {
+    // Wide ranges are long streams of weights; the sums of all tokens must stay in the L2 cache; and there must be
+    // some ranges for each thread.
+    const int64_t widest = num_tokens <= 64 ? 512 : 256;
+    const int64_t fair = divide_up(hidden_size, 4 * lanes);
+    const int64_t width = std::clamp<int64_t>(divide_up(fair, 2 * kRows) * 2 * kRows, 2 * kRows, widest);
+    int64_t panel = 0;
+    for (const Expert& expert : work.experts) {
+      panel = std::max(panel, std::min(expert.count, panel_tokens(expert.down)));
+    }
+    run_tasks(kernels, divide_up(hidden_size, width), lanes, [&](int64_t task, int index) {
+      Scratch& scratch = lane(index);
+      scratch.reserve(Scratch::part_bytes<float>(panel * 2 * kRows) + Scratch::part_bytes<float>(num_tokens * width));
+      auto* products = scratch.take<float>(panel * 2 * kRows);
+      auto* sums = scratch.take<float>(num_tokens * width);
+      std::fill(sums, sums + num_tokens * width, 0.0f);
+      const int64_t first = task * width, columns = std::min(width, hidden_size - first);
+      for (const Expert& expert : work.experts) {
+        const int64_t step = panel_tokens(expert.down);
+        for (int64_t begin = 0; begin < expert.count; begin += step) {
+          const int64_t count = std::min(step, expert.count - begin);
+          const auto place = static_cast<size_t>(expert.first + begin);
+          for (int64_t column = 0; column < columns; column += 2 * kRows) {
+            expert.hidden.multiply(kernels, expert.down, (first + column) / (2 * kRows), begin, count, products);
+            kernels.add_weighted(products, &work.sum_weights[place], &work.tokens[place], static_cast<int>(count),
+                                 sums + column, width);
+          }
+        }
+      }
+      for (int64_t token = 0; token < num_tokens; ++token) {
+        kernels.store_row(sums + token * width, columns, element,
+                          out + (token * hidden_size + first) * element_bytes(element));
+      }
+    });
+  }
+};
+
+std::tuple<at::Tensor, int64_t> mixed_moe(const at::Tensor& x, const at::Tensor& topk_ids,
+                                          const at::Tensor& topk_weights, const at::Tensor& arena,
+                                          const at::Tensor& table, const std::optional<at::Tensor>& expert_map,
+                                          int64_t intermediate_size, bool weight_on_input) {
+  TORCH_CHECK_VALUE(x.dim() == 2, "x must be [tokens, hidden], got ", x.sizes());
+  const Element element = find_element(x.scalar_type());
+  const auto is_integer = [](const at::Tensor& tensor) {
+    return tensor.scalar_type() == at::kInt || tensor.scalar_type() == at::kLong;
+  };
+  TORCH_CHECK_VALUE(topk_ids.dim() == 2 && topk_ids.size(0) == x.size(0) && is_integer(topk_ids),
+                    "topk_ids must be int [", x.size(0), ", top k], got ", topk_ids.scalar_type(), " ",
+                    topk_ids.sizes());
+  TORCH_CHECK_VALUE(topk_weights.sizes() == topk_ids.sizes(), "topk_weights must have the shape of topk_ids ",
+                    topk_ids.sizes(), ", got ", topk_weights.sizes());
+  TORCH_CHECK_VALUE(arena.dim() == 1 && arena.scalar_type() == at::kByte && arena.is_contiguous(),
+                    "arena must be contiguous uint8 [bytes], got ", arena.scalar_type(), " ", arena.sizes());
+  TORCH_CHECK_VALUE(table.dim() == 3 && table.size(1) == kNumBlocks && table.size(2) == kNumFields &&
+                        table.scalar_type() == at::kLong,
+                    "table must be int64 [local experts, ", static_cast<int>(kNumBlocks), ", ",
+                    static_cast<int>(kNumFields), "], got ", table.scalar_type(), " ", table.sizes());
+  TORCH_CHECK_VALUE(!expert_map || (expert_map->dim() == 1 && is_integer(*expert_map)),
+                    "expert_map must be int [global experts]");
+  TORCH_CHECK_VALUE(intermediate_size > 0, "intermediate_size must be positive, got ", intermediate_size);
+
+  const int64_t num_tokens = x.size(0), hidden_size = x.size(1), top_k = topk_ids.size(1);
+  const int64_t num_experts = table.size(0);
+  const at::Tensor inputs = x.contiguous(), ids = topk_ids.contiguous();
+  const at::Tensor routing = topk_weights.to(at::kFloat).contiguous(), fields = table.contiguous();
+  const at::Tensor map = expert_map ? expert_map->to(at::kLong).contiguous() : at::Tensor();
+  const int64_t* map_values = expert_map ? map.const_data_ptr<int64_t>() : nullptr;
+  const int64_t limit = expert_map ? map.numel() : num_experts;
+
+  auto workspace = pool().acquire();
+  if (ids.scalar_type() == at::kInt) {
+    map_ids(ids.const_data_ptr<int32_t>(), ids.numel(), map_values, limit, num_experts, workspace->local_ids);
+  } else {
+    map_ids(ids.const_data_ptr<int64_t>(), ids.numel(), map_values, limit, num_experts, workspace->local_ids);
+  }
+  const int lanes = at::get_num_threads();
+  workspace->grow_lanes(lanes);
+  Call call{current_kernels(),  lanes,   arena,           fields.const_data_ptr<int64_t>(), num_experts, hidden_size,
+            intermediate_size, element, weight_on_input, *workspace};
+
+  at::Tensor out = at::empty({num_tokens, hidden_size}, x.options());
+  const auto* in = static_cast<const uint8_t*>(inputs.const_data_ptr());
+  auto* result = static_cast<uint8_t*>(out.data_ptr());
+  const int64_t row_bytes = hidden_size * element_bytes(element);
+  int64_t total = 0;
+  for (int64_t first = 0; first < num_tokens; first += kPassTokens) {
+    const int64_t tokens = std::min(kPassTokens, num_tokens - first);
+    const int64_t pairs = call.sort_pairs(workspace->local_ids.data() + first * top_k,
+                                          routing.const_data_ptr<float>() + first * top_k, tokens, top_k);
+    total += pairs;
+    if (pairs == 0) {
+      std::memset(result + first * row_bytes, 0, static_cast<size_t>(tokens * row_bytes));
+      continue;
+    }
+    call.place_inputs();
+    call.round_inputs(in + first * row_bytes, pairs);
+    call.run_gate_up();
+    call.round_late_hidden(pairs);
+    call.run_down(result + first * row_bytes, tokens);
+  }
+  return {out, total};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(vllm_ext_cpu, CPU, library) { library.impl("mixed_moe", &mixed_moe); }
+
+}  // namespace vllm_ext

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How packed weights lie in memory once they are loaded: as stored, or repacked for the compiled CPU kernels."""
+
+from __future__ import annotations
+
+import torch
+from vllm.config import get_current_vllm_config_or_none
+
+from vllm_ext import config
+from vllm_ext.kernels.arena import BlockFormat, Layout
+from vllm_ext.kernels.native.load import load_ops
+
+#: Model dtypes of the compiled kernels. A float32 model keeps the plain layout, and float32 arithmetic.
+RECORD_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def choose_layout(dtype: torch.dtype, device: torch.device) -> Layout:
+    """Layout of quantized blocks in a model of this dtype; the first call in a process may compile the kernels.
+
+    The kernels are kept below `vllm_ext.cache_dir`, where the current vLLM configuration gives one.
+    """
+    if device.type == "cpu" and dtype in RECORD_DTYPES and load_ops(find_cache_dir()) is not None:
+        return Layout.CPU_RECORD
+    return Layout.PLAIN_CODES
+
+
+def find_cache_dir() -> str | None:
+    """`vllm_ext.cache_dir` of the engine whose model is being loaded, where it was given."""
+    vllm_config = get_current_vllm_config_or_none()
+    if vllm_config is None:
+        return None
+    return config.parse(config.find_block(vllm_config.additional_config)).cache_dir
+
+
+def place_in_memory(block: BlockFormat, layout: Layout) -> BlockFormat:
+    """A block's format in memory: as stored, but codes in `layout`."""
+    return block._replace(layout=layout) if block.layout == Layout.PLAIN_CODES else block
+
+
+def allocate_arena(num_bytes: int, layout: Layout, device: torch.device) -> torch.Tensor:
+    """A uint8 arena of zeros; in 2 MiB pages where the compiled kernels read it, as much of their speed is there."""
+    ops = load_ops() if layout == Layout.CPU_RECORD else None
+    if ops is None:
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    return ops.empty_huge(num_bytes)
