@@ -103,3 +103,8 @@ def test_a_batch_beyond_the_largest_size_is_not_padded() -> None:
     survival, caps, cost = make_survival([[0.9], [0.9]]), np.array([1, 1]), DraftCost(4.0, 1.0)
     padded = choose_padded(survival, caps, cost, 1.0, 2, (1,))
     assert padded.lengths.tolist() == choose_lengths(survival, caps, cost).lengths.tolist()
+
+
+def test_a_padded_step_is_not_filled_where_drafts_cost_more_than_padding() -> None:
+    choice = choose_padded(make_survival([[0.5], [0.25]]), np.array([1, 1]), DraftCost(2.0, 0.8), 0.0, 2, (4,))
+    assert choice.lengths.tolist() == [0, 0]

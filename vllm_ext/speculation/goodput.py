@@ -93,23 +93,28 @@ def choose_padded(
     """The best lengths where a forward pass costs as much as the next of `sizes` tokens, as captured CUDA graphs do.
 
     Arguments as `choose_lengths`; cost.fixed is that of `base_tokens`, without padding; padding: milliseconds of a
-    token that is only padding. Every size is filled with the drafts most likely accepted, for every number of passes.
+    token that is only padding. Every number of drafts, the most likely accepted ones, is tried with every number of
+    passes.
     Batches beyond the largest size are not padded.
     """
     value = survival if weights is None else survival * weights[:, None]
     value = np.where(np.arange(value.shape[1]) < caps[:, None], value, 0.0)
     base = float(len(survival) if weights is None else weights.sum())
-    rooms = np.array([size - base_tokens for size in sizes if size >= base_tokens], np.int64)
-    if not len(rooms):
+    ladder = np.array(sorted(sizes), np.int64)
+    if not len(ladder) or ladder[-1] < base_tokens:
         return choose_lengths(survival, caps, cost, weights)
     best: Choice | None = None
     for passes in range(value.shape[1] + 1):
         order = np.sort(value[:, :passes], axis=None)[::-1]
-        gained = np.concatenate([[0.0], np.cumsum(order)])
-        drafts = np.minimum(rooms, int((order > 0).sum()))
-        times = cost.fixed + padding * rooms + (cost.per_token - padding) * drafts + cost.per_pass * passes
-        index = int(((base + gained[drafts]) / times).argmax())
-        count, time = int(drafts[index]), float(times[index])
+        gained = np.concatenate([[0.0], np.cumsum(order[order > 0])])
+        drafts = np.arange(len(gained))
+        tokens = base_tokens + drafts
+        steps = np.minimum(np.searchsorted(ladder, tokens), len(ladder) - 1)
+        padded = np.maximum(ladder[steps], tokens)
+        times = cost.fixed + padding * (padded - base_tokens) + (cost.per_token - padding) * drafts
+        times += cost.per_pass * passes
+        count = int(((base + gained) / times).argmax())
+        time = float(times[count])
         if best is None or (base + gained[count]) / time > best.goodput:
             taken = np.zeros(value.shape, bool)
             if count:
