@@ -1,5 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-// flags: -march=x86-64-v4 -mavx512vnni -mamx-tile -mamx-int8
 // Kernels for AVX-512 with VNNI and AMX: tiles above four rows.
 #include "amx.h"
 #include "compiled_needs.h"

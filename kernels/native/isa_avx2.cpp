@@ -1,5 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-// flags: -mavx2 -mfma -mf16c
 // Kernels for AVX2 with FMA and F16C.
 #include "table.h"
 #include "vector_avx2.h"

@@ -1,5 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-// flags: -march=x86-64-v4 -mavx512vnni
 // Kernels for AVX-512 with VNNI.
 #include "compiled_needs.h"
 #include "table.h"

@@ -1,5 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-// flags: -mavx2 -mfma -mf16c -mavxvnni
 // Kernels for AVX2 with the dot products of AVX-VNNI.
 #include "table.h"
 #include "vector_avx2.h"
