@@ -11,7 +11,7 @@ NEXT ?=
 VENV_PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help bootstrap demo test test-slow bench lint next-vllm clean
+.PHONY: help bootstrap demo test test-slow test-explore bench lint next-vllm clean
 
 help: ## this list
 	@echo 'make TARGET [PYTHON=python3.11] [DEVICE=auto|cpu|nvidia] [JOBS=2] [ARGS="..." for pytest]'
@@ -28,6 +28,9 @@ test: bootstrap ## every test that needs no GPU and no minutes
 
 test-slow: bootstrap ## the tests that take minutes
 	$(VENV_PYTHON) -m pytest -q -m 'slow and not gpu' --timeout=3600 $(ARGS)
+
+test-explore: bootstrap ## the property tests with new random examples, not the same ones every time
+	VLLM_EXT_EXAMPLES=explore $(VENV_PYTHON) -m pytest -q -n $(JOBS) -m 'not engine and not slow and not gpu' $(ARGS)
 
 bench: bootstrap ## stock against the pack: engines, operators, the page of results (about 15 minutes)
 	$(VENV_PYTHON) -m bench.sweep $(ARGS)

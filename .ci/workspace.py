@@ -112,7 +112,8 @@ class Workspace:
 
     def pip_install(self, *arguments: str | Path) -> None:
         """`pip install` into the environment."""
-        self.run([self.python, "-m", "pip", "install", *arguments])
+        # pip would compile every module of every package, one by one; Python compiles those that are imported.
+        self.run([self.python, "-m", "pip", "install", "--no-compile", *arguments])
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Serve the shipped small MoE in bf16, with `--quantization mxmoe`, and packed to 3.25 bits; print one table.
 
-    python -m bench.demo [--json] [--windows N] [--enforce-eager] [--keep-logs]
+    python -m bench.demo [--json] [--windows N] [--serve-args OPTIONS] [--keep-logs]
 
 All are plain `vllm serve` processes on loopback, one after the other, asked the same through the `openai` client. The
 packed checkpoint is made by `vllm-ext quantize` from the shipped calibration texts. Progress goes to stderr; the table,
@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -234,7 +235,7 @@ def run_arm(
     model: Path,
     tokenizer: Tokenizer,
     windows: int | None,
-    is_eager: bool,
+    serve_args: Sequence[str],
     logs: Path,
     progress: Progress,
 ) -> ArmResult:
@@ -244,10 +245,9 @@ def run_arm(
     environment = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
         environment["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB; the default takes a share of the machine's memory
-    mode = ["--enforce-eager"] if is_eager else []
     server = VllmServer(
         model,
-        args=["--served-model-name", SERVED_NAME, "--max-model-len", "1024", *mode, *ARMS[arm]],
+        args=["--served-model-name", SERVED_NAME, "--max-model-len", "1024", *serve_args, *ARMS[arm]],
         env=environment,
         log_path=logs / f"{arm}.log",
         start_timeout=300,
@@ -339,14 +339,14 @@ def check_requirements() -> None:
         raise DemoFailed(f"{', '.join(missing)} not installed here; run `make demo`, or pip install 'vllm-ext[bench]'")
 
 
-def run_demo(windows: int | None, is_eager: bool, logs: Path) -> dict[str, ArmResult]:
-    """All arms, one after the other. Raises DemoFailed."""
+def run_demo(windows: int | None, serve_args: Sequence[str], logs: Path) -> dict[str, ArmResult]:
+    """All arms, one after the other, with these options of `vllm serve` for all. Raises DemoFailed."""
     progress = Progress()
     with progress.step("prepare"):
         check_requirements()
         tokenizer = load_tokenizer(MODEL)
-    if not is_eager and not HAS_PYTHON_HEADERS:
-        is_eager = True
+    if "--enforce-eager" not in serve_args and not HAS_PYTHON_HEADERS:
+        serve_args = [*serve_args, "--enforce-eager"]
         print("no Python.h (package python3-dev): the servers run with --enforce-eager", file=sys.stderr)
     packed = logs / "tiny_moe_packed"
     results = {}
@@ -354,7 +354,7 @@ def run_demo(windows: int | None, is_eager: bool, logs: Path) -> dict[str, ArmRe
         if arm == "packed":
             quantize(packed, progress)
         model = packed if arm == "packed" else MODEL
-        results[arm] = run_arm(arm, model, tokenizer, windows, is_eager, logs, progress)
+        results[arm] = run_arm(arm, model, tokenizer, windows, serve_args, logs, progress)
     return results
 
 
@@ -372,7 +372,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--windows", type=int, default=40, metavar="N", help="windows of each held-out text (default 40; 0: all)"
     )
-    parser.add_argument("--enforce-eager", action="store_true", help="serve without torch.compile")
+    parser.add_argument(
+        "--serve-args", type=shlex.split, default=[], metavar="OPTIONS",
+        help="options of `vllm serve` for all servers, as one word: --serve-args='--enforce-eager'",
+    )  # fmt: skip
     parser.add_argument("--keep-logs", action="store_true", help="keep the servers' logs and say where they are")
     options = parser.parse_args(argv)
     if options.windows < 0:
@@ -387,7 +390,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     failed = True
     try:
-        results = run_demo(windows, options.enforce_eager, logs)
+        results = run_demo(windows, options.serve_args, logs)
         failed = False
     except DemoFailed as error:
         print(f"demo failed: {error}", file=sys.stderr)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Check the benchmark against known truths: equal arms must show no difference, a slower one must be found.
 
-    python -m bench.selfcheck [--trials 20] [--pairs 5] [--passes 5] [--slowdown 0.1] [--values FILE]
+    python -m bench.selfcheck [--trials 20] [--pairs 10] [--passes 8] [--slowdown 0.1] [--values FILE]
 
 Three real engines take turns on one workload: stock, stock again, and stock with every step made slower by --slowdown
 (bench/slowdown.py). A trial is --pairs pairs of --passes runs, judged as in any case. Passed: "no difference" in at
@@ -31,7 +31,8 @@ from bench.slowdown import make_environment, write_plugin
 from bench.statistics import CONFIDENCE, Comparison, compare
 
 ARMS = ("stock", "equal", "slower")
-#: Offline, because a run then costs no client start, so that turns can be quick: under a second each.
+#: Offline, because a run then costs no client start, so that turns can be quick: a third of a second each. What else
+#: happens on a machine lasts longer and meets both arms; runs of a second scattered three times as much.
 CASE = {
     "model": "bench/models/tiny_moe",
     "mode": "offline",
@@ -39,7 +40,7 @@ CASE = {
     # One process and one thread: vLLM's processes spin while they wait for each other, and so do threads at a barrier.
     # That counts as CPU time, and on a busy machine it hides what an engine step costs.
     "env": {"VLLM_ENABLE_V1_MULTIPROCESSING": 0, "OMP_NUM_THREADS": 1, "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
-    "workload": {"name": "random", "num_requests": 16, "options": {"input_len": 64, "output_len": 80}},
+    "workload": {"name": "random", "num_requests": 16, "options": {"input_len": 64, "output_len": 20}},
     "metrics": ["output_throughput", "wall_per_step", "cpu_per_step"],
 }
 REQUIRED_EQUAL = 0.95
@@ -143,8 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m bench.selfcheck", description="Check the benchmark itself.")
     parser.add_argument("--trials", type=int, default=20, metavar="N")
-    parser.add_argument("--pairs", type=int, default=5, metavar="N", help="pairs of runs in a trial")
-    parser.add_argument("--passes", type=int, default=5, metavar="N", help="turns within a pair")
+    parser.add_argument("--pairs", type=int, default=10, metavar="N", help="pairs of runs in a trial")
+    parser.add_argument("--passes", type=int, default=8, metavar="N", help="turns within a pair")
     parser.add_argument("--slowdown", type=float, default=0.1, metavar="F", help="fraction of a step's time")
     parser.add_argument("--restart-every", type=int, default=4, metavar="N", help="trials between fresh engines")
     parser.add_argument("--require", nargs="*", default=["cpu_per_step"], choices=CASE["metrics"], metavar="METRIC")

@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ChildResult:
-    """What the child left behind; `value` is its last stdout line as JSON, None when it printed nothing."""
+    """What the child left behind; `value` is its last stdout line as JSON, None when it printed nothing or failed."""
 
     value: Any
     returncode: int
@@ -30,6 +30,11 @@ def run_child(code: str, python: str = sys.executable, timeout: float = 240, **e
         done = subprocess.run(
             [python, "-c", code], capture_output=True, text=True, timeout=timeout, env=env, cwd=directory
         )
-    lines = done.stdout.strip().splitlines()
-    value = json.loads(lines[-1]) if lines and done.returncode == 0 else None
-    return ChildResult(value, done.returncode, done.stdout + done.stderr)
+    return read_result(done.stdout, done.stderr, done.returncode)
+
+
+def read_result(stdout: str, stderr: str, returncode: int) -> ChildResult:
+    """The result of a child that ended."""
+    lines = stdout.strip().splitlines()
+    value = json.loads(lines[-1]) if lines and returncode == 0 else None
+    return ChildResult(value, returncode, stdout + stderr)

@@ -21,8 +21,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # The machines that run these tests are shared and noisy: how long an example takes says nothing about the code.
-settings.register_profile("shared-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("shared-machine")
+# "repeat" draws the same examples every time, so that a commit is green or red wherever it runs; "explore" draws new
+# ones: `make test-explore` sets it, and what it finds becomes an @example.
+_shared_machine = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("repeat", _shared_machine, derandomize=True, database=None)
+settings.register_profile("explore", _shared_machine)
+settings.load_profile(os.environ.get("VLLM_EXT_EXAMPLES", "repeat"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -49,6 +53,17 @@ def repository() -> Path:
 def tiny_moe() -> str:
     """Directory of the shipped trained MoE."""
     return str(REPOSITORY / "bench" / "models" / "tiny_moe")
+
+
+@pytest.fixture
+def engine_in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`vllm.LLM` without processes of its own, each of which imports vLLM for ten seconds."""
+    before = dict(os.environ)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    yield
+    # vLLM notes things of its own in the environment, which the engines of later tests would inherit.
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
 
 
 class Recorder(logging.Handler):

@@ -185,19 +185,18 @@ def test_context_is_left_to_vllm_where_the_configuration_does_not_say_it() -> No
         check_context({**scaled, "rope_parameters": {"rope_type": "default"}}, 2048)
 
 
+#: Of the command in the two tests below. Without the compiler, half a minute less; test_serve_engine.py has it.
+OPTIONS = ["--context", "256", "--windows", "4", "--enforce-eager", "--json"]
+
+
 @pytest.mark.engine
-def test_the_command_measures_what_is_served(tiny_moe: str, tmp_path: Path) -> None:
+def test_the_command_measures_what_is_served(
+    tiny_moe: str, tmp_path: Path, engine_in_process: None, capfd: pytest.CaptureFixture[str]
+) -> None:
     text = Path(tiny_moe) / "py_val.txt"
     packed = pack_model(tiny_moe, tmp_path / "packed", PLAN)
-    # Without the compiler, half a minute less; test_serve_engine.py has it.
-    options = ["--text", str(text), "--context", "256", "--windows", "4", "--enforce-eager", "--json"]
-    command = [sys.executable, "-m", "vllm_ext.cli", "eval", str(packed), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr[-3000:]
-    # vLLM's log goes to stderr, its engine's too.
-    assert "EngineCore" in done.stderr
-    assert "INFO" not in done.stdout
-    result = json.loads(done.stdout.splitlines()[-1])
+    assert cli.main(["eval", str(packed), "--text", str(text), *OPTIONS]) == 0
+    result = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert set(result) == {"perplexity", "tokens", "bits_per_weight", "quantized_bytes", "total_bytes"}
     assert result["tokens"] == 4 * 255
     # Three bits with 24 for 64 weights, four with 24 for 128.
@@ -208,3 +207,15 @@ def test_the_command_measures_what_is_served(tiny_moe: str, tmp_path: Path) -> N
     expected = measure_perplexity(rounded, cut_windows(text, load_tokenizer(packed), 256)[:4])
     # The model is served in bf16, so this is coarser than the float32 comparison of test_serve_engine.py.
     assert result["perplexity"] == pytest.approx(expected, rel=5e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+def test_stdout_holds_the_result_alone(tiny_moe: str) -> None:
+    command = [sys.executable, "-m", "vllm_ext.cli", "eval", tiny_moe, "--text", f"{tiny_moe}/py_val.txt", *OPTIONS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr[-3000:]
+    # vLLM's log goes to stderr, its engine's too.
+    assert "EngineCore" in done.stderr
+    assert "INFO" not in done.stdout
+    assert json.loads(done.stdout.splitlines()[-1])["tokens"] == 4 * 255

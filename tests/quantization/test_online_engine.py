@@ -140,9 +140,9 @@ def test_compiled_float32_engine_computes_the_rounded_model(
 
 
 def test_eager_bf16_engine_is_close_to_the_original(
-    tiny_moe: str, rounded_model: Path, windows: list[list[int]]
+    tiny_moe: str, rounded_model: Path, windows: list[list[int]], engine_in_process: None
 ) -> None:
-    llm = start(tiny_moe, dtype="bfloat16", enforce_eager=True)
+    llm = start(tiny_moe, dtype="bfloat16", enforce_eager=True, distributed_executor_backend="uni")
     try:
         served = score_with_vllm(llm, windows)
         outputs = llm.generate(
