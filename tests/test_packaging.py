@@ -40,12 +40,16 @@ def source(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def distributions(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with the source distribution and the wheel, which is built from it."""
     folder = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--outdir", str(folder), str(source)]
+    build_distributions(source, folder)
+    return folder
+
+
+def build_distributions(source: Path, folder: Path, *options: str) -> None:
+    command = [sys.executable, "-m", "build", *options, "--outdir", str(folder), str(source)]
     if int(metadata.version("setuptools").split(".")[0]) >= 77:
         command.insert(3, "--no-isolation")
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -168,3 +172,40 @@ def test_doctor_runs_from_the_wheel(clean_python: Path, tmp_path: Path) -> None:
     assert done.returncode == (1 if report["problems"] else 0), report
     assert report["plugin_loaded"] is True, report
     assert {patch["status"] for patch in report["patches"]} == {"match"}
+
+
+@pytest.mark.slow
+def test_a_wheel_with_kernels_needs_no_compiler(repository: Path, tmp_path: Path) -> None:
+    """The steps of docs/cpu-kernels.md, "Images without a compiler"."""
+    tree = Path(shutil.copytree(repository, tmp_path / "tree", ignore=GENERATED))
+    (tmp_path / "plain").mkdir()
+    build_distributions(tree, tmp_path / "plain", "--wheel")
+    builder = make_clean_venv(tmp_path / "builder", next((tmp_path / "plain").glob("*.whl")))
+    command = [str(builder), "-m", "vllm_ext.kernels.native.build", "--into-package"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)
+    assert done.returncode == 0, done.stderr
+    prebuilt = Path(done.stdout.strip()).parent
+    assert prebuilt.is_relative_to(tmp_path / "builder")
+    shutil.copytree(prebuilt, tree / "kernels" / "native" / "prebuilt")
+    build_distributions(tree, tmp_path, "--wheel")
+    (wheel,) = tmp_path.glob("*.whl")
+    assert any(name.endswith(".so") for name in zipfile.ZipFile(wheel).namelist())
+
+    python = make_clean_venv(tmp_path / "image", wheel)
+    (tmp_path / "home").mkdir()
+    child = run_child(
+        """
+import json
+from vllm_ext.kernels.native.load import describe_kernels, load_ops
+before = describe_kernels()
+ops = load_ops()
+print(json.dumps({"before": before, "isa": ops.isa() if ops else None}))""",
+        python=str(python),
+        PYTHONPATH=None, CXX="/nowhere/g++", PATH=str(python.parent), HOME=str(tmp_path / "home"),
+        XDG_CACHE_HOME=None, VLLM_EXT_CACHE_DIR=None,
+    )  # fmt: skip
+    assert child.value is not None, child.stderr
+    assert child.value["before"]["status"] == "ready"
+    assert child.value["before"]["reason"].startswith("in the package")
+    assert child.value["isa"]
+    assert list_files(tmp_path / "home") == set()
