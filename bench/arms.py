@@ -143,15 +143,15 @@ class EngineArm:
             command=self.command,
         )
         self._server.start()
+        log_path = self._server.log_path
         try:
-            names = [one["id"] for one in json.loads(self._server.get("/v1/models"))["data"]]
+            found = _list_models(self._server)
         except BaseException:
             self.stop()
             raise
-        if self._served_name not in names:
-            log_path = self._server.log_path
+        if self._served_name not in found:
             self.stop()
-            raise PortTaken(f"another server, of {', '.join(names)}, answers on our port", log_path, None)
+            raise PortTaken(f"another server answers on our port: {found}", log_path, None)
 
     def _environment(self) -> dict[str, str | None]:
         environment: dict[str, str | None] = {"VLLM_PLUGINS": PLUGINS[self.name]}
@@ -204,6 +204,16 @@ def find_model(case: Case, name: str, folder: Path) -> str:
         if done.returncode != 0:
             raise RunFailed(f"vllm-ext quantize ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
     return str(output)
+
+
+def _list_models(server: VllmServer) -> str:
+    """What answers to GET /v1/models, in words: the names of its models, or what else a stranger says."""
+    try:
+        answer = server.get("/v1/models")
+        return ", ".join(one["id"] for one in json.loads(answer)["data"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        # Whoever it is, it is not ours, which names the model that it serves.
+        return f"{type(error).__name__}: {error}"
 
 
 def _is_port_taken(error: ServerFailed) -> bool:

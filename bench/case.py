@@ -101,7 +101,7 @@ class Case:
     env: Mapping[str, str] = field(default_factory=dict)
     tune: tuple[tuple[str, ...], ...] = ()
     tune_metric: str = ""
-    repetitions: int = 5
+    repetitions: int = 6
     seed: int = 0
     passes: int = 1
     servers: Servers = "together"
@@ -186,7 +186,7 @@ def parse_case(content: Any, name: str) -> Case:
         env=_parse_env(given.get("env"), "env"),
         tune=tuple(_parse_args(one, f"tune[{i}]") for i, one in enumerate(read_list(given, "tune"))),
         tune_metric=_parse_tune_metric(given, metrics),
-        repetitions=read_number(given, "repetitions", 5, low=1, whole=True),
+        repetitions=read_number(given, "repetitions", 6, low=1, whole=True),
         seed=read_number(given, "seed", 0, low=0, whole=True),
         passes=read_number(given, "passes", 1, low=1, whole=True),
         servers=read_choice(given, "servers", get_args(Servers), "together"),
@@ -240,7 +240,8 @@ def _parse_workload(content: Any, mode: Mode) -> Workload:
     if mode == "offline":
         refused = [key for key in ("goodput", "extra_body", "client_args") if given.get(key)]
         refused += [f"options.{key}" for key in ARRIVAL_FLAGS if key in options]
-        if has_times or name == "prefix_repetition":
+        if has_times or name in ("prefix_repetition", "tool_calls", "json_schema"):
+            # The last two are about the structured body of a request, which an offline run does not have.
             refused = [f"name {name!r}"]
         if name == "random":
             # An offline engine draws prompts of one length: the same name must not mean another load.

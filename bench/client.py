@@ -28,6 +28,8 @@ CLIENT_LOG_LINES = 15
 #: The client seeds the tokens of a traced chunk by Python's hash of a string: without this, arms see other prompts.
 #: Unbuffered, as its lines tell when the load begins and ends.
 CLIENT_ENVIRONMENT = {"PYTHONHASHSEED": "0", "VLLM_PLUGINS": "", "PYTHONUNBUFFERED": "1"}
+#: Hosts that the client must not reach through a proxy of the environment.
+NO_PROXY = ("127.0.0.1", "localhost")
 #: What `vllm bench serve` prints right before the first request and right after the last answer.
 EDGES = (b"Starting main benchmark run", b"Serving Benchmark Result")
 
@@ -43,6 +45,7 @@ class RunFailed(RuntimeError):  # noqa: N818 - reads as what happened
 class Load:
     """A workload at one seed: the client's options, or with `requests` those of an offline engine."""
 
+    num_requests: int
     args: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     requests: Sequence[Mapping[str, Any]] = ()
@@ -63,6 +66,7 @@ def prepare_load(workload: Workload, tokenizer: str, seed: int, folder: Path) ->
             args += ["--disable-shuffle", "--skip-chat-template"]
         if "path" in options:
             options["path"] = _find_file(options["path"])
+            _check_lines(Path(options["path"]), workload.num_requests)
         flags = {**CLIENT_DATASETS[workload.name], **ARRIVAL_FLAGS}
         for name, value in options.items():
             args += [flags[name], str(value)]
@@ -77,7 +81,7 @@ def prepare_load(workload: Workload, tokenizer: str, seed: int, folder: Path) ->
         args += ["--extra-body", json.dumps(workload.extra_body)]
     if workload.goodput:
         args += ["--goodput", *(f"{name}:{value:g}" for name, value in workload.goodput.items())]
-    return Load([*args, *workload.client_args], environment)
+    return Load(workload.num_requests, [*args, *workload.client_args], environment)
 
 
 def prepare_requests(workload: Workload, tokenizer: str, seed: int, folder: Path) -> Load:
@@ -85,7 +89,7 @@ def prepare_requests(workload: Workload, tokenizer: str, seed: int, folder: Path
     options = workload.options
     if workload.name == "random":
         one = {"input_len": int(options.get("input_len", 1024)), "output_tokens": int(options.get("output_len", 128))}
-        return Load(requests=[one] * workload.num_requests)
+        return Load(workload.num_requests, requests=[one] * workload.num_requests)
     if workload.name == "custom":
         path = Path(_find_file(options["path"]))
     else:
@@ -95,10 +99,11 @@ def prepare_requests(workload: Workload, tokenizer: str, seed: int, folder: Path
     if len(contents) < workload.num_requests:
         raise RunFailed(f"{path} has {len(contents)} requests, workload.num_requests is {workload.num_requests}")
     return Load(
+        workload.num_requests,
         requests=[
             {"prompt": one["prompt"], "output_tokens": int(one["output_tokens"]) if asked < 0 else asked}
             for one in contents[: workload.num_requests]
-        ]
+        ],
     )
 
 
@@ -130,7 +135,7 @@ def run_client(
     # A session of its own: Ctrl-C reaches only the caller, who then ends the client with all its children.
     process = subprocess.Popen(
         command,
-        env={**os.environ, **CLIENT_ENVIRONMENT, **load.environment},
+        env={**os.environ, **leave_proxy_out(os.environ), **CLIENT_ENVIRONMENT, **load.environment},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -163,8 +168,9 @@ def run_client(
     if exit_code != 0 or not result_path.is_file():
         raise RunFailed(f"vllm bench serve ended with exit code {exit_code}:\n{tail}")
     result: dict[str, Any] = json.loads(result_path.read_text(encoding="utf-8"))
-    if result.get("failed") or not result.get("completed"):
-        raise RunFailed(f"{result.get('failed')} requests failed, {result.get('completed')} completed:\n{tail}")
+    if result.get("failed") or result.get("completed") != load.num_requests:
+        completed = f"{result.get('completed')} of {load.num_requests} completed"
+        raise RunFailed(f"{result.get('failed')} requests failed, {completed}:\n{tail}")
     if edges != len(EDGES):
         raise RunFailed(f"vllm bench serve did not say when it began and ended to send; it said:\n{tail}")
     return result
@@ -198,6 +204,20 @@ def _prepare_file(workload: Workload, tokenizer: str, seed: int, folder: Path) -
         )
     except (ValueError, OSError) as error:
         raise RunFailed(f"workload {workload.name}: {error}") from error
+
+
+def _check_lines(path: Path, num_requests: int) -> None:
+    # The client begins anew at the end of a file, and answers would come from the prefix cache; or it sends fewer.
+    lines = sum(bool(line.strip()) for line in path.read_text(encoding="utf-8").splitlines())
+    if lines < num_requests:
+        raise RunFailed(f"{path.name} has {lines} requests, workload.num_requests is {num_requests}")
+
+
+def leave_proxy_out(environment: Mapping[str, str]) -> dict[str, str]:
+    """NO_PROXY in both spellings with loopback added: `vllm bench serve` uses a proxy for every host not in it."""
+    hosts = [host for name in ("no_proxy", "NO_PROXY") for host in environment.get(name, "").split(",") if host]
+    value = ",".join(dict.fromkeys([*hosts, *NO_PROXY]))
+    return {"no_proxy": value, "NO_PROXY": value}
 
 
 def _find_file(path: str) -> str:

@@ -7,6 +7,7 @@ which commit, and with which features really active.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -15,6 +16,8 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
@@ -22,6 +25,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 ROOT = Path(__file__).parent.parent
+#: What a measurement depends on; results change while a benchmark runs, and docs do not matter to it.
+CODE = ("vllm_ext", "kernels", "patches", "bench", ":(exclude)bench/results", "pyproject.toml")
 RESULTS = Path(__file__).parent / "results"
 
 Direction = Literal["lower", "higher", "none"]
@@ -102,7 +107,7 @@ def write_record(folder: Path, record: Record) -> Path:
     path = record_path(folder, record.case, record.arm, record.repetition)
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the order of the case: tables have the rows in the order of the metrics.
-    text = json.dumps(asdict(record), indent=1, allow_nan=False) + "\n"
+    text = json.dumps(_hide_all_paths(asdict(record)), indent=1, allow_nan=False) + "\n"
     # Beside the target, as a rename is atomic only within one file system.
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -142,17 +147,28 @@ def load_records(folder: Path) -> list[Record]:
 def describe_environment() -> dict[str, Any]:
     """What does not change during a benchmark: {"versions", "device", "git_hash"}, as a record wants them.
 
-    `git_hash` ends in "-dirty" where tracked files, results apart, differ from the commit; "unknown" outside of git.
+    `git_hash` ends in "-dirty-" and a digest of the differences where code differs from the commit; "unknown" outside
+    of git.
     """
     return {"versions": _list_versions(), "device": _describe_device(), "git_hash": _read_git_hash()}
 
 
 def hide_paths(text: str) -> str:
     """Text with this machine's folders replaced: records are published."""
-    for path, name in ((str(ROOT), "."), (str(Path.home()), "~")):
+    # The longest first, as one may lie in another.
+    places = {str(ROOT): ".", sys.prefix: "PREFIX", tempfile.gettempdir(): "TMP", str(Path.home()): "~"}
+    for path in sorted(places, key=len, reverse=True):
         if len(path) > 1:
-            text = text.replace(path, name)
+            text = re.sub(re.escape(path) + r"(?![\w.-])", places[path], text)
     return text
+
+
+def _hide_all_paths(value: Any) -> Any:
+    if isinstance(value, str):
+        return hide_paths(value)
+    if isinstance(value, dict):
+        return {name: _hide_all_paths(one) for name, one in value.items()}
+    return [_hide_all_paths(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _check_fields(kind: type, content: Any, where: str = "") -> dict[str, Any]:
@@ -217,8 +233,11 @@ def _read_git_hash() -> str:
 
     try:
         commit = git("rev-parse", "HEAD")
-        # Results change while a benchmark runs; the code that is measured does not depend on them.
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/results")
+        changed = git("diff", "HEAD", "--", *CODE)
+        new = git("ls-files", "--others", "--exclude-standard", "--", *CODE).splitlines()
+        digest = hashlib.sha256(changed.encode())
+        for name in sorted(new):
+            digest.update(name.encode() + (ROOT / name).read_bytes())
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return f"{commit}-dirty" if changed else commit
+    return f"{commit}-dirty-{digest.hexdigest()[:8]}" if changed or new else commit

@@ -3,8 +3,8 @@
 
     python -m bench.run CASE... [--reps 5] [--out DIR] [--json] [--resume] [--keep-logs] [--list]
 
-CASE is a YAML file or the name of one in bench/cases. Every run becomes a JSON record DIR/CASE/ARM-REPETITION.json when
-it ends, so Ctrl-C loses one run; --resume goes on. Progress goes to stderr, tables to stdout; with --json the last line
+CASE is a YAML file or the name of one in bench/cases. Every pair becomes two JSON records DIR/CASE/ARM-REPETITION.json
+when it ends, so Ctrl-C loses one pair; --resume goes on. Progress goes to stderr, tables to stdout; with --json the last line
 is one object. Exit codes: 0 ok, 1 a run failed, 2 bad usage or case, 130 interrupted. docs/benchmarks.md says more.
 """
 
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m bench.run", description="Compare stock vLLM with the pack.")
     parser.add_argument("cases", nargs="*", metavar="CASE", help="a YAML file, or a name in bench/cases")
-    parser.add_argument("--reps", type=int, metavar="N", help="pairs of runs (default: what the case says, 5)")
+    parser.add_argument("--reps", type=int, metavar="N", help="pairs of runs (default: what the case says, 6)")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="folder of the records")
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line of stdout")
     parser.add_argument(

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a case: tune stock, then alternating pairs of runs, each written as a record the moment it ends."""
+"""Run a case: tune stock, then alternating pairs of runs, whose two records are written when the pair has ended."""
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
 import statistics
 import sys
 import time
@@ -16,13 +19,14 @@ from typing import Any
 from bench.arms import EngineArm, RunResult, find_model
 from bench.case import ARMS, Case
 from bench.client import RunFailed
-from bench.records import Record, describe_environment, hide_paths, load_records, record_path, write_record
+from bench.records import ROOT, Record, describe_environment, hide_paths, load_records, record_path, write_record
 from bench.serve.server import ServerFailed
 
 #: Measured runs of each stock setting that is tried, after the warm-up.
 TUNE_RUNS = 2
 #: An arm that could not be started so often ends the case: another five minutes would say the same.
 START_FAILURES = 2
+SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD")
 #: Seeds of runs that are not measured lie beyond those that are, so that no prompt is in a prefix cache before its run.
 WARMUP_SEED = 1_000_000
 TUNE_SEED = 2_000_000
@@ -50,6 +54,7 @@ class CaseRunner:
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)
     _arms: dict[str, EngineArm] = field(default_factory=dict)
     _start_failures: dict[str, list[str]] = field(default_factory=dict)
+    _stale: list[Path] = field(default_factory=list)
 
     def run(self) -> list[Record]:
         """All records of the case, those of an earlier run with `resume` included.
@@ -58,11 +63,12 @@ class CaseRunner:
         KeyboardInterrupt included, no engine is left running and every finished run has its record.
         """
         self._environment = describe_environment()
+        self._workload = describe_workload(self.case)
         kept = self._find_finished() if self.resume else {}
-        self._remove_records(except_for=kept)
+        self._stale = self._list_stale(kept)
         missing = [number for number in range(self.repetitions) if number not in kept]
         if kept:
-            self.say(f"{self.case.name}: {len(kept)} of {self.repetitions} pairs are there already")
+            self.say(f"{self.case.name}: {len(kept)} finished pairs are there already")
         if missing:
             self._tuning = next(iter(kept.values())).settings["tuning"] if kept else self._tune_stock()
             with ExitStack() as stack:
@@ -168,6 +174,7 @@ class CaseRunner:
         self, name: str, repetition: int, position: int, result: RunResult | None, error: str | None, started: str
     ) -> None:
         case, arm = self.case, self.case.arm(name)
+        self._drop_stale()
         settings: dict[str, Any] = {
             "kind": case.mode,
             "stock_arm": ARMS[0],
@@ -177,8 +184,9 @@ class CaseRunner:
             "quantize": list(arm.quantize),
             "args": [hide_paths(one) for one in self._arms[name].args],
             "env": {**case.env, **arm.env},
-            "workload": {"name": case.workload.name, "num_requests": case.workload.num_requests}
-            | {key: value for key, value in case.workload.options.items() if key != "path"},
+            "ambient": list_ambient(),
+            "workload": self._workload,
+            "warmup": case.warmup,
             "goodput": dict(case.workload.goodput),
             "servers": case.servers,
             "passes": case.passes,
@@ -220,11 +228,7 @@ class CaseRunner:
         for record in load_records(self.out):
             if record.case == self.case.name and self._is_current(record):
                 pairs.setdefault(record.repetition, {})[record.arm] = record
-        return {
-            number: pair["stock"]
-            for number, pair in sorted(pairs.items())
-            if number < self.repetitions and all(name in pair for name in ARMS)
-        }
+        return {number: pair["stock"] for number, pair in sorted(pairs.items()) if all(name in pair for name in ARMS)}
 
     def _is_current(self, record: Record) -> bool:
         return (
@@ -232,13 +236,49 @@ class CaseRunner:
             and record.settings.get("case_digest") == self.case.digest
             and record.git_hash == self._environment["git_hash"]
             and record.versions == self._environment["versions"]
+            and record.device == self._environment["device"]
+            and record.settings.get("workload") == self._workload
+            and record.settings.get("ambient", {}) == list_ambient()
         )
 
-    def _remove_records(self, except_for: Mapping[int, Record]) -> None:
+    def _list_stale(self, kept: Mapping[int, Record]) -> list[Path]:
         """Records of other runs of this case: mixed with ours they would be compared as pairs."""
-        for record in load_records(self.out):
-            if record.case == self.case.name and not (record.repetition in except_for and record.arm in ARMS):
-                record_path(self.out, record.case, record.arm, record.repetition).unlink()
+        return [
+            record_path(self.out, record.case, record.arm, record.repetition)
+            for record in load_records(self.out)
+            if record.case == self.case.name and not (record.repetition in kept and record.arm in ARMS)
+        ]
+
+    def _drop_stale(self) -> None:
+        """Called before the first record is written: until then an interrupted start has cost nothing."""
+        if self._stale:
+            why = "of another state of code, machine or case, or unfinished" if self.resume else "of an earlier run"
+            self.say(f"{self.case.name}: {len(self._stale)} records {why} are removed")
+        for path in self._stale:
+            path.unlink()
+        self._stale = []
+
+
+def describe_workload(case: Case) -> dict[str, Any]:
+    """The workload as a record has it: a file by its name and content, for folders are this machine's."""
+    workload = case.workload
+    described: dict[str, Any] = {"name": workload.name, "num_requests": workload.num_requests, **workload.options}
+    if "path" in described:
+        for path in (Path(described["path"]), ROOT / described["path"]):
+            if path.is_file():
+                described["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        described["path"] = Path(described["path"]).name
+    extra = {"extra_body": dict(workload.extra_body), "client_args": list(workload.client_args)}
+    return described | {key: value for key, value in extra.items() if value}
+
+
+def list_ambient() -> dict[str, str]:
+    """Variables of the environment that engines inherit and that change what they do; no secrets."""
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(("OMP_", "VLLM_", "GOMP_", "KMP_")) and not SECRET.search(name)
+    }
 
 
 def take_medians(results: Sequence[RunResult]) -> RunResult:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small whole sweep, about a quarter of an hour on two CPU cores: engines, operators, baselines, report.
 
-    python -m bench.sweep [--repetitions 5] [--out DIR]
+    python -m bench.sweep [--repetitions 6] [--out DIR]
 
 `make bench` runs it. Each part is a process of its own, and one that fails does not keep the others from running.
 """
@@ -9,7 +9,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.records import RESULTS, ROOT
+from bench.run import leave_on_signals
 
+#: Between the request to end and the end by force: engines stop in ten seconds, and there may be two.
+END_SECONDS = 60.0
 #: Stock against the pack as engines: what an idle pack costs, and mixed precision online and packed.
 ENGINE_CASES = ("idle", "mxmoe_online", "mxmoe_packed")
 #: Operators: a decode step and two small batches at the size of a small model, then against vLLM's own at a real one's.
@@ -53,9 +58,7 @@ def run_parts(parts: Sequence[Part]) -> list[str]:
     for part in parts:
         began = time.monotonic()
         print(f"== {part.name}", file=sys.stderr, flush=True)
-        code = subprocess.run(
-            [sys.executable, "-m", *part.words], cwd=ROOT, env={**os.environ, **part.environment}, check=False
-        ).returncode
+        code = run_part(part)
         state = "done" if code == 0 else f"failed with exit code {code}"
         print(f"== {part.name}: {state} after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
         if code != 0:
@@ -63,15 +66,37 @@ def run_parts(parts: Sequence[Part]) -> list[str]:
     return failed
 
 
+def run_part(part: Part) -> int:
+    """Exit code of a part. Where this process is asked to end, the part is asked too, and has time to stop its engines.
+
+    Raises what ended it: KeyboardInterrupt or SystemExit.
+    """
+    # A session of its own: Ctrl-C reaches the part once, from here.
+    command = [sys.executable, "-m", *part.words]
+    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, **part.environment}, start_new_session=True) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            # Again where it is ignored: a second Ctrl-C while waiting ends the waiting, and then all of it is killed.
+            try:
+                process.send_signal(signal.SIGINT)
+                process.wait(END_SECONDS)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            raise
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring. Exit codes: 0 ok, 1 a part failed, 2 bad usage, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="python -m bench.sweep", description="Run a small sweep of benchmarks.")
-    parser.add_argument("--repetitions", type=int, default=5, metavar="N", help="pairs of runs (default 5)")
+    parser.add_argument("--repetitions", type=int, default=6, metavar="N", help="pairs of runs (default 6)")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="folder of the records")
     options = parser.parse_args(argv)
     if options.repetitions < 1:
         parser.error(f"--repetitions must be at least 1, got {options.repetitions}")
     began = time.monotonic()
+    leave_on_signals()
     try:
         failed = run_parts(list_parts(options.repetitions, options.out.resolve()))
     except KeyboardInterrupt:

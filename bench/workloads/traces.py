@@ -52,7 +52,7 @@ def make_bursty(
     """
     times = draw_gamma_arrivals(generator, num_requests, rate, burstiness)
     lengths = draw_lengths(generator, _find_mixture(mixture), num_requests, max_model_len, output_tokens, scale)
-    return _number_chunks(times, lengths, shared_prefix)
+    return _number_chunks(times, lengths, shared_prefix, _draw_first_chunk(generator))
 
 
 def make_phases(
@@ -89,7 +89,7 @@ def make_phases(
         times += [start + time for time in window]
         lengths += draw_lengths(generator, _find_mixture(phase["mixture"]), len(window), max_model_len, None, scale)
         start += phase["seconds"]
-    return _number_chunks(times[:num_requests], lengths[:num_requests], 0)
+    return _number_chunks(times[:num_requests], lengths[:num_requests], 0, _draw_first_chunk(generator))
 
 
 def read_trace(
@@ -125,15 +125,21 @@ def _find_mixture(name: str) -> Any:
     return MIXTURES[name]
 
 
+def _draw_first_chunk(generator: np.random.Generator) -> int:
+    """A number from which a run's chunks are counted: the client draws a chunk's tokens from its number alone, so with
+    equal numbers the prompts of one run would be in the prefix cache of the next."""
+    return int(generator.integers(1 << 40)) << 20
+
+
 def _number_chunks(
-    times: Sequence[float], lengths: Sequence[tuple[int, int]], shared_prefix: int
+    times: Sequence[float], lengths: Sequence[tuple[int, int]], shared_prefix: int, first: int
 ) -> list[TracedRequest]:
     shared = shared_prefix // CHUNK_TOKENS
-    counter = itertools.count(shared)
+    counter = itertools.count(first + shared)
     requests = []
     for time, (prompt, output) in zip(times, lengths, strict=True):
         chunks = math.ceil(prompt / CHUNK_TOKENS)
-        ids = [*range(min(shared, chunks)), *(next(counter) for _ in range(chunks - shared))]
+        ids = [*range(first, first + min(shared, chunks)), *(next(counter) for _ in range(chunks - shared))]
         requests.append(TracedRequest(time, prompt, output, tuple(ids)))
     return requests
 
@@ -168,7 +174,7 @@ def _read_csv(path: Path) -> list[TracedRequest]:
             raise ValueError(f"{path} has the columns {', '.join(header)}; a trace needs {wanted}")
         rows = [[row[name] for name in columns] for row in reader]
     return _number_chunks(
-        [_read_time(time) for time, _, _ in rows], [(int(prompt), int(output)) for _, prompt, output in rows], 0
+        [_read_time(time) for time, _, _ in rows], [(int(prompt), int(output)) for _, prompt, output in rows], 0, 0
     )
 
 

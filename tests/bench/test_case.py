@@ -47,7 +47,7 @@ def test_shipped_cases_are_there() -> None:
 
 def test_defaults() -> None:
     case = parse()
-    assert (case.mode, case.repetitions, case.servers, case.warmup) == ("server", 5, "together", 1)
+    assert (case.mode, case.repetitions, case.servers, case.warmup) == ("server", 6, "together", 1)
     assert list(case.metrics) == ["ttft", "tpot", "output_throughput", "cpu_per_step", "cpu_per_token"]
     assert case.tune_metric == "ttft"
 
@@ -110,6 +110,7 @@ def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
         ({"mode": "offline", "goodput": {"ttft": 1}}, "workload.goodput needs a server"),
         ({"mode": "offline", "options": {"request_rate": 1}}, "workload.options.request_rate needs a server"),
         ({"mode": "offline", "options": {"range_ratio": 0.5}}, "workload.options.range_ratio needs a server"),
+        ({"mode": "offline", "name": "tool_calls"}, "workload.name 'tool_calls' needs a server"),
         ({"mode": "offline", "name": "bursty"}, "workload.name 'bursty' needs a server"),
     ],
 )

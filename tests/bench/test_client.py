@@ -38,7 +38,8 @@ if behaviour != "silent":
 if behaviour == "hangs":
     time.sleep(600)
 with open(os.path.join(place, "client.json"), "w") as result:
-    json.dump({{"completed": 3, "failed": 1 if behaviour == "loses" else 0, "duration": 2.0}}, result)
+    completed, failed = 3 - (behaviour == "sends fewer"), int(behaviour == "loses")
+    json.dump({{"completed": completed, "failed": failed, "duration": 2.0}}, result)
 print("============ Serving Benchmark Result ============")
 child.kill()
 """
@@ -60,7 +61,7 @@ class Client:
         self._monkeypatch.setenv("BEHAVIOUR", behaviour)
         server = VllmServer("none", log_path=self.folder / "server.log")
         server.port = 1
-        load = client.Load(["--num-prompts", "3"], {"PYTHONHASHSEED": "5"})
+        load = client.Load(3, ["--num-prompts", "3"], {"PYTHONHASHSEED": "5"})
         return run_client(server, load, "name", "model", self.folder, limit, lambda: self.edges.append(time.time()))
 
     @property
@@ -96,7 +97,8 @@ def test_client_is_asked_and_its_result_is_read(stand_in: Client) -> None:
     ("behaviour", "message"),
     [
         ("dies", r"ended with exit code 2:(?s:.)*no such tokenizer"),
-        ("loses", "1 requests failed, 3 completed"),
+        ("loses", "1 requests failed, 3 of 3 completed"),
+        ("sends fewer", "0 requests failed, 2 of 3 completed"),
         ("silent", "did not say when it began"),
     ],
 )
@@ -128,8 +130,23 @@ def test_interrupted_client_ends_with_its_children(stand_in: Client, monkeypatch
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_client(server, client.Load(), "name", "model", stand_in.folder, 30, interrupt)
+        run_client(server, client.Load(1), "name", "model", stand_in.folder, 30, interrupt)
     assert list_group(stand_in.seen["group"]) == []
+
+
+def test_the_client_does_not_go_through_a_proxy() -> None:
+    assert client.leave_proxy_out({})["no_proxy"] == "127.0.0.1,localhost"
+    told = client.leave_proxy_out({"NO_PROXY": "intern,localhost", "no_proxy": ""})
+    assert told == {"no_proxy": "intern,localhost,127.0.0.1", "NO_PROXY": "intern,localhost,127.0.0.1"}
+
+
+@pytest.mark.parametrize("name", ["custom", "timed_trace"])
+def test_a_file_with_too_few_requests_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "two.jsonl"
+    path.write_text('{"prompt": "a"}\n\n{"prompt": "b"}\n')
+    workload = make_workload(name=name, options={"path": str(path)})
+    with pytest.raises(RunFailed, match=r"two\.jsonl has 2 requests, workload\.num_requests is 3"):
+        client.prepare_load(workload, "none", 0, tmp_path)
 
 
 def test_random_load(tmp_path: Path) -> None:
@@ -151,7 +168,7 @@ def test_prefix_repetition_and_trace_loads(tmp_path: Path) -> None:
     args = prepare_load(workload, "none", 0, tmp_path).args
     assert list(args[6:10]) == ["--prefix-repetition-prefix-len", "8", "--prefix-repetition-num-prefixes", "2"]
     path = tmp_path / "trace.jsonl"
-    path.write_text("{}\n")
+    path.write_text("{}\n" * 3)
     args = prepare_load(make_workload(name="timed_trace", options={"path": str(path)}), "none", 0, tmp_path).args
     assert ["--dataset-path", str(path)] == list(args[6:8])
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import math
 import subprocess
+import sys
+import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -153,7 +155,8 @@ def test_git_hash_tells_changed_code_from_changed_results(tmp_path: Path, monkey
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert describe_environment()["git_hash"] == "unknown"
     (tmp_path / "bench" / "results").mkdir(parents=True)
-    code, result = tmp_path / "code.py", tmp_path / "bench" / "results" / "r.json"
+    (tmp_path / "kernels").mkdir()
+    code, result = tmp_path / "kernels" / "code.py", tmp_path / "bench" / "results" / "r.json"
     code.write_text("1")
     result.write_text("1")
     git("init", "-q")
@@ -164,9 +167,16 @@ def test_git_hash_tells_changed_code_from_changed_results(tmp_path: Path, monkey
     result.write_text("2")
     assert describe_environment()["git_hash"] == commit
     code.write_text("2")
-    assert describe_environment()["git_hash"] == f"{commit}-dirty"
+    changed = describe_environment()["git_hash"]
+    assert changed.startswith(f"{commit}-dirty-")
+    code.write_text("3")
+    assert describe_environment()["git_hash"] != changed
+    code.write_text("1")
+    code.with_name("new.py").write_text("1")
+    assert describe_environment()["git_hash"].startswith(f"{commit}-dirty-")
 
 
 def test_published_text_names_no_folder_of_this_machine() -> None:
-    text = hide_paths(f"cannot read {records.ROOT}/bench/x and {Path.home()}/y")
-    assert text == "cannot read ./bench/x and ~/y"
+    places = f"{records.ROOT}/bench/x, {sys.prefix}/lib, {tempfile.gettempdir()}/t, {Path.home()}/y"
+    assert hide_paths(places) == "./bench/x, PREFIX/lib, TMP/t, ~/y"
+    assert hide_paths(f"{records.ROOT}-old/x") == f"{records.ROOT}-old/x"

@@ -48,7 +48,7 @@ if mine.get("dies") == "start":
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         answers = {
-            "/v1/models": json.dumps({"data": [{"id": mine.get("name", name)}]}),
+            "/v1/models": mine.get("models", json.dumps({"data": [{"id": mine.get("name", name)}]})),
             "/metrics": f"vllm:iteration_tokens_total_count {10 * runs}\\n"
             f"vllm:iteration_tokens_total_sum {40 * runs}\\n" + ("vllm_ext:layers 4.0\\n" if arm == "pack" else ""),
         }
@@ -241,11 +241,50 @@ def test_taken_port_is_tried_again(bench: Bench, monkeypatch: pytest.MonkeyPatch
 
 def test_strangers_server_is_never_measured(bench: Bench) -> None:
     bench.set(stock={"name": "somebody-else"})
-    with pytest.raises(CaseFailed, match="another server, of somebody-else, answers on our port"):
+    with pytest.raises(CaseFailed, match="another server answers on our port: somebody-else"):
         bench.make(repetitions=2).run()
     assert not any(line.startswith("stock") for line in bench.events("run"))
     assert len([line for line in bench.events("start") if line.startswith("stock")]) == 2 * arms.PORT_TRIES
     bench.assert_nothing_runs()
+
+
+@pytest.mark.parametrize("said", ["not JSON", "[]", '{"detail": "no such page"}'])
+def test_stranger_that_is_no_server_of_models(bench: Bench, said: str) -> None:
+    bench.set(stock={"models": said})
+    with pytest.raises(CaseFailed, match=r"another server answers on our port: [A-Za-z]*Error"):
+        bench.make(repetitions=2).run()
+    bench.assert_nothing_runs()
+
+
+def test_resume_knows_changed_input_and_environment(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.make(repetitions=2).run()
+    (bench.folder / "events").unlink()
+    bench.make(repetitions=1, resume=True).run()
+    assert bench.events("run") == []
+    assert len(load_records(bench.out)) == 4
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    records = bench.make(repetitions=1, resume=True).run()
+    assert len(records) == 2
+    assert "4 records of another state of code, machine or case, or unfinished are removed" in "\n".join(bench.lines)
+    assert records[0].settings["ambient"]["OMP_NUM_THREADS"] == "7"
+    assert "secret" not in str(records)
+
+
+def test_records_of_an_earlier_run_outlive_an_interrupted_start(bench: Bench) -> None:
+    bench.make(repetitions=1).run()
+    again = bench.make(repetitions=1)
+
+    def interrupt(line: str) -> None:
+        if "started and warm" in line:
+            raise KeyboardInterrupt
+
+    again.say = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        again.run()
+    assert states(load_records(bench.out)) == {"pack-0": "ok", "stock-0": "ok"}
 
 
 def test_best_setting_becomes_the_peer_and_is_recorded(bench: Bench) -> None:

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -57,13 +61,36 @@ def test_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: p
     assert stopped.value.code == 2
 
 
-def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupt(parts: list[Part]) -> list[str]:
-        raise KeyboardInterrupt
+#: A part that needs a second to stop, and then says so.
+SLOW_TO_STOP = """
+import sys, time, pathlib
+here = pathlib.Path(sys.argv[1])
+try:
+    (here / "started").touch()
+    time.sleep(60)
+finally:
+    time.sleep(1)
+    (here / "stopped").touch()
+"""
 
-    monkeypatch.setattr(sweep, "run_parts", interrupt)
-    assert sweep.main([]) == 130
-    assert "interrupted" in capsys.readouterr().err
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_part_has_time_to_stop(tmp_path: Path, number: int) -> None:
+    (tmp_path / "slow_part.py").write_text(SLOW_TO_STOP)
+    code = (
+        "import sys; from pathlib import Path; from bench import sweep\n"
+        f"part = sweep.Part('slow', ['slow_part', {str(tmp_path)!r}], {{'PYTHONPATH': {str(tmp_path)!r}}})\n"
+        "sweep.list_parts = lambda *_: [part, part]\n"
+        "sys.exit(sweep.main([]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=sweep.ROOT, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "started").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    assert (tmp_path / "stopped").exists()
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 128 + signal.SIGTERM}[number], said
 
 
 def test_modules_of_the_parts_exist() -> None:

@@ -42,10 +42,18 @@ def test_bad_rates_are_named() -> None:
 def test_shared_prefix_and_nothing_else_is_shared() -> None:
     made = traces.make_bursty(generator(), 20, shared_prefix=40)
     ids = [request.hash_ids for request in made]
-    assert all(one[: min(2, len(one))] == (0, 1)[: len(one)] for one in ids)
+    first = ids[0][0]
+    assert all(one[: min(2, len(one))] == (first, first + 1)[: len(one)] for one in ids)
     rest = [index for one in ids for index in one[2:]]
     assert len(rest) == len(set(rest))
     assert all(len(one) * CHUNK_TOKENS >= request.input_length for one, request in zip(ids, made, strict=True))
+
+
+@pytest.mark.parametrize("make", [traces.make_bursty, traces.make_phases])
+def test_prompts_of_two_seeds_have_nothing_in_common(make: Any) -> None:
+    # The client draws a chunk's tokens from its number alone.
+    runs = [{index for one in make(np.random.default_rng(seed), 50) for index in one.hash_ids} for seed in range(10)]
+    assert len(set().union(*runs)) == sum(map(len, runs))
 
 
 def test_phases_follow_each_other_and_begin_again() -> None:
