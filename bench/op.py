@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compare implementations of one operator in one process: alternating, cold, repeated, as ordinary records.
 
-    python -m bench.op [CASE...] [--list] [--repetitions 5] [--out DIR]
+    python -m bench.op [CASE...] [--list] [--repetitions 5] [--bind-threads] [--out DIR]
 
-runs the cases that the modules `bench/kernels/bench_*.py` list in a function `op_cases() -> list[OpCase]`.
+runs the cases that the modules `bench/kernels/bench_*.py` list in a function `op_cases() -> list[OpCase]`. CASE may be
+a pattern (`'cpu_moe_*'`). `--bind-threads` starts again with the OpenMP runtime and the pinned threads of vLLM's CPU
+workers.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from bench.kernels.binding import count_cores, describe_binding, restart_bound
 from bench.records import RESULTS, Metric, Record, describe_environment, hide_paths, write_record
 from bench.statistics import measure_spread
 
@@ -44,7 +48,10 @@ WARMUP_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class OpCase:
-    """One comparison. See `compare_ops` for the meaning of the fields; `stock` names the arm that others must beat."""
+    """One comparison. See `compare_ops` for the meaning of the fields; `stock` names the arm that others must beat.
+
+    `features` is called when the case runs: to list cases must not load what they measure.
+    """
 
     case: str
     arms: Mapping[str, Callable[[Any], object]]
@@ -53,9 +60,10 @@ class OpCase:
     stock: str
     calls: int = DEFAULT_CALLS
     settings: Mapping[str, Any] = field(default_factory=dict)
-    features: Mapping[str, Any] = field(default_factory=dict)
+    features: Callable[[], Mapping[str, Any]] = dict
     synchronize: Callable[[], object] | None = None
     cache_bytes: int | None = None
+    ceiling: str | None = None
 
 
 def compare_ops(
@@ -71,6 +79,7 @@ def compare_ops(
     features: Mapping[str, Any] | None = None,
     synchronize: Callable[[], object] | None = None,
     cache_bytes: int | None = None,
+    ceiling: str | None = None,
 ) -> list[Record]:
     """Time the arms on the same inputs, call by call in turn, with memory that no cache holds; one record per
     arm and repetition.
@@ -88,17 +97,21 @@ def compare_ops(
     calls              calls of each arm in a repetition, rounded up so that all arms see all input sets equally often
     synchronize        waits for the device (`torch.cuda.synchronize`); called before both readings of the clock
     cache_bytes        last-level cache; default: what this machine's CPU tells. Give the L2 size of a GPU
+    ceiling            an arm that does no more than read its bytes
 
     Metrics: `latency` (us, median of the calls), `latency_p10` and `latency_p90` (us), `cpu_time` (us of all threads
-    per call, mean) and `bandwidth` (GB/s, working set / latency). Raises ValueError for bad arguments. An arm that
+    per call, mean), `bandwidth` (GB/s, working set / latency), and with a ceiling `ceiling_share`, the bandwidth as a
+    part of that arm's in the same repetition. Raises ValueError for bad arguments. An arm that
     raises gets records with status "failed" and the error; the others go on without it.
     """
-    sizes = _check_arguments(case, arms, working_set_bytes, repetitions, calls, stock)
+    sizes = _check_arguments(case, arms, working_set_bytes, repetitions, calls, stock, ceiling)
     cache = cache_bytes or last_level_cache_bytes()
     num_sets = count_input_sets(min(sizes.values()), cache, len(arms))
     rounds = math.ceil(calls / num_sets) * num_sets
     inputs = [make_inputs(index) for index in range(num_sets)]
     environment = describe_environment()
+    device = environment["device"]
+    device["cores"] = count_cores(os.environ, device.get("cores", 1))
     described = {
         **(settings or {}),
         "kind": "op",
@@ -108,6 +121,7 @@ def compare_ops(
         "cold": num_sets * min(sizes.values()) >= COLD_FACTOR * cache,
         "last_level_cache_bytes": cache,
         "threads": _count_threads(),
+        "binding": describe_binding(os.environ),
     }
     errors: dict[str, str] = {}
     _warm_up(arms, inputs, errors, synchronize)
@@ -115,15 +129,18 @@ def compare_ops(
     for repetition in range(repetitions):
         started = datetime.now(UTC).isoformat(timespec="seconds")
         timings = _time_round_robin(arms, inputs, rounds, errors, synchronize, reverse=repetition % 2 == 1)
+        metrics = {arm: {} if arm in errors else _summarize(timings[arm], sizes[arm]) for arm in arms}
+        if ceiling is not None:
+            _add_ceiling_share(metrics, ceiling)
         for arm in arms:
             records.append(
                 Record(
                     case=case,
                     arm=arm,
                     repetition=repetition,
-                    metrics={} if arm in errors else _summarize(timings[arm], sizes[arm]),
+                    metrics=metrics[arm],
                     versions=environment["versions"],
-                    device=environment["device"],
+                    device=device,
                     git_hash=environment["git_hash"],
                     features=dict(features or {}),
                     seed=repetition,
@@ -147,9 +164,10 @@ def run_case(case: OpCase, repetitions: int = DEFAULT_REPETITIONS) -> list[Recor
         stock=case.stock,
         calls=case.calls,
         settings=case.settings,
-        features=case.features,
+        features=case.features(),
         synchronize=case.synchronize,
         cache_bytes=case.cache_bytes,
+        ceiling=case.ceiling,
     )
 
 
@@ -179,11 +197,13 @@ def _check_arguments(
     repetitions: int,
     calls: int,
     stock: str | None,
+    ceiling: str | None,
 ) -> dict[str, int]:
     if not arms:
         raise ValueError(f"case {case!r} has no arms; give at least one callable")
-    if stock is not None and stock not in arms:
-        raise ValueError(f"stock {stock!r} of case {case!r} is not one of its arms: {', '.join(arms)}")
+    for role, name in (("stock", stock), ("ceiling", ceiling)):
+        if name is not None and name not in arms:
+            raise ValueError(f"{role} {name!r} of case {case!r} is not one of its arms: {', '.join(arms)}")
     if repetitions < 1 or calls < 1:
         raise ValueError(f"repetitions and calls must be at least 1, got {repetitions} and {calls}")
     sizes = dict.fromkeys(arms, working_set_bytes) if isinstance(working_set_bytes, int) else dict(working_set_bytes)
@@ -284,6 +304,28 @@ def _summarize(timings: Sequence[tuple[int, int]], working_set_bytes: int) -> di
     }
 
 
+def _add_ceiling_share(metrics: Mapping[str, dict[str, Metric]], ceiling: str) -> None:
+    bandwidths = {arm: mine["bandwidth"].value for arm, mine in metrics.items() if mine}
+    highest = bandwidths.get(ceiling)
+    for arm, value in bandwidths.items():
+        share = value / highest if value is not None and highest else None
+        metrics[arm]["ceiling_share"] = Metric(share, "", "none")
+
+
+def choose_cases(wanted: Sequence[str], cases: Mapping[str, OpCase]) -> list[str]:
+    """Names of the cases that were asked for by name or pattern, in that order, each once; nothing means all.
+
+    Raises ValueError for what fits none.
+    """
+    chosen: dict[str, None] = {}
+    for pattern in wanted or ["*"]:
+        fitting = [name for name in cases if fnmatchcase(name, pattern)]
+        if not fitting:
+            raise ValueError(f"no operator case {pattern}; there are: {', '.join(cases) or 'none'}")
+        chosen.update(dict.fromkeys(fitting))
+    return list(chosen)
+
+
 def replace_records(folder: Path, records: Sequence[Record]) -> None:
     """Write the records of one case in place of all it had: what is left of an earlier run would be paired wrongly."""
     for path in (folder / records[0].case).glob("*.json"):
@@ -307,22 +349,28 @@ def list_cases() -> dict[str, OpCase]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring. Exit codes: 0 ok, 1 an arm failed, 2 bad usage."""
     parser = argparse.ArgumentParser(prog="python -m bench.op", description="Time operators against their peers.")
-    parser.add_argument("cases", nargs="*", metavar="CASE", help="default: all")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="name or pattern; default: all")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and end")
     parser.add_argument("--repetitions", type=int, default=DEFAULT_REPETITIONS, metavar="N")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="folder of the records")
+    parser.add_argument(
+        "--bind-threads", action="store_true", help="threads as in vLLM's CPU workers: one pinned per core"
+    )
     options = parser.parse_args(argv)
     if options.repetitions < 1:
         parser.error(f"--repetitions must be at least 1, got {options.repetitions}")
+    if options.bind_threads:
+        restart_bound("bench.op", sys.argv[1:] if argv is None else argv)
     cases = list_cases()
     if options.list:
         print("\n".join(cases))
         return 0
-    unknown = [name for name in options.cases if name not in cases]
-    if unknown:
-        parser.error(f"no operator case {', '.join(unknown)}; there are: {', '.join(cases) or 'none'}")
+    try:
+        chosen = choose_cases(options.cases, cases)
+    except ValueError as error:
+        parser.error(str(error))
     failed = False
-    for name in options.cases or cases:
+    for name in chosen:
         began = time.monotonic()
         records = run_case(cases[name], options.repetitions)
         replace_records(options.out, records)

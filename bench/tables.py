@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from bench.comparison import compare_arms, find_arm_values, find_stock, list_arms, list_metrics
 from bench.records import Record
@@ -26,6 +27,61 @@ def render_case_table(records: Sequence[Record], metrics: Sequence[str] = ()) ->
             raise ValueError(f"no metric {metric!r} in case {records[0].case}; there are: {', '.join(known) or 'none'}")
         rows += [[metric, *_describe_value(records, metric, stock, arm)] for arm in arms]
     return "\n".join(_format_row(row) for row in (COLUMNS, ["---"] * len(COLUMNS), *rows))
+
+
+@dataclass(frozen=True)
+class Series:
+    """Cases that differ in one setting, a number: `by` is its name, `cases` the records by its value, ascending.
+
+    Cases join a series by two settings: {"series": its name, "series_by": the name of the setting that differs}.
+    """
+
+    name: str
+    by: str
+    cases: Mapping[float, Sequence[Record]]
+
+    @property
+    def metric(self) -> str:
+        """The first metric that has a better direction. Raises ValueError where none has."""
+        for records in self.cases.values():
+            if metrics := list_metrics(records, with_direction=True):
+                return metrics[0]
+        raise ValueError(f"no case of series {self.name} has a metric that can be compared")
+
+    @property
+    def arms(self) -> list[str]:
+        """The arms of the first case, the one that the others are compared with first."""
+        return list_arms(next(iter(self.cases.values())))
+
+
+def find_series(cases: Mapping[str, Sequence[Record]]) -> list[Series]:
+    """The series of all cases that have values, by name. Raises ValueError for one that is not told apart."""
+    found: dict[tuple[str, str], dict[float, Sequence[Record]]] = {}
+    for case, records in cases.items():
+        settings = records[0].settings
+        if "series" not in settings or not any(record.metrics for record in records):
+            continue
+        name, by = str(settings["series"]), str(settings.get("series_by"))
+        value = settings.get(by)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"case {case} is in series {name} by {by!r}, but that setting is {value!r}: no number")
+        if value in found.setdefault((name, by), {}):
+            raise ValueError(f"two cases of series {name} have {by} {value}; the second is {case}")
+        found[name, by][value] = records
+    return [Series(name, by, dict(sorted(mine.items()))) for (name, by), mine in sorted(found.items())]
+
+
+def render_series_table(series: Series) -> str:
+    """The ratios to stock of one metric: a row for each case, a column for each arm."""
+    stock, *others = series.arms
+    rows = []
+    for value, records in series.cases.items():
+        cells = [f"{value:g}", _describe_value(records, series.metric, stock, stock)[1]]
+        for arm in others:
+            cells.append(_describe_value(records, series.metric, stock, arm)[3])
+        rows.append(cells)
+    head = [series.by, f"{stock}, {series.metric}", *others]
+    return "\n".join(_format_row(row) for row in (head, ["---"] * len(head), *rows))
 
 
 def render_failures(records: Sequence[Record]) -> str:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vllm_ext::mixed_linear` at one and two rows beside a plain read of as many bytes: how near it is to memory speed.
 
-    OMP_PROC_BIND=true python -m bench.op cpu_gemv_w2_1 cpu_gemv_w4_1 ...
+    python -m bench.op --bind-threads 'cpu_gemv_*'
 
 The arm `read` adds up the same arenas as 64-bit integers in torch. Weights are random, in 2 MiB pages and cold.
 """
@@ -22,7 +22,7 @@ from vllm_ext.kernels.mixed_linear.layout import plan_linear
 from vllm_ext.kernels.native.load import load_ops
 
 #: Outputs and inputs of the layer: large, so that the cost of a call does not count.
-OUT_FEATURES, IN_FEATURES = 32768, 2048
+OUT_FEATURES, IN_FEATURES = 131072, 2048
 COLD_BYTES = 1_500_000_000
 GROUP_SIZE = 128
 WIDTHS = (2, 3, 4, 8)
@@ -88,6 +88,14 @@ def read_arena(inputs: Inputs) -> torch.Tensor:
     return inputs.arena.view(torch.int64).sum()
 
 
+def describe_kernels() -> dict[str, str]:
+    """The instruction set that our operator uses here. Raises RuntimeError where it cannot be had."""
+    ops = load_ops()
+    if ops is None:
+        raise RuntimeError("the CPU kernels are not compiled; see the warning above")
+    return {"cpu_kernels": ops.isa()}
+
+
 def op_cases() -> list[OpCase]:
     """Widths at one and two rows."""
     return [
@@ -97,8 +105,17 @@ def op_cases() -> list[OpCase]:
             make_inputs=make_inputs(bits, rows),
             working_set_bytes=plan_layer(bits)[1],
             stock="read",
+            ceiling="read",
+            features=describe_kernels,
             calls=3 * math.ceil(COLD_BYTES / plan_layer(bits)[1] / 3),
-            settings={"bits": bits, "rows": rows, "out_features": OUT_FEATURES, "in_features": IN_FEATURES},
+            settings={
+                "bits": bits,
+                "rows": rows,
+                "out_features": OUT_FEATURES,
+                "in_features": IN_FEATURES,
+                "series": f"cpu_gemv_{rows}",
+                "series_by": "bits",
+            },
         )
         for bits in WIDTHS
         for rows in ROWS

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vllm_ext::mixed_moe` beside vLLM's own MoE operators of this CPU, at the sizes of real models, weights cold.
 
-    LD_PRELOAD=$TORCH/lib/libgomp.so.1 OMP_PROC_BIND=true python -m bench.op cpu_moe_e60_1 cpu_moe_e60_16 ...
+    python -m bench.op --bind-threads 'cpu_moe_*'
 
-with $TORCH the folder of torch. vLLM's servers preload that library too: where two OpenMP runtimes are loaded, the idle
-threads of one spin on the cores of the other, and no arm's time means anything.
+Without the binding that vLLM's workers have, two OpenMP runtimes are loaded, the idle threads of one spin on the cores
+of the other, and no arm's time means anything.
 
 Arms, call by call in turn:
 
@@ -225,11 +225,20 @@ def count_expert_bytes(shape: Shape, arm: str) -> float:
     return plan_arm(shape, arm)[1] / shape.experts
 
 
+def describe_kernels() -> dict[str, str]:
+    """The instruction set that our operators use here. Raises RuntimeError where they cannot be had."""
+    ops = load_ops()
+    if ops is None:
+        raise RuntimeError("the CPU kernels are not compiled; see the warning above")
+    return {"cpu_kernels": ops.isa()}
+
+
 def make_case(shape: Shape, tokens: int) -> OpCase:
     """One layer at one batch size."""
     touched = [route(shape, tokens, index)[0].unique().numel() for index in range(SAMPLED_ROUTINGS)]
     unique = sum(touched) / len(touched)
     settings: dict[str, Any] = {**shape._asdict(), "tokens": tokens, "unique_experts": unique, "skew": SKEW}
+    settings |= {"series": f"cpu_moe_{shape.name}", "series_by": "tokens"}
     arms = ("bf16", "int4", *WIDTHS)
     return OpCase(
         case=f"cpu_moe_{shape.name}_{tokens}",
@@ -238,6 +247,7 @@ def make_case(shape: Shape, tokens: int) -> OpCase:
         working_set_bytes={arm: round(unique * count_expert_bytes(shape, arm)) for arm in arms},
         stock="bf16",
         settings=settings,
+        features=describe_kernels,
     )
 
 

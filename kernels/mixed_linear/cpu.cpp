@@ -21,8 +21,15 @@ constexpr int64_t kPassTokens = 1024;
 // Pairs of 16 outputs per task: a stretch of weights that is long enough for the prefetcher.
 constexpr int64_t kTaskPairs = 4;
 
+// How a block is divided: ranges of pairs, times panels of tokens.
+struct BlockTasks {
+  int64_t end;  // number of the last task, plus 1
+  int64_t first_output, pairs, ranges;
+};
+
 struct LinearWorkspace : Workspace {
   std::vector<Block> blocks;
+  std::vector<BlockTasks> tasks;   // one per block
   std::vector<BlockInput> inputs;  // one per block; blocks of one format share their memory
 };
 
@@ -98,7 +105,7 @@ at::Tensor mixed_linear(const at::Tensor& x, const at::Tensor& arena, const at::
       return j;
     };
     const int64_t grain = std::max<int64_t>(1, 4096 / padded);
-    run_tasks(kernels, divide_up(tokens, grain), lanes, [&](int64_t task, int lane) {
+    const Stage round{divide_up(tokens, grain), [&](int64_t task, int lane) {
       Scratch& scratch = *workspace->lanes[static_cast<size_t>(lane)];
       scratch.reserve(Scratch::part_bytes<float>(padded));
       auto* row = scratch.take<float>(padded);
@@ -109,36 +116,46 @@ at::Tensor mixed_linear(const at::Tensor& x, const at::Tensor& arena, const at::
           if (first_alike(i) == i) block_inputs[i].set_row(kernels, token, row);
         }
       }
-    });
+    }};
 
-    int64_t first_output = 0;
-    for (size_t i = 0; i < blocks.size(); ++i) {
-      const Block& block = blocks[i];
-      const BlockInput& input = block_inputs[first_alike(i)];
-      const int64_t panels = divide_up(tokens, panel);
+    auto& block_tasks = workspace->tasks;
+    block_tasks.clear();
+    int64_t first_output = 0, num_tasks = 0;
+    for (const Block& block : blocks) {
       const int64_t pairs = std::clamp<int64_t>(block.pairs() / (4 * lanes), 1, kTaskPairs);
       const int64_t ranges = divide_up(block.pairs(), pairs);
-      run_tasks(kernels, panels * ranges, lanes, [&](int64_t task, int lane) {
-        const int64_t begin = task / ranges * panel, count = std::min(panel, tokens - begin);
-        const int64_t first_pair = task % ranges * pairs, last_pair = std::min(block.pairs(), first_pair + pairs);
-        Scratch& scratch = *workspace->lanes[static_cast<size_t>(lane)];
-        scratch.reserve(Scratch::part_bytes<float>(count * 2 * kRows));
-        auto* sums = scratch.take<float>(count * 2 * kRows);
-        for (int64_t pair = first_pair; pair < last_pair; ++pair) {
-          input.multiply(kernels, block, pair, begin, count, sums);
-          const int64_t output = pair * 2 * kRows, outputs = std::min<int64_t>(2 * kRows, block.N - output);
-          for (int64_t token = 0; token < count; ++token) {
-            float* values = sums + token * 2 * kRows;
-            if (bias_values) {
-              for (int64_t n = 0; n < outputs; ++n) values[n] += bias_values[first_output + output + n];
-            }
-            kernels.store_row(values, outputs, element,
-                              result + ((pass + begin + token) * out_features + first_output + output) * size);
-          }
-        }
-      });
+      num_tasks += divide_up(tokens, panel) * ranges;
+      block_tasks.push_back({num_tasks, first_output, pairs, ranges});
       first_output += block.N;
     }
+    const Stage multiply{num_tasks, [&](int64_t task, int lane) {
+      size_t i = 0;
+      while (task >= block_tasks[i].end) ++i;
+      const BlockTasks& mine = block_tasks[i];
+      const Block& block = blocks[i];
+      const BlockInput& input = block_inputs[first_alike(i)];
+      const int64_t number = task - (i ? block_tasks[i - 1].end : 0);
+      const int64_t begin = number / mine.ranges * panel, count = std::min(panel, tokens - begin);
+      const int64_t first_pair = number % mine.ranges * mine.pairs;
+      const int64_t last_pair = std::min(block.pairs(), first_pair + mine.pairs);
+      Scratch& scratch = *workspace->lanes[static_cast<size_t>(lane)];
+      scratch.reserve(Scratch::part_bytes<float>(count * 2 * kRows));
+      auto* sums = scratch.take<float>(count * 2 * kRows);
+      for (int64_t pair = first_pair; pair < last_pair; ++pair) {
+        input.multiply(kernels, block, pair, begin, count, block.find_pair(pair + 1), sums);
+        const int64_t output = pair * 2 * kRows, outputs = std::min<int64_t>(2 * kRows, block.N - output);
+        const int64_t column = mine.first_output + output;
+        for (int64_t token = 0; token < count; ++token) {
+          float* values = sums + token * 2 * kRows;
+          if (bias_values) {
+            for (int64_t n = 0; n < outputs; ++n) values[n] += bias_values[column + n];
+          }
+          kernels.store_row(values, outputs, element,
+                            result + ((pass + begin + token) * out_features + column) * size);
+        }
+      }
+    }};
+    run_stages(kernels, lanes, round, multiply);
   }
   return out;
 }

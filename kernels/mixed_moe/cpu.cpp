@@ -142,10 +142,10 @@ struct Call {
     }
   }
 
-  void round_inputs(const uint8_t* x, int64_t pairs) {
+  auto plan_round_inputs(const uint8_t* x, int64_t pairs) {
     const int64_t padded = divide_up(hidden_size, kDepth) * kDepth;
     const int64_t grain = std::max<int64_t>(1, 4096 / padded);
-    run_tasks(kernels, divide_up(pairs, grain), lanes, [&](int64_t task, int index) {
+    return Stage{divide_up(pairs, grain), [this, x, pairs, padded, grain](int64_t task, int index) {
       Scratch& scratch = lane(index);
       scratch.reserve(Scratch::part_bytes<float>(padded));
       auto* row = scratch.take<float>(padded);
@@ -157,10 +157,10 @@ struct Call {
                          weight_on_input ? work.weights[place] : 1.0f, row);
         expert.input.set_row(kernels, pair - expert.first, row);
       }
-    });
+    }};
   }
 
-  void plan_gate_up() {
+  void sort_gate_up() {
     // Bytes of weights that are read in the time in which one row of integers is multiplied with one pair's chunk.
     constexpr int64_t kRowCost = 160;
     work.tasks.clear();
@@ -183,9 +183,15 @@ struct Call {
     });
   }
 
-  void run_gate_up() {
-    plan_gate_up();
-    run_tasks(kernels, static_cast<int64_t>(work.tasks.size()), lanes, [&](int64_t index, int lane_index) {
+  // The first weights of a task; after the last task, those of the last.
+  const uint8_t* find_task(int64_t index) const {
+    const GateUpTask& task = work.tasks[std::min(static_cast<size_t>(index), work.tasks.size() - 1)];
+    return work.experts[static_cast<size_t>(task.expert)].gate_up.find_pair(task.chunk * kChunkPairs);
+  }
+
+  auto plan_gate_up() {
+    sort_gate_up();
+    return Stage{static_cast<int64_t>(work.tasks.size()), [this](int64_t index, int lane_index) {
       const GateUpTask& task = work.tasks[static_cast<size_t>(index)];
       Expert& expert = work.experts[static_cast<size_t>(task.expert)];
       Scratch& scratch = lane(lane_index);
@@ -198,7 +204,8 @@ struct Call {
       const int64_t pairs = std::min(kChunkPairs, expert.gate_up.pairs() - first_pair);
       if (pairs < kChunkPairs) std::fill(columns, columns + task.count * kDepth, 0.0f);
       for (int64_t pair = 0; pair < pairs; ++pair) {
-        expert.input.multiply(kernels, expert.gate_up, first_pair + pair, task.begin, task.count, sums);
+        const uint8_t* next = pair + 1 < pairs ? expert.gate_up.find_pair(first_pair + pair + 1) : find_task(index + 1);
+        expert.input.multiply(kernels, expert.gate_up, first_pair + pair, task.begin, task.count, next, sums);
         kernels.apply_swiglu(sums, static_cast<int>(task.count), columns + pair * kRows, kDepth);
       }
       for (int64_t i = 0; i < task.count; ++i) {
@@ -210,21 +217,22 @@ struct Call {
           expert.hidden.set_chunk(kernels, token, task.chunk, columns + i * kDepth, nullptr);
         }
       }
-    });
+    }};
   }
 
   // Scales that span more than a chunk need all of a token's hidden columns first.
-  void round_late_hidden(int64_t pairs) {
-    if (std::none_of(work.experts.begin(), work.experts.end(), [](const Expert& e) { return e.late_hidden; })) return;
-    run_tasks(kernels, pairs, lanes, [&](int64_t pair, int) {
+  auto plan_late_hidden(int64_t pairs) {
+    const bool is_needed =
+        std::any_of(work.experts.begin(), work.experts.end(), [](const Expert& expert) { return expert.late_hidden; });
+    return Stage{is_needed ? pairs : 0, [this](int64_t pair, int) {
       Expert& expert = work.experts[static_cast<size_t>(work.pair_experts[static_cast<size_t>(pair)])];
       if (!expert.late_hidden) return;
       const int64_t token = pair - expert.first;
       expert.hidden.set_row(kernels, token, expert.late_hidden + token * BlockInput::stride_of(expert.down));
-    });
+    }};
   }
 
-  void run_down(uint8_t* out, int64_t num_tokens) {
+  auto plan_down(uint8_t* out, int64_t num_tokens) {
     // Wide ranges are long streams of weights; the sums of all tokens must stay in the L2 cache; and there must be
     // some ranges for each thread.
     const int64_t widest = num_tokens <= 64 ? 512 : 256;
@@ -234,22 +242,29 @@ struct Call {
     for (const Expert& expert : work.experts) {
       panel = std::max(panel, std::min(expert.count, panel_tokens(expert.down)));
     }
-    run_tasks(kernels, divide_up(hidden_size, width), lanes, [&](int64_t task, int index) {
+    return Stage{divide_up(hidden_size, width), [this, out, num_tokens, width, panel](int64_t task, int index) {
       Scratch& scratch = lane(index);
       scratch.reserve(Scratch::part_bytes<float>(panel * 2 * kRows) + Scratch::part_bytes<float>(num_tokens * width));
       auto* products = scratch.take<float>(panel * 2 * kRows);
       auto* sums = scratch.take<float>(num_tokens * width);
       std::fill(sums, sums + num_tokens * width, 0.0f);
       const int64_t first = task * width, columns = std::min(width, hidden_size - first);
-      for (const Expert& expert : work.experts) {
+      const int64_t first_pair = first / (2 * kRows), last_pair = first_pair + divide_up(columns, 2 * kRows) - 1;
+      for (size_t i = 0; i < work.experts.size(); ++i) {
+        const Expert& expert = work.experts[i];
+        const bool is_last = i + 1 == work.experts.size();
+        // After the range of one expert comes that of the next one; after the last, the next range of the first.
+        const uint8_t* following =
+            is_last ? work.experts[0].down.find_pair(last_pair + 1) : work.experts[i + 1].down.find_pair(first_pair);
         const int64_t step = panel_tokens(expert.down);
         for (int64_t begin = 0; begin < expert.count; begin += step) {
           const int64_t count = std::min(step, expert.count - begin);
           const auto place = static_cast<size_t>(expert.first + begin);
-          for (int64_t column = 0; column < columns; column += 2 * kRows) {
-            expert.hidden.multiply(kernels, expert.down, (first + column) / (2 * kRows), begin, count, products);
+          for (int64_t pair = first_pair; pair <= last_pair; ++pair) {
+            const uint8_t* next = pair < last_pair ? expert.down.find_pair(pair + 1) : following;
+            expert.hidden.multiply(kernels, expert.down, pair, begin, count, next, products);
             kernels.add_weighted(products, &work.sum_weights[place], &work.tokens[place], static_cast<int>(count),
-                                 sums + column, width);
+                                 sums + (pair - first_pair) * 2 * kRows, width);
           }
         }
       }
@@ -257,7 +272,7 @@ struct Call {
         kernels.store_row(sums + token * width, columns, element,
                           out + (token * hidden_size + first) * element_bytes(element));
       }
-    });
+    }};
   }
 };
 
@@ -319,10 +334,8 @@ std::tuple<at::Tensor, int64_t> mixed_moe(const at::Tensor& x, const at::Tensor&
       continue;
     }
     call.place_inputs();
-    call.round_inputs(in + first * row_bytes, pairs);
-    call.run_gate_up();
-    call.round_late_hidden(pairs);
-    call.run_down(result + first * row_bytes, tokens);
+    run_stages(call.kernels, lanes, call.plan_round_inputs(in + first * row_bytes, pairs), call.plan_gate_up(),
+               call.plan_late_hidden(pairs), call.plan_down(result + first * row_bytes, tokens));
   }
   return {out, total};
 }

@@ -27,7 +27,7 @@ LIBRARY = "vllm_ext_cpu"
 #: Operators with a `cpu.cpp` of their own.
 OP_FOLDERS = ("act_quant", "mixed_linear", "mixed_moe")
 
-_AVX512 = ("-march=x86-64-v4", "-mavx512vnni", "-mavx512vbmi", "-mavx512bf16")
+_AVX512 = ("-march=x86-64-v4", "-mavx512vnni")
 
 #: Flags of each instruction set; the loader chooses among those compiled. Never -march=native: a cache folder may
 #: be shared by machines that differ.
@@ -35,9 +35,8 @@ ISA_FLAGS: dict[str, tuple[str, ...]] = {
     "scalar": (),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "avxvnni": ("-mavx2", "-mfma", "-mf16c", "-mavxvnni"),
-    "avx512": _AVX512,
     "avx512vnni": _AVX512,
-    "amx": (*_AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
+    "amx": (*_AVX512, "-mamx-tile", "-mamx-int8"),
 }
 
 #: Machines whose compilers know the flags above; elsewhere only "scalar" is compiled.

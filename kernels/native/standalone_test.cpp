@@ -95,7 +95,7 @@ void test_records(const Kernels& kernels, int bits, int headers, int planes, int
   }
   std::vector<float> out(static_cast<size_t>(tokens * 2 * kRows), std::numeric_limits<float>::quiet_NaN());
   const Activations x{codes.data(), scales.data(), sums.data(), rows * kDepth, tokens, tokens, planes};
-  kernels.multiply_records({{weights[0].data(), weights[1].data()}, bits, headers, chunks, x, out.data()});
+  kernels.multiply_records({{weights[0].data(), weights[1].data()}, weights[0].data(), bits, headers, chunks, x, out.data()});
   for (int64_t token = 0; token < tokens; ++token) {
     for (int i = 0; i < 2 * kRows; ++i) {
       double expected = 0, magnitude = 0;

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -13,7 +14,8 @@ import pytest
 
 from bench import op
 from bench.comparison import compare_arms
-from bench.op import OpCase, compare_ops, count_input_sets, last_level_cache_bytes
+from bench.kernels import binding
+from bench.op import OpCase, choose_cases, compare_ops, count_input_sets, last_level_cache_bytes
 from bench.records import load_records
 
 
@@ -120,6 +122,30 @@ def test_metrics_are_medians_of_the_calls_in_microseconds() -> None:
     assert metrics["bandwidth"].value == 4.0
 
 
+def test_bandwidth_as_a_part_of_the_ceilings() -> None:
+    arms = {"read": Recorder("read", [], 2e-4), "op": Recorder("op", [], 4e-4), "bad": _refuse}
+    sizes = {"read": 100, "op": 150, "bad": 1}
+    records = compare_ops("case", arms, int, sizes, 2, calls=20, cache_bytes=10, ceiling="read")
+    for repetition in range(2):
+        by_arm = {record.arm: record.metrics for record in records if record.repetition == repetition}
+        assert by_arm["read"]["ceiling_share"].value == 1.0
+        ratio = by_arm["op"]["bandwidth"].value / by_arm["read"]["bandwidth"].value
+        assert by_arm["op"]["ceiling_share"].value == pytest.approx(ratio)
+        assert by_arm["op"]["ceiling_share"].value == pytest.approx(0.75, rel=0.2)
+        assert by_arm["bad"] == {}
+    assert "ceiling_share" not in compare_recorders()[0][0].metrics
+
+
+def test_no_share_of_a_ceiling_that_failed() -> None:
+    arms = {"read": _refuse, "op": Recorder("op", [])}
+    records = compare_ops("case", arms, int, 10, 1, calls=2, cache_bytes=10, ceiling="read")
+    assert records[1].metrics["ceiling_share"].value is None
+
+
+def _refuse(inputs: int) -> None:
+    raise RuntimeError("never")
+
+
 def test_a_slower_arm_loses_and_an_equal_one_does_not() -> None:
     calls: list[tuple[str, int]] = []
     arms = {"a": Recorder("a", calls, 2e-4), "same": Recorder("same", calls, 2e-4), "slow": Recorder("s", calls, 4e-4)}
@@ -186,6 +212,7 @@ def test_garbage_collection_is_left_as_it_was() -> None:
         ({"stock": "c"}, "stock 'c' of case 'case' is not one of its arms: a"),
         ({"repetitions": 0}, "at least 1, got 0 and 30"),
         ({"calls": 0}, "at least 1, got 1 and 0"),
+        ({"ceiling": "read"}, "ceiling 'read' of case 'case' is not one of its arms: a"),
         ({"working_set_bytes": {"b": 1}}, "working_set_bytes names b; the arms are a"),
         ({"working_set_bytes": 0}, "of 'a' must be at least 1, got 0"),
     ],
@@ -238,5 +265,52 @@ def test_command_line_names_unknown_cases(cases: Any, capsys: pytest.CaptureFixt
     assert "no operator case large; there are: small" in capsys.readouterr().err
 
 
+def test_cases_are_chosen_by_name_and_pattern() -> None:
+    cases = {name: OpCase(name, {}, int, 1, stock="a") for name in ("moe_1", "moe_4", "gemv_1")}
+    assert choose_cases([], cases) == ["moe_1", "moe_4", "gemv_1"]
+    assert choose_cases(["*_1"], cases) == ["moe_1", "gemv_1"]
+    assert choose_cases(["moe_4", "moe_*"], cases) == ["moe_4", "moe_1"]
+    with pytest.raises(ValueError, match=r"no operator case moe_\?\?; there are: moe_1, moe_4, gemv_1"):
+        choose_cases(["moe_1", "moe_??"], cases)
+
+
+def test_threads_are_bound_by_starting_anew_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[list[str], dict[str, str]]] = []
+    monkeypatch.setattr(os, "execve", lambda _, words, environment: started.append((words[1:], environment)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 1})
+    monkeypatch.setenv("LD_PRELOAD", "libother.so")
+    monkeypatch.delenv("GOMP_CPU_AFFINITY", raising=False)
+    binding.restart_bound("bench.op", ["moe_*"])
+    (words, environment) = started.pop()
+    assert words == ["-m", "bench.op", "moe_*"]
+    assert environment["GOMP_CPU_AFFINITY"] == "1 3"
+    assert environment["OMP_NUM_THREADS"] == "2"
+    runtime, other = environment["LD_PRELOAD"].split(":")
+    assert Path(runtime).is_file()
+    assert other == "libother.so"
+    for name in ("LD_PRELOAD", "GOMP_CPU_AFFINITY"):
+        monkeypatch.setenv(name, environment[name])
+    binding.restart_bound("bench.op", ["moe_*"])
+    assert not started
+
+
+@pytest.mark.parametrize(("value", "cores"), [("", 7), ("0 1", 2), ("3", 1), ("0-3", 4), ("0-6:2,1 2", 5)])
+def test_a_pinned_main_thread_does_not_hide_the_cores(value: str, cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert binding.count_cores({"GOMP_CPU_AFFINITY": value}, default=7) == cores
+    monkeypatch.setenv("GOMP_CPU_AFFINITY", "0 1")
+    assert compare_recorders()[0][0].device["cores"] == 2
+
+
+def test_records_say_how_threads_are_bound_without_naming_folders() -> None:
+    environment = {"LD_PRELOAD": "/a/b/libgomp.so.1:/c/libother.so", "GOMP_CPU_AFFINITY": "0 1", "HOME": "/d"}
+    assert binding.describe_binding(environment) == "LD_PRELOAD=libgomp.so.1:libother.so, GOMP_CPU_AFFINITY=0 1"
+    assert binding.describe_binding({}) == "none"
+    assert "binding" in compare_recorders()[0][0].settings
+
+
 def test_shipped_cases_are_listed() -> None:
-    assert "mixed_moe_1" in op.list_cases()
+    cases = op.list_cases()
+    assert "mixed_moe_1" in cases
+    for shape in ("e60", "e128"):
+        tokens = [cases[f"cpu_moe_{shape}_{tokens}"].settings["tokens"] for tokens in (1, 4, 16, 64, 256)]
+        assert tokens == [1, 4, 16, 64, 256]

@@ -12,7 +12,7 @@ import pytest
 from bench import report
 from bench.comparison import compare_arms, find_arm_values, find_case, find_stock, list_arms, list_metrics
 from bench.records import RESULTS, Metric, Record, load_records, write_record
-from bench.tables import format_value, render_case_table, render_failures
+from bench.tables import find_series, format_value, render_case_table, render_failures, render_series_table
 
 VALUES = {"stock": [10.0, 11.0, 12.0, 10.5, 11.5], "pack": [5.0, 5.5, 6.0, 5.3, 5.7]}
 
@@ -173,6 +173,52 @@ def test_one_pair_and_failures_alone_can_be_drawn(tmp_path: Path) -> None:
     assert "pack failed in repetition 0: boom" in page
     assert not (tmp_path / "plots" / "dead.svg").exists()
     assert (tmp_path / "plots" / "short.svg").exists()
+
+
+def make_series(**changes: Any) -> list[Record]:
+    settings = {"series": "moe", "series_by": "tokens", **changes}
+    return [
+        make_record(arm, number, f"moe_{tokens}", settings={**settings, "tokens": tokens})
+        for tokens in (16, 4)
+        for arm in VALUES
+        for number in range(5)
+    ]
+
+
+def test_cases_of_a_series_share_a_table_and_a_plot(records: list[Record], tmp_path: Path) -> None:
+    for record in [*records, *make_series()]:
+        write_record(tmp_path, record)
+    page = report.write_report(tmp_path).read_text()
+    table = page[page.index("## moe, by tokens") :].split("\n")
+    assert table[2] == "| tokens | stock, tpot | pack |"
+    assert [row.split(" | ")[0] for row in table[4:6]] == ["| 4", "| 16"]
+    assert table[4].startswith("| 4 | 11.00 ms | 2.0")
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {
+        "overview.svg",
+        "decode.svg",
+        "moe-by-tokens.svg",
+    }
+    image = (tmp_path / "plots" / "moe-by-tokens.svg").read_text()
+    assert ElementTree.fromstring(image).tag.endswith("svg")
+    assert all(f">{text}</text>" in image for text in ("tokens", "pack", "16"))
+    overview = (tmp_path / "plots" / "overview.svg").read_text()
+    assert "decode" in overview
+    assert "moe" not in overview
+    # Every case keeps its own table.
+    assert "## moe_16\n" in page
+
+
+def test_a_series_shows_gaps_and_names_what_does_not_fit() -> None:
+    gap = [record for record in make_series() if (record.case, record.arm) != ("moe_4", "pack")]
+    failed = make_record("pack", 0, "moe_4", status="failed", error="x", metrics={}, settings=gap[-1].settings)
+    (series,) = find_series(report.group_by_case([*gap, failed]))
+    assert list(series.cases) == [4, 16]
+    assert render_series_table(series).split("\n")[2] == "| 4 | 11.00 ms | - |"
+    report.draw_series(series)
+    with pytest.raises(ValueError, match="case moe_16 is in series moe by 'size', but that setting is None"):
+        find_series(report.group_by_case(make_series(series_by="size")))
+    with pytest.raises(ValueError, match="two cases of series moe have cores 2; the second is moe_4"):
+        find_series(report.group_by_case(make_series(series_by="cores", cores=2)))
 
 
 def test_no_records() -> None:

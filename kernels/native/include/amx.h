@@ -47,11 +47,13 @@ static inline __attribute__((always_inline)) void unpack_unit(std::integer_seque
   (Avx512::store_codes(out + kLine * kVectors, unpack_vector<Avx512, kBits, kVectors>(codes, unit)), ...);
 }
 
-// All 32 vectors of a record: two B tiles.
+// All 32 vectors of a record: two B tiles. Loads the record at `next` meanwhile.
 template <int kBits>
-static void unpack_record(const uint8_t* codes, uint8_t* out) {
+static void unpack_record(const uint8_t* record, int headers, const uint8_t* next, uint8_t* out) {
+  const uint8_t* codes = record + kLine * headers;
+  for (int line = 0; line < headers; ++line, next += kLine) Avx512::prefetch(next);
   for (int unit = 0; unit < kUnits; ++unit) {
-    for (int line = 0; line < kBits; ++line) Avx512::prefetch(codes + kPrefetchBytes + kLine * (unit * kBits + line));
+    for (int line = 0; line < kBits; ++line, next += kLine) Avx512::prefetch(next);
     unpack_unit<kBits>(std::make_integer_sequence<int, kUnitVectors>(), codes, unit,
                        out + kLine * kUnitVectors * unit);
   }
@@ -84,8 +86,9 @@ static void multiply_with_tiles(const RecordPair& pair) {
   for (int64_t i = 0; i < static_cast<int64_t>(tokens) * 2; ++i) Avx512::store(pair.out + i * kRows, Avx512::zero());
   for (int64_t chunk = 0; chunk < pair.chunks; ++chunk) {
     const uint8_t* record[2] = {pair.block[0] + chunk * step, pair.block[1] + chunk * step};
-    unpack_record<kBits>(record[0] + kLine * headers, codes[0]);
-    unpack_record<kBits>(record[1] + kLine * headers, codes[1]);
+    const uint8_t* next = pair.next + chunk * step;
+    unpack_record<kBits>(record[0], headers, next, codes[0]);
+    unpack_record<kBits>(record[1], headers, next + pair.chunks * step, codes[1]);
     _tile_loadd(4, codes[0], kLine);
     _tile_loadd(5, codes[0] + kTileBytes, kLine);
     _tile_loadd(6, codes[1], kLine);

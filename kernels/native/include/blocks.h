@@ -54,6 +54,10 @@ struct Block {
   int64_t chunks() const { return divide_up(K, kDepth); }
   int64_t rows() const { return gate_up ? N / 2 : N; }
   int64_t pairs() const { return divide_up(rows(), gate_up ? kRows : 2 * kRows); }
+  // Where the records of a pair begin, also past the last; of a plain weight, where it begins.
+  const uint8_t* find_pair(int64_t pair) const {
+    return is_records ? start + 2 * pair * chunks() * record_bytes(bits, headers) : start;
+  }
   // Bytes of the weight that one pair and one chunk take.
   int64_t pair_bytes() const {
     return 2 * (is_records ? record_bytes(bits, headers) : kRows * kDepth * element_bytes(element));
@@ -149,9 +153,9 @@ class BlockInput {
   }
 
   // out[token][32] for tokens [first, first + count): pair `pair` of a block times them. The block is the one of
-  // `place`, or another that wants its activations in the same form.
+  // `place`, or another that wants its activations in the same form. `next`: what is read after this pair.
   void multiply(const Kernels& kernels, const Block& block, int64_t pair, int64_t first, int64_t count,
-                float* out) const {
+                const uint8_t* next, float* out) const {
     // The second block of a pair may not exist; the first is computed twice then, and the copy ignored.
     const int64_t second = block.gate_up ? 2 * pair + 1 : std::min(2 * pair + 1, divide_up(block.N, kRows) - 1);
     if (block.is_records) {
@@ -163,7 +167,8 @@ class BlockInput {
                           tokens_,
                           static_cast<int>(count),
                           block.planes};
-      kernels.multiply_records({{block.start + 2 * pair * size, block.start + second * size},
+      kernels.multiply_records({{block.find_pair(pair), block.start + second * size},
+                                next,
                                 block.bits,
                                 block.headers,
                                 block.chunks(),

@@ -28,8 +28,6 @@ static inline unsigned find_features() {
       __builtin_cpu_supports("avx512vnni")) {
     found |= kNeedAvx512Vnni;
   }
-  if (__builtin_cpu_supports("avx512vbmi")) found |= kNeedAvx512Vbmi;
-  if (__builtin_cpu_supports("avx512bf16")) found |= kNeedAvx512Bf16;
 #if defined(VLLM_EXT_ISA_AMX) && defined(__linux__)
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
   if (__builtin_cpu_supports("amx-int8") && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0) {

@@ -31,9 +31,11 @@ struct Activations {
   int planes;
 };
 
-// Two blocks of records times the activations: out[token][32], 16 outputs of each block.
+// Two blocks of records times the activations: out[token][32], 16 outputs of each block. `next` is what this thread is
+// likely to read after them, as many bytes in one piece; it is loaded meanwhile. Any address will do.
 struct RecordPair {
   const uint8_t* block[2];
+  const uint8_t* next;
   int bits;
   int headers;
   int64_t chunks;
@@ -71,9 +73,7 @@ enum Need : unsigned {
   kNeedAvx2 = 1,
   kNeedAvxVnni = 2,
   kNeedAvx512Vnni = 4,
-  kNeedAvx512Vbmi = 8,
-  kNeedAvx512Bf16 = 16,
-  kNeedAmxInt8 = 32,
+  kNeedAmxInt8 = 8,
 };
 
 struct Kernels {

@@ -1,27 +1,126 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tasks of unequal size on the threads of torch's pool.
+// Tasks of unequal size, in stages, on the threads of torch's pool: one parallel region for all stages, for to wake the
+// threads of a pool can take longer than the work on one token.
+//
+// Each lane begins a stage with a slice of consecutive tasks: it reads weights that lie one after the other, and what
+// it loads ahead is what it needs next. A lane that is done takes tasks from the end of another's slice.
 #pragma once
 
 #include <ATen/Parallel.h>
 
+#include <algorithm>
+#include <array>
 #include <atomic>
+#include <thread>
 
 #include "blocks.h"
 
 namespace vllm_ext {
 
-// Calls function(task, lane) for all tasks [0, count), each lane taking the next when it is done with its last. Lane
-// is below `lanes`; where torch runs the region on one thread, that thread takes all tasks.
+// function(task, lane) for the tasks [0, count), fewer than 2**32.
 template <class Function>
-void run_tasks(const Kernels& kernels, int64_t count, int lanes, const Function& function) {
-  if (count <= 0) return;
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(lanes, count), 1, [&](int64_t begin, int64_t end) {
-    const ThreadScope scope(kernels);
-    for (int64_t lane = begin; lane < end; ++lane) {
-      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
-        function(task, static_cast<int>(lane));
+struct Stage {
+  int64_t count;
+  Function function;
+};
+template <class Function>
+Stage(int64_t, Function) -> Stage<Function>;
+
+// Tasks [begin, end) that nobody has taken, in one word: both ends change at once.
+class alignas(64) Slice {
+ public:
+  void fill(int64_t begin, int64_t end) { range_.store(join(begin, end), std::memory_order_relaxed); }
+
+  // A task of the slice, or -1 where none is left.
+  int64_t take(bool from_end) {
+    uint64_t range = range_.load(std::memory_order_relaxed);
+    for (;;) {
+      const int64_t begin = static_cast<uint32_t>(range), end = static_cast<int64_t>(range >> 32);
+      if (begin >= end) return -1;
+      const uint64_t rest = from_end ? join(begin, end - 1) : join(begin + 1, end);
+      if (range_.compare_exchange_weak(range, rest, std::memory_order_relaxed)) return from_end ? end - 1 : begin;
+    }
+  }
+
+ private:
+  static uint64_t join(int64_t begin, int64_t end) {
+    return static_cast<uint64_t>(end) << 32 | static_cast<uint32_t>(begin);
+  }
+
+  std::atomic<uint64_t> range_{0};
+};
+
+// The tasks of a stage: which are taken, how many are done.
+class StageQueue {
+ public:
+  void fill(int64_t count, int64_t lanes) {
+    count_ = count;
+    slices_ = std::min<int64_t>(lanes, kMaxSlices);
+    for (int64_t i = 0; i < slices_; ++i) {
+      left_[static_cast<size_t>(i)].fill(count * i / slices_, count * (i + 1) / slices_);
+    }
+  }
+
+  // Returns when all tasks of the stage are done. Waits for tasks only that a running thread has taken: where torch
+  // runs all lanes on one thread, the first does everything.
+  template <class Function>
+  void work(int lane, const Function& function) {
+    for (int64_t i = 0; i < slices_; ++i) {
+      Slice& slice = left_[static_cast<size_t>((lane + i) % slices_)];
+      for (int64_t task; (task = slice.take(/*from_end=*/i > 0)) >= 0;) {
+        const CountDone done(*this);
+        function(task, lane);
       }
+    }
+    for (int spins = 0; done_.load(std::memory_order_acquire) < count_; ++spins) {
+      if (spins < kSpins) {
+        pause();
+      } else {
+        std::this_thread::yield();
+      }
+    }
+  }
+
+ private:
+  // More lanes share slices.
+  static constexpr int64_t kMaxSlices = 64;
+  // Some tens of microseconds: as long as most tasks.
+  static constexpr int kSpins = 2000;
+
+  // Also of a task that throws, or other lanes would wait for ever.
+  class CountDone {
+   public:
+    explicit CountDone(StageQueue& queue) : queue_(queue) {}
+    CountDone(const CountDone&) = delete;
+    CountDone& operator=(const CountDone&) = delete;
+    ~CountDone() { queue_.done_.fetch_add(1, std::memory_order_release); }
+
+   private:
+    StageQueue& queue_;
+  };
+
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+
+  std::array<Slice, kMaxSlices> left_;
+  int64_t count_ = 0, slices_ = 0;
+  alignas(64) std::atomic<int64_t> done_{0};
+};
+
+// Runs the stages one after the other, each lane (below `lanes`) on a thread of its own where torch has one.
+template <class... Functions>
+void run_stages(const Kernels& kernels, int lanes, const Stage<Functions>&... stages) {
+  std::array<StageQueue, sizeof...(stages)> queues;
+  size_t filled = 0;
+  (queues[filled++].fill(stages.count, lanes), ...);
+  at::parallel_for(0, lanes, 1, [&](int64_t first_lane, int64_t last_lane) {
+    const ThreadScope scope(kernels);
+    for (int64_t lane = first_lane; lane < last_lane; ++lane) {
+      size_t stage = 0;
+      (queues[stage++].work(static_cast<int>(lane), stages.function), ...);
     }
   });
 }

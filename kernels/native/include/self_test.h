@@ -42,7 +42,7 @@ static inline bool agree(const Kernels& kernels, const Kernels& trusted) {
                               kTokens,      kTokens,        planes};
           const ThreadState saved = table.enter();
           table.multiply_records(
-              {{weight.data(), weight.data() + kChunks * size}, bits, headers, kChunks, x, out[i].data()});
+              {{weight.data(), weight.data() + kChunks * size}, weight.data(), bits, headers, kChunks, x, out[i].data()});
           table.leave(saved);
         }
         if (out[0] != out[1]) return false;

@@ -14,12 +14,9 @@
 
 namespace vllm_ext {
 
-// Bytes by which loads of weights are announced; between 1 and 4 KB speed differs by a few per cent.
-constexpr int64_t kPrefetchBytes = 2048;
-
 // Independent sums of one output, so that few rows do not wait for the latency of a dot product.
 template <class V, int kNumRows>
-constexpr int kChains = kNumRows > 3 || V::kMaxChains == 1 ? 1 : kNumRows == 1 ? V::kMaxChains : 2;
+constexpr int kChains = kNumRows > 4 || V::kMaxChains == 1 ? 1 : kNumRows == 1 ? V::kMaxChains : 2;
 
 template <class V, int kBits, int kNumRows>
 struct Sums {
@@ -48,13 +45,15 @@ static inline __attribute__((always_inline)) void dot_unit(std::integer_sequence
   (dot_vector<V, kBits, kNumRows, kVectors>(codes, unit, x, sums), ...);
 }
 
-// kTokens tokens from `token` on.
+// kTokens tokens from `token` on; meanwhile the pair at `next` is loaded. All of it, header lines too: a line that is
+// waited for costs as much as the work on ten.
 template <class V, int kBits, int kPlanes, int kTokens>
-static void multiply_tile(const RecordPair& pair, int token, int64_t prefetch) {
+static void multiply_tile(const RecordPair& pair, int token, const uint8_t* next) {
   constexpr int kNumRows = kTokens * kPlanes;
   constexpr int kLines = 4 * kBits;
   const int headers = pair.headers, units = kUnits / headers;
   const int64_t step = record_bytes(kBits, headers);
+  const int64_t size = pair.chunks * step;
   const uint8_t* record[2] = {pair.block[0], pair.block[1]};
   const int8_t* x = pair.x.codes + static_cast<int64_t>(token) * kPlanes * kDepth;
   const float* scales = pair.x.scales + token;
@@ -63,6 +62,10 @@ static void multiply_tile(const RecordPair& pair, int token, int64_t prefetch) {
   for (int i = 0; i < 2 * kTokens; ++i) V::store(out + i * kRows, V::zero());
   for (int64_t chunk = 0; chunk < pair.chunks; ++chunk) {
     const uint8_t* const codes[2] = {record[0] + kLine * headers, record[1] + kLine * headers};
+    for (int line = 0; line < headers; ++line, next += kLine) {
+      V::prefetch(next);
+      V::prefetch(next + size);
+    }
     for (int group = 0; group < headers; ++group) {
       Sums<V, kBits, kNumRows> sums;
       for (auto& block : sums.sum) {
@@ -72,10 +75,9 @@ static void multiply_tile(const RecordPair& pair, int token, int64_t prefetch) {
       }
       for (int unit = group * units; unit < (group + 1) * units; ++unit) {
 #pragma GCC unroll 8
-        for (int line = 0; line < kLines / kUnits; ++line) {
-          const int64_t ahead = prefetch + kLine * (unit * (kLines / kUnits) + line);
-          V::prefetch(codes[0] + ahead);
-          V::prefetch(codes[1] + ahead);
+        for (int line = 0; line < kLines / kUnits; ++line, next += kLine) {
+          V::prefetch(next);
+          V::prefetch(next + size);
         }
         dot_unit<V, kBits, kNumRows>(std::make_integer_sequence<int, kUnitVectors>(), codes, unit, x + kUnitDepth * unit,
                                      sums);
@@ -111,7 +113,7 @@ static void multiply_tile(const RecordPair& pair, int token, int64_t prefetch) {
   }
 }
 
-using TileFunction = void (*)(const RecordPair&, int, int64_t);
+using TileFunction = void (*)(const RecordPair&, int, const uint8_t*);
 
 template <class V, int kBits, int kPlanes, int... kCounts>
 static void multiply_tiles(const RecordPair& pair, std::integer_sequence<int, kCounts...>) {
@@ -120,13 +122,13 @@ static void multiply_tiles(const RecordPair& pair, std::integer_sequence<int, kC
   const int tokens = pair.x.tokens;
   int tiles = (tokens + most - 1) / most;
   // Tiles of nearly the same size: a last one of a token or two would unpack as much as a full one.
-  int64_t prefetch = kPrefetchBytes;
+  const uint8_t* next = pair.next;
   for (int token = 0; tiles > 0; --tiles) {
     const int count = (tokens - token + tiles - 1) / tiles;
-    functions[count - 1](pair, token, prefetch);
+    functions[count - 1](pair, token, next);
     token += count;
-    // The records are in the cache now.
-    prefetch = 0;
+    // The next pair is in the cache now: what the following tiles load is what they read.
+    next = pair.block[0];
   }
 }
 

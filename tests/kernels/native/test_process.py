@@ -79,7 +79,7 @@ same = []
 for tokens in (1, 6, 40):
     inputs = make_inputs(tokens, 256, 2, 3, torch.bfloat16)
     results = []
-    for threads in (1, 2, 3):
+    for threads in (1, 2, 3, 70):
         torch.set_num_threads(threads)
         results.append(call(inputs))
     same.append(all(torch.equal(result, results[0]) for result in results))

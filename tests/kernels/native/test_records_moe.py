@@ -68,6 +68,20 @@ def test_every_width_at_odd_shapes(isa: str, bits: int, act_bits: int) -> None:
             assert error <= limit, (shape, num_tokens, tolerance.reason)
 
 
+@pytest.mark.parametrize("act_bits", [8, 16])
+@pytest.mark.parametrize("bits", CODE_BITS)
+def test_errors_at_the_depths_of_a_model(ops: Any, bits: int, act_bits: int) -> None:
+    """Sums as long as those of real layers, and no allowance for few outputs: the limits of tolerances.py as they
+    are, for the instruction set that this machine uses."""
+    hidden, intermediate = 2048, 640
+    block = record(bits, act_bits, 128)
+    layer = make_layer([(block, block)] * NUM_EXPERTS, hidden, intermediate, seed=bits)
+    tolerance = tolerances.NATIVE_MOE[act_bits]
+    for num_tokens in TOKENS:
+        error = measure(layer, make_inputs(num_tokens, hidden, 2, NUM_EXPERTS, torch.bfloat16, seed=num_tokens))
+        assert error <= tolerance.relative, (num_tokens, tolerance.reason)
+
+
 @pytest.mark.parametrize("group_size", [32, 64, 128, 256, -1])
 @pytest.mark.parametrize("act_bits", [8, 16])
 def test_every_group_size(isa: str, group_size: int, act_bits: int) -> None:
