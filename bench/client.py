@@ -19,7 +19,14 @@ from typing import Any
 
 from bench.case import ARRIVAL_FLAGS, CLIENT_DATASETS, Workload
 from bench.records import ROOT
-from bench.serve.server import VllmServer, find_vllm_script, list_group, read_log_tail
+from bench.serve.server import (
+    VllmServer,
+    find_vllm_script,
+    list_group,
+    read_log_tail,
+    release_watchdog,
+    start_watchdog,
+)
 from bench.workloads import Workload as PreparedWorkload
 from bench.workloads import prepare_workload
 
@@ -141,6 +148,8 @@ def run_client(
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
+    # For this process's own violent end; whatever else ends the run comes by `finally`.
+    watchdog = start_watchdog(process.pid, grace=1.0)
     timed_out = threading.Event()
 
     def end_late_client() -> None:
@@ -161,7 +170,10 @@ def run_client(
         exit_code = process.wait()
     finally:
         timer.cancel()
-        _end_group(process)
+        try:
+            _end_group(process)
+        finally:
+            release_watchdog(watchdog)
     tail = read_log_tail(log_path, CLIENT_LOG_LINES)
     if timed_out.is_set():
         raise RunFailed(f"the run took longer than its limit of {limit:g} s; the client said:\n{tail}")

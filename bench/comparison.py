@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bench.records import Record
-from bench.statistics import Comparison, compare
+from bench.statistics import Comparison, Verdict, compare, judge_signs
 
 #: The arm that the others are compared with, unless the records' settings name another under "stock".
 STOCK = "stock"
@@ -94,15 +94,22 @@ def compare_arms(records: Sequence[Record], metric: str, stock: str, arm: str) -
 
     Raises ValueError when there is no such repetition, or the metric has no better direction.
     """
+    return compare(*_find_pairs(records, metric, stock, arm))
+
+
+def judge_arms(records: Sequence[Record], metric: str, stock: str, arm: str) -> Verdict:
+    """The verdict where values of 0 leave `compare_arms` without a ratio; see `judge_signs`. Raises ValueError."""
+    return judge_signs(*_find_pairs(records, metric, stock, arm))
+
+
+def _find_pairs(records: Sequence[Record], metric: str, stock: str, arm: str) -> tuple[list[float], list[float], str]:
     first, second = find_arm_values(records, metric, stock), find_arm_values(records, metric, arm)
     if first.direction == "none":
         raise ValueError(f"metric {metric} of {records[0].case} has no better direction; it cannot be compared")
     both = sorted(first.values.keys() & second.values.keys())
     if not both:
         raise ValueError(f"no repetition of {records[0].case} has {metric} for both {stock} and {arm}")
-    return compare(
-        [first.values[number] for number in both], [second.values[number] for number in both], first.direction
-    )
+    return [first.values[number] for number in both], [second.values[number] for number in both], first.direction
 
 
 def _describe_missing(what: str, name: str, known: set[str]) -> str:

@@ -34,19 +34,21 @@ from bench.comparison import compare_arms, find_arm_values, find_case
 from bench.records import RESULTS, ROOT, Record, load_records
 from bench.tables import render_case_table
 
-NUMBER = r"(?<![\w.,/:-])\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?"
+NUMBER = r"(?<![\w.,/:-])-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?"
 UNITS = (
     r"(?:\s?(?:ns|us|µs|ms|s|sec(?:onds?)?|min(?:utes?)?|hours?|h"
     r"|[KMGT]i?B(?:/s)?|bytes|[GT]FLOPS|tok(?:ens)?(?:/s| per second)|requests?(?:/s| per second)"
     r"|times|%|percent)|[x\N{MULTIPLICATION SIGN}])"
 )
-FRACTION = r"(?<![\w.,/:-])\d+\.\d+"
-#: A number with its unit: "1.7x", "12 ms", "40 %"; bits where there is a fraction of one. The unit ends with its word
-#: ("12 streams" is none) and x has no space before it ("8 x 4" is a product).
-MEASURED = re.compile(rf"({NUMBER}){UNITS}(?![\w/-])|({FRACTION})\s?bits?(?![\w/-])")
+FRACTION = r"(?<![\w.,/:-])-?\d+\.\d+"
+#: A number with its unit: "1.7x", "-12 ms", "40 ms/step"; bits where there is a fraction of one; a count of trials, as
+#: "14 of 20". The unit ends with its word ("12 streams" is none) and x has no space before it ("8 x 4" is a product).
+MEASURED = re.compile(
+    rf"({NUMBER}){UNITS}(?![\w-])(?!/\d)|({FRACTION})\s?bits?(?![\w/-])|({NUMBER}) (?:out )?of {NUMBER}(?![\w/-])"
+)
 #: Words of quality that stand before their number.
 NAMED = re.compile(
-    rf"\b(?:perplexity|perplexities|speed-?up|ratio)\b[^.;|\d]{{0,24}}?({NUMBER})(?![\w/-])", re.IGNORECASE
+    rf"\b(?:perplexity|perplexities|speed-?up|ratio|factor of)\b[^.;|\d]{{0,24}}?({NUMBER})(?![\w/-])", re.IGNORECASE
 )
 #: A table's head that makes numbers of its column figures.
 MEASURED_HEAD = re.compile(

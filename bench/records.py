@@ -107,7 +107,7 @@ def write_record(folder: Path, record: Record) -> Path:
     path = record_path(folder, record.case, record.arm, record.repetition)
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the order of the case: tables have the rows in the order of the metrics.
-    text = json.dumps(_hide_all_paths(asdict(record)), indent=1, allow_nan=False) + "\n"
+    text = json.dumps(hide_all_paths(asdict(record)), indent=1, allow_nan=False) + "\n"
     # Beside the target, as a rename is atomic only within one file system.
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -163,12 +163,13 @@ def hide_paths(text: str) -> str:
     return text
 
 
-def _hide_all_paths(value: Any) -> Any:
+def hide_all_paths(value: Any) -> Any:
+    """`hide_paths` of every text in a JSON value; names of fields stay."""
     if isinstance(value, str):
         return hide_paths(value)
     if isinstance(value, dict):
-        return {name: _hide_all_paths(one) for name, one in value.items()}
-    return [_hide_all_paths(one) for one in value] if isinstance(value, list | tuple) else value
+        return {name: hide_all_paths(one) for name, one in value.items()}
+    return [hide_all_paths(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _check_fields(kind: type, content: Any, where: str = "") -> dict[str, Any]:

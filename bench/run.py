@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compare stock vLLM with the pack, in alternating pairs, on one vLLM build.
 
-    python -m bench.run CASE... [--reps 5] [--out DIR] [--json] [--resume] [--keep-logs] [--list]
+    python -m bench.run CASE... [--reps 6] [--out DIR] [--json] [--resume] [--keep-logs] [--list]
 
 CASE is a YAML file or the name of one in bench/cases. Every pair becomes two JSON records DIR/CASE/ARM-REPETITION.json
 when it ends, so Ctrl-C loses one pair; --resume goes on. Progress goes to stderr, tables to stdout; with --json the
@@ -103,9 +103,7 @@ def describe_results(results: dict[str, list[Record]]) -> dict[str, Any]:
             }
             for metric, one in compare_case(records).items()
         }
-        comparisons |= {
-            metric: {"ratio": None, "verdict": verdict} for metric, verdict in judge_case(records).items()
-        }
+        comparisons |= {metric: {"ratio": None, "verdict": verdict} for metric, verdict in judge_case(records).items()}
         failed = [{"arm": one.arm, "repetition": one.repetition} for one in records if one.status == "failed"]
         cases[name] = {"records": len(records), "comparisons": comparisons, "failed": failed}
     return {"cases": cases}

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import statistics
@@ -19,11 +20,25 @@ from typing import Any
 from bench.arms import EngineArm, RunResult, find_model
 from bench.case import ARMS, Case
 from bench.client import RunFailed
-from bench.records import ROOT, Record, describe_environment, hide_paths, load_records, record_path, write_record
+from bench.records import (
+    ROOT,
+    Record,
+    describe_environment,
+    hide_all_paths,
+    hide_paths,
+    load_records,
+    record_path,
+    write_record,
+)
 from bench.serve.server import ServerFailed
 
 #: Measured runs of each stock setting that is tried, after the warm-up.
-TUNE_RUNS = 2
+TUNE_RUNS = 3
+#: The two best settings run again, in turns, when the second is within this part of the first: one after the other, so
+#: small a difference may be the machine's.
+TUNE_CLOSE = 0.05
+#: A longer request body is recorded by its digest.
+LONG_BODY = 2000
 #: An arm that could not be started so often ends the case: another five minutes would say the same.
 START_FAILURES = 2
 SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD")
@@ -55,6 +70,7 @@ class CaseRunner:
     _arms: dict[str, EngineArm] = field(default_factory=dict)
     _start_failures: dict[str, list[str]] = field(default_factory=dict)
     _stale: list[Path] = field(default_factory=list)
+    _held: list[Record] = field(default_factory=list)
 
     def run(self) -> list[Record]:
         """All records of the case, those of an earlier run with `resume` included.
@@ -79,6 +95,8 @@ class CaseRunner:
                     if self.case.restart_every and done and done % self.case.restart_every == 0:
                         self._stop_all()
                     self._run_pair(repetition)
+            if self._held:
+                raise CaseFailed(f"{self.case.name}: no run succeeded, older records stay:\n{self._held[-1].error}")
         return [record for record in load_records(self.out) if record.case == self.case.name]
 
     def _run_pair(self, repetition: int) -> None:
@@ -98,7 +116,7 @@ class CaseRunner:
                     self._run_pass(name, repetition, number, results[name], errors)
         for position, name in enumerate(order):
             result = None if errors[name] is not None else take_medians(results[name])
-            self._write(name, repetition, position, result, errors[name], started)
+            self._write(name, repetition, position, result, errors[name], started, results[name])
         for name, failures in self._start_failures.items():
             if len(failures) >= START_FAILURES:
                 raise CaseFailed(
@@ -114,6 +132,9 @@ class CaseRunner:
             results.append(arm.run(self.case.seed + repetition * self.case.passes + number))
         except RunFailed as failure:
             errors[name] = str(failure)
+        except Exception as failure:  # noqa: BLE001 - see below
+            # Whatever it is, it costs one run and not the benchmark: a broken answer, a metric that is no number.
+            errors[name] = describe_error(failure)
         self._report(name, repetition, errors[name] or results[-1], time.monotonic() - began)
         if errors[name] is not None or self.case.servers == "in_turn":
             # After a failure the next repetition gets a fresh engine.
@@ -129,11 +150,13 @@ class CaseRunner:
             arm.start()
             for number in range(self.case.warmup):
                 arm.run(WARMUP_SEED + repetition * self.case.warmup + number)
-        except (ServerFailed, RunFailed) as error:
+        except Exception as error:  # noqa: BLE001 - see below
+            # As in a run; a missing `vllm` command too.
             arm.stop()
-            self._start_failures.setdefault(name, []).append(str(error))
-            self.say(f"{self.case.name} {name}: not ready: {str(error).splitlines()[0]}")
-            return str(error)
+            reason = describe_error(error)
+            self._start_failures.setdefault(name, []).append(reason)
+            self.say(f"{self.case.name} {name}: not ready: {reason.splitlines()[0]}")
+            return reason
         self._start_failures.pop(name, None)
         self.say(f"{self.case.name} {name}: started and warm in {time.monotonic() - began:.0f} s")
         return None
@@ -143,38 +166,70 @@ class CaseRunner:
         if not self.case.tune:
             return {"args": [], "metric": None, "trials": []}
         metric = self.case.tune_metric
-        trials: list[dict[str, Any]] = []
-        for extra in ((), *self.case.tune):
-            trial: dict[str, Any] = {"args": list(extra), "value": None, "error": None}
-            arm = self._make("stock", extra)
-            try:
+        direction = self.case.metrics[metric].direction
+        settings = ((), *self.case.tune)
+        trials = [{"args": list(extra), "value": None, "values": [], "error": None} for extra in settings]
+        with ExitStack() as stack:
+            arms = []
+            for number, extra in enumerate(settings):
+                # Each has its own logs.
+                place = self.folder / f"tune-{number}"
+                place.mkdir(exist_ok=True)
+                arms.append(self._make("stock", extra, place))
+                stack.callback(arms[-1].stop)
+            for trial, arm in zip(trials, arms, strict=True):
+                self._try_setting(trial, arm, range(TUNE_RUNS))
+                arm.stop()
+            close = find_close(trials, direction)
+            for number in range(TUNE_RUNS if close else 0):
+                for place_in_turn in close if number % 2 == 0 else close[::-1]:
+                    again, arm = trials[place_in_turn], arms[place_in_turn]
+                    if again["error"] is None:
+                        self._try_setting(again, arm, range(TUNE_RUNS + number, TUNE_RUNS + number + 1))
+                        if self.case.servers == "in_turn":
+                            arm.stop()
+        # Those that ran again are judged by the values that they measured in turns.
+        contenders = [{**trials[number], "value": median_of(trials[number]["values"][TUNE_RUNS:])} for number in close]
+        if not any(trial["value"] is not None and trial["error"] is None for trial in contenders):
+            contenders = trials
+        return {"args": choose_setting(contenders, direction), "metric": metric, "trials": trials}
+
+    def _try_setting(self, trial: dict[str, Any], arm: EngineArm, numbers: Iterable[int]) -> None:
+        """Runs of one stock setting, added to its trial; what fails is noted there."""
+        metric = self.case.tune_metric
+        try:
+            if not arm.is_running:
                 arm.start()
                 for number in range(self.case.warmup):
                     arm.run(WARMUP_SEED + number)
-                values = [arm.run(TUNE_SEED + number).metrics[metric].value for number in range(TUNE_RUNS)]
-                found = [value for value in values if value is not None]
-                trial["value"] = statistics.median(found) if found else None
-            except (ServerFailed, RunFailed) as error:
-                trial["error"] = hide_paths(str(error))
-            finally:
-                arm.stop()
-            trials.append(trial)
-            value = "failed" if trial["value"] is None else f"{metric} {trial['value']:.4g}"
-            self.say(f"{self.case.name} stock with {' '.join(extra) or 'no setting'}: {value}")
-        return {"args": choose_setting(trials, self.case.metrics[metric].direction), "metric": metric, "trials": trials}
+            for number in numbers:
+                trial["values"].append(arm.run(TUNE_SEED + number).metrics[metric].value)
+            trial["value"] = median_of(trial["values"])
+        except Exception as error:  # noqa: BLE001 - see below
+            # As in a run: a setting that does not work is one that is not chosen.
+            trial |= {"value": None, "error": hide_paths(describe_error(error))}
+            arm.stop()
+        value = "failed" if trial["value"] is None else f"{metric} {trial['value']:.4g}"
+        self.say(f"{self.case.name} stock with {' '.join(trial['args']) or 'no setting'}: {value}")
 
-    def _make(self, name: str, extra_args: Iterable[str]) -> EngineArm:
+    def _make(self, name: str, extra_args: Iterable[str], place: Path | None = None) -> EngineArm:
         try:
             model = find_model(self.case, name, self.folder)
         except RunFailed as error:
             raise CaseFailed(f"{self.case.name} {name}: {error}") from error
-        return self.make_arm(self.case, name, model, self.folder, extra_args=tuple(extra_args))
+        return self.make_arm(self.case, name, model, place or self.folder, extra_args=tuple(extra_args))
 
     def _write(
-        self, name: str, repetition: int, position: int, result: RunResult | None, error: str | None, started: str
+        self,
+        name: str,
+        repetition: int,
+        position: int,
+        result: RunResult | None,
+        error: str | None,
+        started: str,
+        passes: Sequence[RunResult],
     ) -> None:
         case, arm = self.case, self.case.arm(name)
-        self._drop_stale()
         settings: dict[str, Any] = {
             "kind": case.mode,
             "stock_arm": ARMS[0],
@@ -190,6 +245,7 @@ class CaseRunner:
             "goodput": dict(case.workload.goodput),
             "servers": case.servers,
             "passes": case.passes,
+            "by_pass": list_passes(passes) if case.passes > 1 else {},
             "restart_every": case.restart_every,
             "tuning": self._tuning,
         }
@@ -206,7 +262,14 @@ class CaseRunner:
             settings={key: value for key, value in settings.items() if value not in ({}, [], "")},
             **self._environment,
         )
-        write_record(self.out, record)
+        if self._stale and result is None:
+            # It may be the machine or a mistake in the case: older records are worth more than this.
+            self._held.append(record)
+            return
+        self._drop_stale()
+        for one in (*self._held, record):
+            write_record(self.out, one)
+        self._held = []
 
     def _report(self, name: str, repetition: int, result: RunResult | str | None, seconds: float) -> None:
         if not isinstance(result, RunResult):
@@ -250,7 +313,7 @@ class CaseRunner:
         ]
 
     def _drop_stale(self) -> None:
-        """Called before the first record is written: until then an interrupted start has cost nothing."""
+        """Called when the first run has succeeded: until then what goes wrong has cost nothing."""
         if self._stale:
             why = "of another state of code, machine or case, or unfinished" if self.resume else "of an earlier run"
             self.say(f"{self.case.name}: {len(self._stale)} records {why} are removed")
@@ -268,14 +331,19 @@ def describe_workload(case: Case) -> dict[str, Any]:
             if path.is_file():
                 described["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
         described["path"] = Path(described["path"]).name
-    extra = {"extra_body": dict(workload.extra_body), "client_args": list(workload.client_args)}
-    return described | {key: value for key, value in extra.items() if value}
+    body: dict[str, Any] = dict(workload.extra_body)
+    if len(text := json.dumps(body, sort_keys=True)) > LONG_BODY:
+        body = {"sha256": hashlib.sha256(text.encode()).hexdigest()}
+    extra = {"extra_body": body, "client_args": list(workload.client_args)}
+    # As `write_record` does, so that --resume finds in a record what it compares with.
+    hidden: dict[str, Any] = hide_all_paths(described | {key: value for key, value in extra.items() if value})
+    return hidden
 
 
 def list_ambient() -> dict[str, str]:
     """Variables of the environment that engines inherit and that change what they do; no secrets."""
     return {
-        name: value
+        name: hide_paths(value)
         for name, value in sorted(os.environ.items())
         if name.startswith(("OMP_", "VLLM_", "GOMP_", "KMP_")) and not SECRET.search(name)
     }
@@ -285,9 +353,38 @@ def take_medians(results: Sequence[RunResult]) -> RunResult:
     """One result of several passes: the median of every metric, the last state of the features."""
     metrics = {}
     for name, first in results[0].metrics.items():
-        values = [value for result in results if (value := result.metrics[name].value) is not None]
-        metrics[name] = replace(first, value=statistics.median(values) if values else None)
+        metrics[name] = replace(first, value=median_of(result.metrics[name].value for result in results))
     return RunResult(metrics, results[-1].features)
+
+
+def list_passes(results: Iterable[RunResult]) -> dict[str, list[float | None]]:
+    """{metric: its value in every pass}."""
+    values: dict[str, list[float | None]] = {}
+    for result in results:
+        for name, metric in result.metrics.items():
+            values.setdefault(name, []).append(metric.value)
+    return values
+
+
+def describe_error(error: Exception) -> str:
+    """What the engine or the client said, or the name and text of an exception that nobody expected."""
+    return str(error) if isinstance(error, ServerFailed | RunFailed) else f"{type(error).__name__}: {error}"
+
+
+def median_of(values: Iterable[float | None]) -> float | None:
+    """The median of the values that are there; None without any."""
+    found = [value for value in values if value is not None]
+    return statistics.median(found) if found else None
+
+
+def find_close(trials: Sequence[Mapping[str, Any]], direction: str) -> list[int]:
+    """Positions of the two best trials where the second is within `TUNE_CLOSE` of the first; else nothing."""
+    valued = [number for number, trial in enumerate(trials) if trial["value"] is not None]
+    best = sorted(valued, key=lambda number: trials[number]["value"], reverse=direction == "higher")[:2]
+    if len(best) < 2:
+        return []
+    first, second = (trials[number]["value"] for number in best)
+    return best if abs(first - second) <= TUNE_CLOSE * abs(first) else []
 
 
 def choose_setting(trials: Iterable[Mapping[str, Any]], direction: str) -> list[str]:

@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -100,21 +101,33 @@ def judge(values: Values, case: Case) -> dict[str, dict[str, Comparison]]:
     return comparisons
 
 
-def read_values(path: Path, case: Case) -> list[Values]:
-    """The trials that an earlier, interrupted check wrote. Raises ValueError for trials of another case."""
+def describe_check(case: Case, pairs: int, slowdown: float) -> dict[str, Any]:
+    """What every trial of one check must have in common."""
+    return {"case_digest": case.digest, "pairs": pairs, "slowdown": slowdown, **describe_environment()}
+
+
+def read_values(path: Path, check: Mapping[str, Any]) -> list[Values]:
+    """The trials that an earlier, interrupted check wrote.
+
+    Raises ValueError, which names the first difference, for trials of another check (see `describe_check`).
+    """
     if not path.exists():
         return []
     trials = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     for number, trial in enumerate(trials, start=1):
-        if trial["case_digest"] != case.digest:
-            raise ValueError(f"{path}, trial {number}, was measured with other settings; remove the file")
+        for name, value in check.items():
+            if trial.get(name) != value:
+                raise ValueError(
+                    f"{path}, trial {number}, was measured with {name} {trial.get(name)!r}, this check has {value!r}; "
+                    "remove the file"
+                )
     return [trial["values"] for trial in trials]
 
 
-def append_values(path: Path, case: Case, values: Values) -> None:
+def append_values(path: Path, check: Mapping[str, Any], values: Values) -> None:
     """Add a trial to the file that `read_values` reads."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"case_digest": case.digest, "values": values}) + "\n")
+        file.write(json.dumps({**check, "values": values}) + "\n")
 
 
 def count_verdicts(trials: Sequence[Mapping[str, Mapping[str, Comparison]]], metric: str) -> dict[str, int]:
@@ -125,19 +138,38 @@ def count_verdicts(trials: Sequence[Mapping[str, Mapping[str, Comparison]]], met
     }
 
 
+def list_ratios(
+    trials: Sequence[Mapping[str, Mapping[str, Comparison]]], metric: str
+) -> dict[str, list[dict[str, float]]]:
+    """Of one metric: for the equal and the slower arm the ratio to stock of every trial, and its interval."""
+    return {
+        name: [
+            {key: round(getattr(trial[metric][name], key), 5) for key in ("ratio", "low", "high")} for trial in trials
+        ]
+        for name in ARMS[1:]
+    }
+
+
 def make_record(
-    case: Case, counts: Mapping[str, Mapping[str, int]], trials: int, pairs: int, slowdown: float
+    case: Case, trials: Sequence[Mapping[str, Mapping[str, Comparison]]], check: Mapping[str, Any]
 ) -> Record:
-    """The counts as a record, from which docs take their figures: metrics METRIC_equal and METRIC_found."""
-    metrics = {"trials": Metric(float(trials), "trials", "none")}
+    """The counts as a record, from which docs take their figures: metrics METRIC_equal and METRIC_found.
+
+    `settings.ratios` has what the verdicts were counted from. `check` is that of `describe_check`.
+    """
+    metrics = {"trials": Metric(float(len(trials)), "trials", "none")}
     metrics |= {
         f"{metric}_{name}": Metric(float(number), "trials", "none")
-        for metric, found in counts.items()
-        for name, number in found.items()
+        for metric in case.metrics
+        for name, number in count_verdicts(trials, metric).items()
     }
-    settings = {"kind": "selfcheck", "stock_arm": "stock", "trials": trials, "pairs": pairs, "passes": case.passes}
-    settings |= {"slowdown": slowdown, "model": case.model, "args": list(case.args), "confidence": CONFIDENCE}
-    return Record("selfcheck", "stock", 0, metrics, settings=settings, **describe_environment())
+    settings = {"kind": "selfcheck", "stock_arm": "stock", "trials": len(trials), "passes": case.passes}
+    settings |= {"pairs": check["pairs"], "slowdown": check["slowdown"], "confidence": CONFIDENCE}
+    settings |= {"model": case.model, "args": list(case.args), "env": dict(case.env)}
+    settings |= {"workload": {"num_requests": case.workload.num_requests, **case.workload.options}}
+    settings |= {"ratios": {metric: list_ratios(trials, metric) for metric in case.metrics}}
+    environment = {name: check[name] for name in ("versions", "device", "git_hash")}
+    return Record("selfcheck", "stock", 0, metrics, settings=settings, **environment)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -157,7 +189,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--trials, --pairs, --passes and --restart-every must be at least 1, --slowdown above 0")
     case = parse_case({**CASE, "passes": options.passes}, "selfcheck")
     try:
-        measured = read_values(options.values, case) if options.values else []
+        check = describe_check(case, options.pairs, options.slowdown)
+        measured = read_values(options.values, check) if options.values else []
     except ValueError as error:
         parser.error(str(error))
     leave_on_signals()
@@ -167,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for _ in range(min(options.restart_every, options.trials - len(measured))):
                     measured.append(run_trial(engines, case, len(measured), options.pairs))
                     if options.values:
-                        append_values(options.values, case, measured[-1])
+                        append_values(options.values, check, measured[-1])
                     print(f"trial {len(measured)} of {options.trials}", file=sys.stderr, flush=True)
     trials = [judge(values, case) for values in measured]
     counts = {metric: count_verdicts(trials, metric) for metric in case.metrics}
@@ -182,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{options.slowdown:.0%} slowdown found in {count['found']}"
         )
     if options.out:
-        write_record(options.out, make_record(case, counts, len(trials), options.pairs, options.slowdown))
+        write_record(options.out, make_record(case, trials, check))
     if options.json:
         print(json.dumps({"passed": passed, "trials": len(trials), "counts": counts}))
     return 0 if passed else 1

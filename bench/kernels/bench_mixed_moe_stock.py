@@ -206,7 +206,9 @@ def make_mixed_arm(shape: Shape, arm: str) -> Arm:
 
 @lru_cache(maxsize=1)
 def make_arms(shape: Shape) -> dict[str, Arm]:
-    """All arms of one shape; those of another are dropped, for each holds gigabytes."""
+    """All arms of one shape; those of another are dropped first, for all together hold eight gigabytes."""
+    # The cache itself would drop them only once the new ones are made.
+    make_arms.cache_clear()
     arms = {"bf16": make_bf16_arm(shape), "int4": make_int4_arm(shape)}
     return arms | {arm: make_mixed_arm(shape, arm) for arm in WIDTHS}
 

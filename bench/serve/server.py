@@ -28,11 +28,11 @@ LOG_TAIL_LINES = 40
 #: means that this process died without cleaning up (SIGKILL, crash): the server is then stopped from here.
 _WATCHDOG = """
 import os, signal, sys, time
-group = int(sys.argv[1])
+group, grace = int(sys.argv[1]), float(sys.argv[2])
 if sys.stdin.readline() != "stopped\\n":
     try:
         os.kill(group, signal.SIGTERM)
-        for _ in range(100):
+        for _ in range(int(10 * grace)):
             time.sleep(0.1)
             os.killpg(group, 0)
         os.killpg(group, signal.SIGKILL)
@@ -137,12 +137,7 @@ class VllmServer:
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                 )
-            self._watchdog = subprocess.Popen(
-                [sys.executable, "-S", "-E", "-c", _WATCHDOG, str(self._process.pid)],
-                stdin=subprocess.PIPE,
-                text=True,
-                start_new_session=True,
-            )
+            self._watchdog = start_watchdog(self._process.pid)
             self._wait_until_healthy(began)
         except BaseException:
             # Ctrl-C included: __exit__ does not run when __enter__ raises.
@@ -179,7 +174,8 @@ class VllmServer:
         finally:
             _kill_group(group)
             self.exit_code = self._process.wait()
-            self._release_watchdog()
+            if self._watchdog is not None:
+                release_watchdog(self._watchdog)
         return self.exit_code
 
     def is_running(self) -> bool:
@@ -224,14 +220,29 @@ class VllmServer:
                 self.on_progress(elapsed, read_log_tail(self.log_path, 1))
             time.sleep(POLL_SECONDS)
 
-    def _release_watchdog(self) -> None:
-        if self._watchdog is None:
-            return
-        try:
-            self._watchdog.communicate("stopped\n", timeout=5)
-        except subprocess.TimeoutExpired:
-            self._watchdog.kill()
-            self._watchdog.wait()
+
+def start_watchdog(group: int, grace: float = 10.0) -> subprocess.Popen[str]:
+    """A process that ends process group `group` when this process dies before `release_watchdog`.
+
+    The leader is asked to end; after `grace` seconds the whole group is killed.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-S", "-E", "-c", _WATCHDOG, str(group), str(grace)],
+        stdin=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def release_watchdog(watchdog: subprocess.Popen[str]) -> None:
+    """Tell a watchdog that its group has ended, and wait for its own end. Again, it does nothing."""
+    if watchdog.poll() is not None:
+        return
+    try:
+        watchdog.communicate("stopped\n", timeout=5)
+    except subprocess.TimeoutExpired:
+        watchdog.kill()
+        watchdog.wait()
 
 
 def find_vllm_script() -> Path:

@@ -47,12 +47,49 @@ def read_cpu(group: int) -> CpuReading:
 
 
 def read_resident_bytes(group: int) -> int:
-    """Resident bytes of a process group; pages that several processes share count once in all (PSS)."""
-    total = 0
+    """Resident bytes of a process group; pages that several of its processes share count once.
+
+    The proportional set size would not do: it halves what the group shares with another engine, of the other arm. Pages
+    of a file or of shared memory count as in the process of the group that has most of them, anonymous pages that a
+    fork left shared likewise, and private pages of every process. Read from /proc/PID/smaps, see proc(5).
+    """
+    private = 0
+    shared: dict[tuple[str, ...], int] = {}
     for pid in list_group(group):
-        for text in _read(Path(f"/proc/{pid}/smaps_rollup")):
-            total += sum(1024 * int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:"))
-    return total
+        for text in _read(Path(f"/proc/{pid}/smaps")):
+            for place, own, common in _split_mappings(text):
+                private += own
+                shared[place] = max(shared.get(place, 0), common)
+    return 1024 * (private + sum(shared.values()))
+
+
+def _split_mappings(smaps: str) -> Iterator[tuple[tuple[str, ...], int, int]]:
+    """(what is mapped, KiB of this process alone, KiB that others may share) of every mapping."""
+    for header, fields in _list_mappings(smaps):
+        addresses, _permissions, offset, device, inode = header
+        if inode == "0":
+            # Only relatives by fork share anonymous pages, at the same address.
+            common = fields["Shared_Clean"] + fields["Shared_Dirty"]
+            yield ("anonymous", addresses.partition("-")[0]), fields["Rss"] - common, common
+        else:
+            # Whether others have a page of the file too must not matter; pages copied on writing are anonymous.
+            yield (device, inode, offset), fields["Anonymous"], fields["Rss"] - fields["Anonymous"]
+
+
+def _list_mappings(smaps: str) -> Iterator[tuple[list[str], dict[str, int]]]:
+    header: list[str] = []
+    fields: dict[str, int] = {}
+    for line in smaps.splitlines():
+        words = line.split(maxsplit=5)
+        if words[0].endswith(":"):
+            if words[-1] == "kB":
+                fields[words[0][:-1]] = int(words[1])
+        else:
+            if header:
+                yield header, fields
+            header, fields = words[:5], {}
+    if header:
+        yield header, fields
 
 
 def _read(path: Path) -> Iterator[str]:

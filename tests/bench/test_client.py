@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from bench import client
 from bench.case import Workload, parse_case
 from bench.client import RunFailed, prepare_load, prepare_requests, run_client
+from bench.records import ROOT
 from bench.serve.server import VllmServer, list_group
 from bench.serve.usage import CpuReading, read_cpu, read_resident_bytes
 
@@ -131,6 +133,31 @@ def test_interrupted_client_ends_with_its_children(stand_in: Client, monkeypatch
 
     with pytest.raises(KeyboardInterrupt):
         run_client(server, client.Load(1), "name", "model", stand_in.folder, 30, interrupt)
+    assert list_group(stand_in.seen["group"]) == []
+
+
+def test_client_ends_with_its_killed_caller(stand_in: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BEHAVIOUR", "hangs")
+    code = f"""
+from pathlib import Path
+from bench import client
+from bench.serve.server import VllmServer
+folder = Path({str(stand_in.folder)!r})
+client.find_vllm_script = lambda: folder / "vllm"
+server = VllmServer("none", log_path=folder / "server.log")
+server.port = 1
+client.run_client(server, client.Load(1), "name", "model", folder, 60, lambda: (folder / "began").touch())
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    while not (stand_in.folder / "began").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    assert len(list_group(stand_in.seen["group"])) == 2
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while list_group(stand_in.seen["group"]) and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert list_group(stand_in.seen["group"]) == []
 
 
@@ -254,3 +281,53 @@ def test_usage_of_ended_threads_is_not_lost_nor_counted_twice() -> None:
     after = CpuReading({1: 10.2, 3: 0.1}, {1: 1560})
     assert after.seconds_since(before) == pytest.approx(0.58)
     assert CpuReading({1: 10.2004, 2: 5.1}, {1: 1531}).seconds_since(before) == pytest.approx(0.3004)
+
+
+#: Maps the file given, and more in a child of its process group with "fork"; says when all pages are resident.
+MAPPER = """
+import mmap, os, sys
+def touch():
+    with open(sys.argv[1], "rb") as file:
+        pages = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    assert sum(pages[place] for place in range(0, len(pages), 4096)) >= 0
+    return pages
+pages = touch()
+own = bytearray(b"1") * (8 << 20)
+reading, writing = os.pipe()
+if sys.argv[2] == "fork" and not (child := os.fork()):
+    pages = touch()
+    os.write(writing, b"1")
+    sys.stdin.readline()
+    os._exit(0)
+if sys.argv[2] == "fork":
+    os.read(reading, 1)
+print("ready", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_memory_shared_in_a_group_counts_once_and_another_group_does_not_matter(tmp_path: Path) -> None:
+    path = tmp_path / "pages"
+    path.write_bytes(b"x" * (32 << 20))
+    with ExitStack() as stack:
+        groups = []
+        values = []
+        for kind in ("alone", "fork"):
+            process = subprocess.Popen(
+                [sys.executable, "-S", "-c", MAPPER, str(path), kind],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,
+                text=True,
+            )
+            stack.callback(process.communicate)
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            groups.append(process.pid)
+            values.append([read_resident_bytes(group) for group in groups])
+    alone, (still_alone, forked) = values[0][0], values[1]
+    # The interpreter itself has about 10 MiB.
+    assert 40 << 20 <= alone <= 60 << 20
+    assert still_alone == pytest.approx(alone, abs=1 << 20)
+    # Two processes share the file's pages, and those of their memory that neither has written to since the fork.
+    assert forked == pytest.approx(alone, abs=6 << 20)

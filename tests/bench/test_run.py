@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -66,10 +67,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             time.sleep(600)
         duration = mine.get("cost", 1.0) * (1 + asked["seed"] % 100 / 100)
         tokens = sum(request["output_tokens"] for request in asked["requests"])
-        self.answer(json.dumps({
+        answer = {
             "completed": len(asked["requests"]) - mine.get("lost", 0), "failed": 0, "duration": duration,
             "output_throughput": tokens / duration,
-        }))
+        }
+        answer.pop(mine.get("without"), None)
+        self.answer(json.dumps(answer))
 
     def answer(self, text):
         self.send_response(200)
@@ -299,6 +302,78 @@ def test_best_setting_becomes_the_peer_and_is_recorded(bench: Bench) -> None:
     assert '{"cost": 0.5}' in stock.settings["args"]
     assert run.compare_case(records)["output_throughput"].ratio == pytest.approx(0.5)
     bench.assert_nothing_runs()
+
+
+def test_close_settings_run_again_in_turns(bench: Bench) -> None:
+    settings = [["--setting", json.dumps({"cost": cost})] for cost in (0.5, 0.51, 0.9)]
+    records = bench.make(repetitions=1, tune=settings, warmup=0).run()
+    trials = records[0].settings["tuning"]["trials"]
+    assert [len(trial["values"]) for trial in trials] == [3, 6, 6, 3]
+    assert records[0].settings["tuning"]["args"] == settings[0]
+    # Four settings alone, then the two that are close, both up at once, then the arms.
+    assert len(bench.events("start")) == 4 + 2 + 2
+    assert {f"tune-{number}" for number in range(4)} <= {path.name for path in bench.folder.iterdir()}
+    bench.assert_nothing_runs()
+
+
+def test_a_broken_answer_costs_one_run(bench: Bench) -> None:
+    bench.set(pack={"cost": float("nan")})
+    with pytest.raises(CaseFailed, match="ValueError"):
+        bench.make(repetitions=2).run()
+    bench.set(stock={"without": "completed"})
+    with pytest.raises(CaseFailed, match="KeyError: 'completed'"):
+        bench.make(repetitions=2).run()
+    bench.assert_nothing_runs()
+
+
+def test_a_missing_command_is_a_failed_run(bench: Bench) -> None:
+    command = bench.make(repetitions=2)
+    command.make_arm = partial(EngineArm, command=[str(bench.folder / "absent")])
+    with pytest.raises(CaseFailed, match="FileNotFoundError"):
+        command.run()
+    assert set(states(load_records(bench.out)).values()) == {"failed"}
+
+
+def test_failed_runs_do_not_replace_good_records(bench: Bench) -> None:
+    bench.make(repetitions=1).run()
+    bench.set(stock={"dies": 2}, pack={"dies": 2})
+    with pytest.raises(CaseFailed, match=r"no run succeeded, older records stay:(?s:.)*segmentation fault"):
+        bench.make(repetitions=1).run()
+    assert states(load_records(bench.out)) == {"pack-0": "ok", "stock-0": "ok"}
+    bench.set(pack={"dies": 2})
+    assert states(bench.make(repetitions=1).run()) == {"pack-0": "failed", "stock-0": "ok"}
+
+
+def test_record_has_every_pass_and_the_whole_workload(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(Path.home() / "cache"))
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a", "output_tokens": 3}\n' * 2)
+    workload = {"name": "custom", "num_requests": 2, "options": {"path": str(path)}}
+    stock = bench.make(repetitions=1, passes=3, workload=workload).run()[1]
+    values = stock.settings["by_pass"]["output_throughput"]
+    assert values == pytest.approx([6 / 1.0, 6 / 1.01, 6 / 1.02])
+    assert stock.metrics["output_throughput"].value == values[1]
+    assert stock.settings["workload"]["path"] == "prompts.jsonl"
+    assert stock.settings["workload"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert stock.settings["ambient"]["VLLM_CACHE_ROOT"] == "~/cache"
+    # Hidden folders are no reason to run again, another content is.
+    (bench.folder / "events").unlink()
+    bench.make(repetitions=1, passes=3, workload=workload, resume=True).run()
+    assert bench.events("run") == []
+    path.write_text('{"prompt": "b", "output_tokens": 3}\n' * 2)
+    bench.make(repetitions=1, passes=3, workload=workload, resume=True).run()
+    assert len(bench.events("run")) == 2 * (3 + 1)
+
+
+def test_a_long_request_body_is_recorded_by_its_digest(bench: Bench) -> None:
+    workload = {"name": "random", "num_requests": 2, "client_args": "--x 1"}
+    for text, recorded in (("a", {"text": "a"}), ("a" * 5000, None)):
+        case = bench.case(mode="server", workload={**workload, "extra_body": {"text": text}})
+        described = runner.describe_workload(case)
+        assert described["client_args"] == ["--x", "1"]
+        assert described["extra_body"] == recorded or len(described["extra_body"]["sha256"]) == 64
 
 
 def test_choice_follows_the_direction_and_needs_a_value() -> None:

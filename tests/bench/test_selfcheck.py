@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,17 @@ import pytest
 
 from bench import slowdown
 from bench.case import parse_case
-from bench.selfcheck import ARMS, CASE, append_values, count_verdicts, judge, read_values
+from bench.records import load_records, write_record
+from bench.selfcheck import (
+    ARMS,
+    CASE,
+    append_values,
+    count_verdicts,
+    describe_check,
+    judge,
+    make_record,
+    read_values,
+)
 from bench.slowdown import make_environment, slow_down, write_plugin
 
 PASSES = 3
@@ -50,12 +61,36 @@ def test_one_disturbed_pass_of_three_does_not_count() -> None:
 
 def test_trials_are_kept_and_go_on(tmp_path: Path) -> None:
     path = tmp_path / "values.jsonl"
-    assert read_values(path, CASE_OF_PASSES) == []
+    check = describe_check(CASE_OF_PASSES, 5, 0.1)
+    assert read_values(path, check) == []
     for slower in (1.1, 1.2):
-        append_values(path, CASE_OF_PASSES, make_values(slower, 0.01))
-    assert read_values(path, CASE_OF_PASSES) == [make_values(1.1, 0.01), make_values(1.2, 0.01)]
-    with pytest.raises(ValueError, match="trial 1, was measured with other settings"):
-        read_values(path, parse_case(CASE, "selfcheck"))
+        append_values(path, check, make_values(slower, 0.01))
+    assert read_values(path, check) == [make_values(1.1, 0.01), make_values(1.2, 0.01)]
+
+
+@pytest.mark.parametrize("name", ["case_digest", "pairs", "slowdown", "versions", "device", "git_hash"])
+def test_trials_of_another_check_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "values.jsonl"
+    check = describe_check(CASE_OF_PASSES, 5, 0.1)
+    append_values(path, check, make_values(1.1, 0.01))
+    append_values(path, {**check, name: "other"}, make_values(1.1, 0.01))
+    with pytest.raises(ValueError, match=f"trial 2, was measured with {name} 'other', this check has"):
+        read_values(path, check)
+
+
+def test_record_has_the_counts_and_what_they_were_counted_from(tmp_path: Path) -> None:
+    case = replace(CASE_OF_PASSES, metrics={"wall_per_step": CASE_OF_PASSES.metrics["wall_per_step"]})
+    trials = [judge(make_values(1.1, scatter), case) for scatter in (0.01, 0.3)]
+    write_record(tmp_path, make_record(case, trials, describe_check(case, 5, 0.1)))
+    (record,) = load_records(tmp_path)
+    values = {name: metric.value for name, metric in record.metrics.items()}
+    assert values == {"trials": 2, "wall_per_step_equal": 2, "wall_per_step_found": 1}
+    ratios = record.settings["ratios"]["wall_per_step"]
+    assert [len(ratios["equal"]), len(ratios["slower"])] == [2, 2]
+    assert ratios["slower"][0]["ratio"] == pytest.approx(1 / 1.1, rel=0.02)
+    # The verdicts can be counted again from the record alone.
+    assert sum(one["high"] < 1 for one in ratios["slower"]) == 1
+    assert (record.settings["pairs"], record.settings["slowdown"]) == (5, 0.1)
 
 
 def test_slowed_step_takes_longer_by_the_fraction(monkeypatch: pytest.MonkeyPatch) -> None:

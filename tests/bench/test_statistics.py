@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.statistics import CONFIDENCE, bound_mean, compare
+from bench.statistics import CONFIDENCE, SIGNS, bound_mean, compare, judge_signs
 
 PAIRS = 5
 TRIALS = 1000
@@ -136,3 +136,29 @@ def test_what_cannot_be_compared_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         compare(stock, pack, direction)
+
+
+@pytest.mark.parametrize(
+    ("stock", "pack", "higher"),
+    [
+        ([0.0] * SIGNS, [1.0] * SIGNS, "win"),
+        ([1.0] * SIGNS, [0.0] * SIGNS, "loss"),
+        ([0.0] * (SIGNS - 1), [1.0] * (SIGNS - 1), "no difference"),
+        # Pairs that are equal say nothing, and one that contradicts ends it.
+        ([0.0] * (SIGNS + 2), [1.0] * SIGNS + [0.0] * 2, "win"),
+        ([0.0] * SIGNS + [1.0], [1.0] * SIGNS + [0.0], "no difference"),
+        ([0.0] * SIGNS, [0.0] * SIGNS, "no difference"),
+    ],
+)
+def test_without_a_ratio_the_signs_decide(stock: list[float], pack: list[float], higher: str) -> None:
+    assert judge_signs(stock, pack, "higher") == higher
+    mirrored = {"win": "loss", "loss": "win", "no difference": "no difference"}
+    assert judge_signs(stock, pack, "lower") == mirrored[higher]
+    assert judge_signs(pack, stock, "higher") == mirrored[higher]
+
+
+def test_signs_need_a_direction_and_no_value_below_zero() -> None:
+    with pytest.raises(ValueError, match="direction 'none'"):
+        judge_signs([0.0], [1.0], "none")
+    with pytest.raises(ValueError, match=r"value -1\.0 is below 0"):
+        judge_signs([0.0], [-1.0], "lower")
