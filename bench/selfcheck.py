@@ -29,7 +29,7 @@ from bench.case import Case, parse_case, resolve_model
 from bench.records import Metric, Record, describe_environment, write_record
 from bench.run import leave_on_signals
 from bench.slowdown import make_environment, write_plugin
-from bench.statistics import CONFIDENCE, Comparison, compare
+from bench.statistics import CONFIDENCE, Comparison, choose_margin, compare
 
 ARMS = ("stock", "equal", "slower")
 #: Offline, because a run then costs no client start, so that turns can be quick: a third of a second each. What else
@@ -96,8 +96,11 @@ def judge(values: Values, case: Case) -> dict[str, dict[str, Comparison]]:
         medians = {
             name: np.median(np.reshape(measured, (-1, case.passes)), axis=1).tolist() for name, measured in arms.items()
         }
-        direction = case.metrics[metric].direction
-        comparisons[metric] = {name: compare(medians["stock"], medians[name], direction) for name in ARMS[1:]}
+        measure = case.metrics[metric]
+        margin = choose_margin(measure.unit)
+        comparisons[metric] = {
+            name: compare(medians["stock"], medians[name], measure.direction, margin) for name in ARMS[1:]
+        }
     return comparisons
 
 
@@ -163,7 +166,7 @@ def make_record(
         for metric in case.metrics
         for name, number in count_verdicts(trials, metric).items()
     }
-    settings = {"kind": "selfcheck", "stock_arm": "stock", "trials": len(trials), "passes": case.passes}
+    settings: dict[str, Any] = {"kind": "selfcheck", "stock_arm": "stock", "trials": len(trials), "passes": case.passes}
     settings |= {"pairs": check["pairs"], "slowdown": check["slowdown"], "confidence": CONFIDENCE}
     settings |= {"model": case.model, "args": list(case.args), "env": dict(case.env)}
     settings |= {"workload": {"num_requests": case.workload.num_requests, **case.workload.options}}

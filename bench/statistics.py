@@ -7,6 +7,9 @@ at a confidence of 99 %, because a table holds ten metrics, and it is never narr
 ratio, which has its nominal coverage for any number of pairs of normal noise. Two equal arms that take turns have
 log ratios symmetric about 0 whatever the noise; for symmetric noise with heavy tails Student's t errs on the side of
 "no difference" (Benjamini 1983, "Is the t test really conservative when the parent distribution is long-tailed?").
+
+Pairs of one run share two processes, and two processes of one program differ in speed by themselves, by how their
+memory happens to lie: no number of pairs shows that. So times and rates need a difference of `TIME_MARGIN` at least.
 """
 
 from __future__ import annotations
@@ -21,6 +24,10 @@ from scipy import stats
 #: Two-sided. At 95 % a table of ten metrics of equal arms would hold a false verdict in four runs of ten.
 CONFIDENCE = 0.99
 RESAMPLES = 2000
+#: Ratios of times within this of 1 are no difference, however narrow their interval. `python -m bench.selfcheck` finds
+#: that ratios of equal arms that share their processes for four trials are off by 1 % to 2 % together.
+TIME_MARGIN = 0.01
+_TIMES = ("s", "ms", "us")
 #: Differences of one sign that make a verdict where there is no ratio. So many agree by chance in 3 of 100 cases of
 #: equal arms: more often than an interval errs, so this stands in only where a value is 0.
 SIGNS = 6
@@ -46,13 +53,19 @@ class Comparison:
     pairs: int
 
 
-def compare(stock: Sequence[float], pack: Sequence[float], direction: str) -> Comparison:
+def choose_margin(unit: str) -> float:
+    """The margin of `compare` for values of this unit: `TIME_MARGIN` for times and rates, 0 for all others."""
+    return TIME_MARGIN if unit in _TIMES or unit.endswith("/s") else 0.0
+
+
+def compare(stock: Sequence[float], pack: Sequence[float], direction: str, margin: float = 0.0) -> Comparison:
     """Compare two arms whose values are paired by position; the order within a pair must have taken turns.
 
     The ratio is the geometric mean of the pairs' ratios. Its interval is the union of two at `CONFIDENCE`: Student's t
     of the mean log ratio, and the percentile bootstrap over pairs (Efron and Tibshirani 1993, chapter 13), which is the
-    wider one only with many pairs and skewed noise. A verdict needs an interval without 1; one pair has
-    an interval of (0, infinity). The resampling is seeded: equal values give equal results.
+    wider one only with many pairs and skewed noise. A verdict needs an interval without 1, and with a `margin` one
+    that ends before 1 + margin or its inverse; one pair has an interval of (0, infinity). The resampling is seeded:
+    equal values give equal results.
 
     Raises ValueError for arms of unequal or no length, a direction other than "lower" and "higher", and values of
     0 or less, which have no ratio (all values equal is a ratio of 1).
@@ -74,7 +87,7 @@ def compare(stock: Sequence[float], pack: Sequence[float], direction: str) -> Co
         ratio=float(np.exp(logs.mean())),
         low=float(np.exp(low)),
         high=float(np.exp(high)),
-        verdict="win" if low > 0 else "loss" if high < 0 else "no difference",
+        verdict="win" if low > np.log1p(margin) else "loss" if high < -np.log1p(margin) else "no difference",
         pairs=first.size,
     )
 

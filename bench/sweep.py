@@ -43,7 +43,7 @@ class Part:
 def list_parts(repetitions: int, out: Path) -> list[Part]:
     """The sweep's commands, in order; the report comes last."""
     engines = ["bench.run", *ENGINE_CASES, "--reps", str(repetitions), "--out", str(out)]
-    operators = ["bench.op", *OP_CASES, "--repetitions", str(repetitions), "--out", str(out)]
+    operators = ["bench.op", "--bind-threads", *OP_CASES, "--repetitions", str(repetitions), "--out", str(out)]
     return [
         Part("engines", engines),
         Part("operators", operators),
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         failed = run_parts(list_parts(options.repetitions, options.out.resolve()))
     except KeyboardInterrupt:
-        print("interrupted; the records of finished runs stay", file=sys.stderr)
+        print("interrupted; the records of finished pairs stay", file=sys.stderr)
         return 130
     print(f"{(time.monotonic() - began) / 60:.1f} minutes; results in {options.out / 'README.md'}", file=sys.stderr)
     if failed:

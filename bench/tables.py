@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from bench.comparison import compare_arms, find_arm_values, find_stock, list_arms, list_metrics
+from bench.comparison import compare_arms, find_arm_values, find_stock, judge_arms, list_arms, list_metrics
 from bench.records import Record
 
 COLUMNS = ("metric", "arm", "median", "p10 to p90", "ratio to stock", "verdict")
@@ -120,8 +120,15 @@ def _describe_value(records: Sequence[Record], metric: str, stock: str, arm: str
     try:
         result = compare_arms(records, metric, stock, arm)
     except ValueError:
-        return [*cells, "-", "-"]
+        return [*cells, "-", _judge_without_ratio(records, metric, stock, arm)]
     return [*cells, f"{result.ratio:.3f} [{result.low:.3f}, {result.high:.3f}]", result.verdict]
+
+
+def _judge_without_ratio(records: Sequence[Record], metric: str, stock: str, arm: str) -> str:
+    try:
+        return judge_arms(records, metric, stock, arm)
+    except ValueError:
+        return "-"  # the two share no repetition
 
 
 def _count_digits(value: float) -> int:

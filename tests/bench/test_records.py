@@ -180,3 +180,6 @@ def test_published_text_names_no_folder_of_this_machine() -> None:
     places = f"{records.ROOT}/bench/x, {sys.prefix}/lib, {tempfile.gettempdir()}/t, {Path.home()}/y"
     assert hide_paths(places) == "./bench/x, PREFIX/lib, TMP/t, ~/y"
     assert hide_paths(f"{records.ROOT}-old/x") == f"{records.ROOT}-old/x"
+    assert hide_paths(f"/mnt{records.ROOT}/x") == f"/mnt{records.ROOT}/x"
+    assert hide_paths(f"{records.ROOT}{tempfile.gettempdir()}/x") == f".{tempfile.gettempdir()}/x"
+    assert hide_paths(f"-I{records.ROOT}/x --y={records.ROOT}.") == "-I./x --y=.."

@@ -21,7 +21,7 @@ import pytest
 from bench import arms, run, runner
 from bench.arms import EngineArm
 from bench.case import Case, parse_case
-from bench.records import Record, load_records, record_path
+from bench.records import Metric, Record, load_records, record_path
 from bench.runner import CaseFailed, CaseRunner, choose_setting
 from bench.serve import server as server_module
 from bench.serve.server import list_group
@@ -374,6 +374,21 @@ def test_a_long_request_body_is_recorded_by_its_digest(bench: Bench) -> None:
         described = runner.describe_workload(case)
         assert described["client_args"] == ["--x", "1"]
         assert described["extra_body"] == recorded or len(described["extra_body"]["sha256"]) == 64
+
+
+def test_rates_of_zero_have_a_verdict_without_a_ratio() -> None:
+    def make_records(pairs: int) -> list[Record]:
+        values = {"stock": 0.0, "pack": 2.0}
+        return [
+            Record("c", arm, number, {"goodput": Metric(value, "requests/s", "higher")}, {}, {}, "0")
+            for arm, value in values.items()
+            for number in range(pairs)
+        ]
+
+    assert run.compare_case(make_records(6)) == {}
+    described = run.describe_results({"c": make_records(6)})["cases"]["c"]["comparisons"]
+    assert described == {"goodput": {"ratio": None, "verdict": "win"}}
+    assert run.judge_case(make_records(5)) == {"goodput": "no difference"}
 
 
 def test_choice_follows_the_direction_and_needs_a_value() -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.statistics import CONFIDENCE, SIGNS, bound_mean, compare, judge_signs
+from bench.statistics import CONFIDENCE, SIGNS, TIME_MARGIN, bound_mean, choose_margin, compare, judge_signs
 
 PAIRS = 5
 TRIALS = 1000
@@ -162,3 +162,13 @@ def test_signs_need_a_direction_and_no_value_below_zero() -> None:
         judge_signs([0.0], [1.0], "none")
     with pytest.raises(ValueError, match=r"value -1\.0 is below 0"):
         judge_signs([0.0], [-1.0], "lower")
+
+
+def test_times_differ_by_more_than_processes_do() -> None:
+    stock = [1.0, 1.001, 0.999, 1.0, 1.001, 0.999]
+    for factor, verdict in ((1.005, "no difference"), (0.995, "no difference"), (1.03, "loss"), (0.97, "win")):
+        pack = [value * factor for value in stock]
+        assert compare(stock, pack, "lower", TIME_MARGIN).verdict == verdict
+    assert compare(stock, [1.005 * value for value in stock], "lower").verdict == "loss"
+    assert {choose_margin(unit) for unit in ("s", "ms", "us", "tokens/s")} == {TIME_MARGIN}
+    assert {choose_margin(unit) for unit in ("", "bytes", "MiB", "nats", "%")} == {0.0}
