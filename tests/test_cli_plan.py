@@ -11,6 +11,7 @@ import pytest
 
 from tests.compress.runnable_model import EXPERTS, VOCABULARY, add_tokenizer, write_runnable
 from vllm_ext import cli
+from vllm_ext.compress import command
 from vllm_ext.quantization.checkpoint import validate_checkpoint
 
 SCHEMES = ("--schemes", "w2a16_g32,w3a16_g32,w4a16_g32")
@@ -57,7 +58,9 @@ def test_plan_with_everything(model: str, tmp_path: Path, capsys: pytest.Capture
     assert "front.csv exists already" in stderr
 
 
-@pytest.mark.parametrize("extra", [("--sensitivity", "layer", "--per-layer"), ("--rounding", "gptq", "--rotate")])
+@pytest.mark.parametrize(
+    "extra", [("--sensitivity", "layer", "--per-layer"), ("--rounding", "gptq", "--rotate", "--sweeps", "1")]
+)
 def test_quantize_makes_the_plan_that_plan_prints(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: tuple[str, ...]
 ) -> None:
@@ -92,13 +95,37 @@ def test_errors_are_one_line(
     assert message in line
 
 
-def test_files_that_a_given_plan_cannot_make(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib", reason="plots need matplotlib, which the bench extra brings")
+def test_files_that_cannot_be_made_are_refused_before_the_work(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "open_source", lambda *_: pytest.fail("the work began"))
     (tmp_path / "plan.json").write_text(json.dumps({"model.layers.0.self_attn.o_proj": "w4a16_g32"}))
     for option in ("--pareto", "--profile"):
         code = cli.main(["plan", model, "--plan", str(tmp_path / "plan.json"), option, str(tmp_path / "x")])
         assert code == 1
         assert f"{option} needs --bits" in capsys.readouterr().err
+    assert cli.main(["plan", model, "--bits", "3", "--profile", str(tmp_path / "x")]) == 1
+    assert "--profile needs --bits and --calibration" in capsys.readouterr().err
+
+
+def test_what_is_thin_is_said(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, stdout, stderr = run(capsys, model, "--bits", "3.9", "--windows", "3")
+    assert code == 0, stderr
+    assert "note: the mixed plan was not compared with a uniform one: fewer than 4 windows" in stdout
+    code, stdout, stderr = run(capsys, model, "--bits", "3.9", "--no-compare")
+    assert code == 0, stderr
+    assert "windows of 512 tokens, not the 128 asked for" in stdout
+    assert "not compared" not in stdout
+    assert "of these bytes is more than" in stdout
+    code, stdout, stderr = run(capsys, model, "--bits", "3.9", "--no-compare", "--per-layer", "--sensitivity", "layer")
+    assert code == 0, stderr
+    assert "no plan with these bits in every layer is more than" in stdout
+
+
+def test_sweeps_are_about_codes_that_are_chosen_by_text(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["plan", model, "--bits", "3", "--sweeps", "1"])
+    assert "--sweeps is about codes that gptq and gptaq chose" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

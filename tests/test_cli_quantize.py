@@ -89,6 +89,10 @@ def test_uniform_is_one_scheme(model: str, tmp_path: Path, capsys: pytest.Captur
         ("--plan", "plan.json", "--uniform"),
         ("--plan", "plan.json", "--schemes", "w3a16_g64"),
         ("--plan", "plan.json", "--calibration", "text.txt"),
+        ("--bits", "3", "--repair-router"),
+        ("--bits", "3", "--sweeps", "2"),
+        ("--bits", "3", "--rounding", "gptq", "--calibration", "text.txt", "--sweeps", "-1"),
+        ("--bits", "3", "--calibration", "text.txt", "--windows", "0"),
     ],
 )
 def test_bad_usage_exits_with_2(model: str, tmp_path: Path, arguments: tuple[str, ...]) -> None:
@@ -101,6 +105,10 @@ def test_usage_errors_name_value_and_option(model: str, capsys: pytest.CaptureFi
     for arguments, message in (
         (("--bits", "abc"), "bits must be a positive number, got 'abc'"),
         (("--plan", "p.json", "--calibration", "text.txt"), "--calibration is about schemes that --bits chooses"),
+        (("--bits", "3", "--repair-router"), "--repair-router needs --calibration FILE"),
+        (("--bits", "3", "--sweeps", "2"), "--sweeps is about codes that gptq and gptaq chose"),
+        (("--bits", "3", "--calibration", "t.txt", "--windows", "-5"), "--windows must be at least 1, got -5"),
+        (("--bits", "3", "--windows", "5"), "--windows is about calibration text: add --calibration FILE"),
     ):
         with pytest.raises(SystemExit, match="2"):
             cli.main(["quantize", model, "-o", "out", *arguments])

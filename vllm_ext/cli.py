@@ -40,6 +40,11 @@ def make_parser() -> argparse.ArgumentParser:
         "--balanced", action="store_true", help="choose calibration windows so that rare experts see tokens too"
     )
     quantize.add_argument(
+        "--repair-router", action="store_true",
+        help="fit the routers to the quantized model, so that tokens reach the experts they reached before; kept where "
+        "the loss on held-out calibration text falls",
+    )  # fmt: skip
+    quantize.add_argument(
         "--work", type=Path, metavar="DIR",
         help="where finished layers are kept until the end, so that the same command goes on after a kill; "
         "default: a hidden folder beside OUT",
@@ -79,13 +84,24 @@ def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bits", type=_parse_bits, metavar="B", help="true bits per expert weight, scales and zero points included"
     )
-    parser.add_argument("--uniform", action="store_true", help="one scheme for all, the largest within --bits")
-    parser.add_argument("--schemes", metavar="A,B,...", help="schemes to choose from; default: 2 to 8 bits")
+    parser.add_argument("--uniform", action="store_true", help="one scheme for all, the best within --bits")
+    parser.add_argument(
+        "--schemes", metavar="A,B,...",
+        help="schemes to choose from; default: 2, 3, 4, 5, 6 and 8 bits in groups of 128; with --calibration those of "
+        "2 to 4 bits also in other groups and without zero points",
+    )  # fmt: skip
     parser.add_argument(
         "--calibration", action="append", default=[], metavar="FILE",
-        help="text or JSONL that tells how often experts are used, or 'random'; may be repeated",
+        help="text or JSONL like that the model will see, or 'random'; may be repeated. Sensitivities, gptq, gptaq and "
+        "router repair are measured with it, and a quarter is held out to compare plans with",
     )  # fmt: skip
+    parser.add_argument(
+        "--sweeps", type=int, metavar="N", help="with gptq and gptaq: passes over the finished codes (default 3)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the calibration windows")
+    parser.add_argument(
+        "--windows", type=int, metavar="N", help="calibration windows of 512 tokens, from all files (default 128)"
+    )
     parser.add_argument(
         "--plan", type=Path, metavar="FILE", help="schemes that are given; with --bits, for what --bits does not choose"
     )
@@ -113,6 +129,23 @@ def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         "--force-mixed", action="store_true", help="keep the mixed plan even where the uniform one is better"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line of stdout")
+
+
+def _check_quantize(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Exit with 2 for options that need another one."""
+    for wanted, name in (
+        (options.rounding != "rtn", f"--rounding {options.rounding}"),
+        (options.repair_router, "--repair-router"),
+    ):
+        if wanted and not options.calibration:
+            parser.error(f"{name} needs --calibration FILE")
+
+
+def _check_sweeps(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.sweeps is not None and options.rounding == "rtn":
+        parser.error("--sweeps is about codes that gptq and gptaq chose: add --rounding gptq or gptaq")
+    if options.sweeps is not None and options.sweeps < 0:
+        parser.error(f"--sweeps must not be negative, got {options.sweeps}")
 
 
 def _parse_bits(text: str) -> float:
@@ -149,12 +182,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "force_mixed",
             )
             idle = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name)]
-            if options.calibration and options.rounding == "rtn":
+            if options.calibration and options.rounding == "rtn" and not getattr(options, "repair_router", False):
                 idle.append("--calibration")
             if idle:
                 parser.error(f"{idle[0]} is about schemes that --bits chooses, and --plan gives them all: add --bits")
-        if options.command == "quantize" and options.rounding != "rtn" and not options.calibration:
-            parser.error(f"--rounding {options.rounding} needs --calibration FILE")
+        if options.windows is not None and not options.calibration:
+            parser.error("--windows is about calibration text: add --calibration FILE")
+        if options.windows is not None and options.windows < 1:
+            parser.error(f"--windows must be at least 1, got {options.windows}")
+        if options.command == "quantize":
+            _check_quantize(parser, options)
+        _check_sweeps(parser, options)
         if options.seed < 0:
             parser.error(f"--seed must not be negative, got {options.seed}")
         # Read when torch is loaded. Threads that spin at every barrier halt a busy machine: measured 18 times slower.

@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +56,27 @@ def test_another_key_sees_nothing(tmp_path: Path) -> None:
     assert (first.load("layer"), first.load("other")) == (None, 2)
     first.remove()
     assert first.load("other") is None
+
+
+def test_what_is_there_without_reading_it(tmp_path: Path) -> None:
+    cache = StageCache(tmp_path, {})
+    cache.store("tensor", torch.zeros(2))
+    cache.store("value", [1])
+    assert [cache.has(name) for name in ("tensor", "value", "other")] == [True, True, False]
+
+
+def test_scratch_of_killed_processes_is_cleared(tmp_path: Path) -> None:
+    cache = StageCache(tmp_path, {})
+    done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    dead, alive = (cache.folder / f"activations-{process}" for process in (int(done.stdout), os.getppid()))
+    for folder in (dead, alive):
+        folder.mkdir(parents=True)
+        (folder / "0.safetensors").write_bytes(b"x")
+    with cache.make_scratch("activations") as scratch:
+        assert scratch.parent == cache.folder
+        assert list(scratch.iterdir()) == []
+        (scratch / "file").write_bytes(b"x")
+    assert (dead.exists(), alive.exists(), scratch.exists()) == (False, True, False)
 
 
 def test_a_kill_while_writing_leaves_the_old_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,15 @@ def test_sources_share_the_windows(text: Path, tmp_path: Path) -> None:
     assert [(window == ord("Z")).all() for window in windows] == [False] * 5 + [True] * 4
 
 
+def test_jsonl_lines_end_at_newlines_alone(tmp_path: Path) -> None:
+    """JSON strings may hold other characters that end a line for `str.splitlines`."""
+    path, texts = tmp_path / "lines.jsonl", ["a\u2028b \x85 c\x1c", "second"]
+    for newline in ("\n", "\r\n"):
+        lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+        path.write_bytes((newline.join(lines) + newline).encode())
+        assert read_documents(path) == texts
+
+
 def test_jsonl_documents_are_separated(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     path.write_text("\n".join(json.dumps({"text": letter * 3, "other": 1}) for letter in "ab") + "\n\n")

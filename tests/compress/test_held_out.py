@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vllm_ext.compress.held_out import Comparison, split_held_out
+from vllm_ext.compress.held_out import Comparison, count_windows, split_held_out
 
 
 def test_held_out_windows_are_a_quarter_of_every_source() -> None:
@@ -14,6 +14,13 @@ def test_held_out_windows_are_a_quarter_of_every_source() -> None:
     assert held.ravel().tolist() == list(range(8))
     assert len(used) == 24
     assert split_held_out(windows[:3])[1].shape == (0, 1)
+
+
+def test_windows_drawn_leave_those_asked_for() -> None:
+    for used in (3, 4, 16, 48, 63, 64, 65, 127, 128):
+        left, held = split_held_out(np.zeros((count_windows(used), 1)))
+        assert len(left) == used
+        assert len(held) >= 1
 
 
 def test_nothing_is_closed_where_uniform_loses_nothing() -> None:

@@ -46,8 +46,8 @@ def test_mix_is_a_weighted_mean() -> None:
 def test_damaged_activations(value: float) -> None:
     inputs = torch.ones(5, 3)
     inputs[2, 1] = value
-    with pytest.raises(ValueError, match="NaN or infinite activations"):
-        measure_moments(inputs)
+    with pytest.raises(ValueError, match="gives layer 3 NaN or infinite inputs"):
+        measure_moments(inputs, name="layer 3")
 
 
 def test_rows_are_spread_over_all() -> None:

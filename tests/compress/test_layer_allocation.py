@@ -63,6 +63,22 @@ def test_layers_get_equal_bits_even_where_one_needs_more() -> None:
     assert tiles == {0: 0, 1: 0}
 
 
+def test_options_without_a_kernel_are_no_options() -> None:
+    losses, sizes = np.array([[3.0, 1.0, 0.1], [4.0, 2.0, 0.1]]), np.tile(np.array([1, 2, 3]), (2, 1))
+    slow = np.tile(np.array([np.inf, 1.0, 2.0]), (2, 1))
+    fast = np.tile(np.array([1.0, np.inf, np.inf]), (2, 1))
+    none = np.full((2, 3), np.inf)
+    found = allocate_product(losses, np.stack([none, slow]), sizes, 6, 0.5)
+    # Both at 200: the square root of 3 * 2; both at 300: of 0.2 * 4.
+    assert (found.tile, found.time, found.allocation.choice.tolist()) == (1, 4.0, [2, 2])
+    assert found.allocation.lower_bound <= found.allocation.cost
+    # Too few bytes for what the first tile has.
+    found = allocate_product(losses, np.stack([slow, fast]), sizes, 3, 0.5)
+    assert (found.tile, found.allocation.choice.tolist()) == (1, [0, 0])
+    with pytest.raises(AllocationError, match=r"no kernel with this tile; budget of 3 bytes is below .* 4 bytes"):
+        allocate_product(losses, np.stack([none, slow]), sizes, 3, 0.5)
+
+
 def test_errors_name_the_layer_and_the_value() -> None:
     losses, sizes = np.ones((2, 1)), np.array([[2], [4]])
     with pytest.raises(AllocationError, match="layer 1: budget of 3 bytes is below the smallest possible size, 4"):

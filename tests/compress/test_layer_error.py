@@ -14,6 +14,7 @@ from torch.nn import functional
 from tests.compress.runnable_model import make_tokens, write_runnable
 from vllm_ext.compress import layer_error
 from vllm_ext.compress.cache import StageCache
+from vllm_ext.compress.families.decoder import apply_gate
 from vllm_ext.compress.layer_error import measure_sensitivities
 from vllm_ext.compress.profile import load_model, stream_profile
 from vllm_ext.compress.rounded_layer import round_inputs
@@ -103,14 +104,17 @@ def test_activation_bits_count(source: SourceModel) -> None:
     assert found.loss is None
     assert found.layer[:, 2].sum() > found.layer[:, 1].sum()
     layer = next(iter(LayerStream(source, TOKENS).layers()))
-    block = next(b for b in layer.expert_blocks() if b.block == "down" and len(b.rows))
-    scheme = SCHEMES[2]
-    weight = dequantize(round_to_nearest(block.weight, scheme), scheme)
-    change = round_inputs(block.inputs, scheme) @ weight.T - block.inputs @ block.weight.T
-    expected = float((change * block.routing[:, None]).double().square().sum())
-    row = next(
-        r for r, u in enumerate(units) if (u.module.layer, u.module.expert, u.block.name) == (0, block.expert, "down")
-    )
+    assert layer.routed is not None
+    routed, experts = layer.routed, source.family.find_experts(layer.module)
+    assert experts is not None
+    expert = int(routed.ids[0, 0])
+    gate_up, down = (source.family.expert_weight(experts, expert, block) for block in ("gate_up", "down"))
+    rows, routing = routed.find_tokens(expert)
+    inputs, scheme = apply_gate(routed.hidden[rows] @ gate_up.T), SCHEMES[2]
+    weight = dequantize(round_to_nearest(down, scheme), scheme)
+    change = round_inputs(inputs, scheme) @ weight.T - inputs @ down.T
+    expected = float((change * routing[:, None]).double().square().sum())
+    row = next(r for r, u in enumerate(units) if (u.module.layer, u.module.expert, u.block.name) == (0, expert, "down"))
     assert found.layer[row, 2] == pytest.approx(expected, rel=1e-4)
 
 

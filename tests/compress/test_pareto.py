@@ -13,6 +13,18 @@ import pytest
 from vllm_ext.compress.pareto import plot_front, trace_front, write_csv
 
 
+@pytest.mark.parametrize("time_weight", [0.0, 0.1])
+def test_options_without_a_kernel(time_weight: float) -> None:
+    losses, sizes = np.array([[3.0, 1.0, 0.1], [4.0, 2.0, 0.1]]), np.tile(np.array([100, 200, 300]), (2, 1))
+    times = np.tile(np.array([np.inf, 1.0, 2.0]), (2, 1))
+    points = trace_front(losses, times, sizes, 600, ["a", "b", "c"], time_weight=time_weight)
+    mixed = [point for point in points if point.kind == "mixed"]
+    assert max(point.bytes for point in mixed) == 600
+    # Where time counts, what has no kernel is in no plan; where it does not, its time is shown as unknown.
+    assert min(point.bytes for point in mixed) == (400 if time_weight else 200)
+    assert {point.kind for point in points} == {"mixed", "a", "b", "c"}
+
+
 def test_front(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     losses = generator.lognormal(0, 1, (20, 1)) * np.array([4.0, 1.0, 0.25])

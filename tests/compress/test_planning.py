@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from tests.compress.runnable_model import VOCABULARY, add_tokenizer, write_runnable
-from vllm_ext.compress import held_out, layer_error, planning
+from vllm_ext.compress import gptq, held_out, layer_error, planning
 from vllm_ext.compress.allocation import AllocationError
 from vllm_ext.compress.held_out import measure_plans
 from vllm_ext.compress.plan_options import PlanOptions
-from vllm_ext.compress.planning import PlanReport, make_plan
+from vllm_ext.compress.plan_report import PlanReport
+from vllm_ext.compress.planning import make_plan
 from vllm_ext.compress.quantize import quantize_model
+from vllm_ext.compress.rounders import HessianRounder
 from vllm_ext.compress.source import SourceModel, open_source
 from vllm_ext.compress.streaming import LayerStream
 from vllm_ext.compress.time_model import TimeModelError
@@ -142,19 +144,38 @@ def run_through(source: SourceModel, windows: np.ndarray) -> list[torch.Tensor]:
     return outputs
 
 
-def test_the_rounding_asked_for_is_compared(source: SourceModel, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    used: list[str] = []
+def test_the_rounding_asked_for_is_compared(
+    source: SourceModel, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[tuple[str, int]] = []
+    swept: list[int] = []
+    make, refine = held_out.make_rounder, gptq.refine_codes
 
-    class Rounders(dict[str, Any]):
-        def __getitem__(self, name: str) -> Any:
-            used.append(name)
-            return super().__getitem__(name)
+    def note(name: str, sweeps: int) -> Any:
+        used.append((name, sweeps))
+        return make(name, sweeps)
 
-    monkeypatch.setattr(held_out, "ROUNDERS", Rounders(held_out.ROUNDERS))
-    report = make_plan(source, bits=3.75, schemes=SCHEMES, calibration=[text], rounding="gptq")
-    assert set(used) == {"gptq"}
-    assert report.comparison is not None
-    assert np.isfinite(report.comparison.mixed)
+    def count(*arguments: Any) -> Any:
+        swept.append(arguments[-1])
+        return refine(*arguments)
+
+    monkeypatch.setattr(held_out, "make_rounder", note)
+    monkeypatch.setattr(gptq, "refine_codes", count)
+    reports = {}
+    for sweeps in (1, 0):
+        used.clear(), swept.clear()
+        reports[sweeps] = make_plan(
+            source, bits=3.75, schemes=SCHEMES, calibration=[text], rounding="gptq", sweeps=sweeps,
+            options=PlanOptions(work=tmp_path),
+        )  # fmt: skip
+        assert set(used) == {("gptq", sweeps)}
+        # Of sensitivities and of the comparison, and from no cache of the other number.
+        assert set(swept) == ({1} if sweeps else set())
+    found = [report.comparison for report in reports.values()]
+    assert found[0] is not None
+    assert found[1] is not None
+    assert found[0].uniform != found[1].uniform
+    assert reports[0].predicted_cost != reports[1].predicted_cost
 
 
 def test_measurements_are_kept(
@@ -227,28 +248,66 @@ def test_the_exact_plan_is_no_worse(source: SourceModel, text: Path) -> None:
     assert weighed.predicted_cost >= exact.predicted_cost
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"measure": "fisher"}, "unknown measure 'fisher' of sensitivity; known: weight, layer, loss"),
-        ({"exponent": 2.0, "per_layer": True}, "from 0 to 1, got 2"),
-        ({"exponent": 0.5}, "belongs to the allocation per layer"),
-        ({"per_layer": True, "time_weight": 1.0}, "weighs time by its exponent"),
-        ({"time_weight": -1.0}, "must not be negative, got -1"),
-        ({"exact": True, "max_time_us": 1.0}, "without a limit of time alone"),
-        ({"max_time_us": 0.0}, "must be positive, got 0"),
-    ],
-)
-def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        PlanOptions(**options)
-
-
 def test_too_few_windows_are_not_compared(source: SourceModel, tmp_path: Path) -> None:
     path = tmp_path / "short.txt"
     path.write_text(" ".join(["w5"] * 600))
     report = plan(source, path)
     assert (report.chosen, report.comparison) == ("mixed", None)
+    assert any("not compared with a uniform one: fewer than 4 windows" in note for note in report.notes)
+    assert any("1 windows of 512 tokens, not the 128 asked for" in note for note in report.notes)
+    # One of two words is not routed to all experts as often as 128 inputs need.
+    assert any("experts get fewer calibration tokens than their own statistics need" in note for note in report.notes)
+    assert report.to_json()["notes"] == list(report.notes)
+    alone = make_plan(source, bits=3.75, schemes=SCHEMES)
+    (note,) = alone.notes
+    assert note.startswith("the mixed plan was not compared with a uniform one: there is no calibration text")
+    assert make_plan(source, bits=3.75, schemes=SCHEMES, uniform=True).notes == ()
+
+
+def test_a_uniform_plan_is_not_called_the_best_there_is(source: SourceModel) -> None:
+    alone, mixed = (make_plan(source, bits=4.2, schemes=SCHEMES, uniform=uniform) for uniform in (True, False))
+    assert alone.predicted_cost is not None
+    assert mixed.predicted_cost is not None
+    assert alone.lower_bound is not None
+    assert alone.lower_bound <= mixed.predicted_cost < alone.predicted_cost
+    assert alone.gap is not None
+    assert alone.gap > 0.1
+
+
+@pytest.mark.parametrize("bits", [float("inf"), float("nan"), -1.0, 0.0])
+def test_bits_that_are_no_number_of_bits(source: SourceModel, bits: float) -> None:
+    with pytest.raises(AllocationError, match="bits must be a positive number"):
+        make_plan(source, bits=bits)
+
+
+def test_a_killed_comparison_goes_on(
+    source: SourceModel, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounded: list[int] = []
+    inner, limit = HessianRounder.round_layer, 4
+
+    def stop(self: HessianRounder, layer: Any, *arguments: Any) -> Any:
+        if len(rounded) == limit:
+            raise KeyboardInterrupt
+        rounded.append(layer.index)
+        return inner(self, layer, *arguments)
+
+    def compare() -> PlanReport:
+        return make_plan(
+            source, bits=3.75, schemes=SCHEMES, calibration=[text], rounding="gptaq", options=PlanOptions(work=tmp_path)
+        )
+
+    monkeypatch.setattr(HessianRounder, "round_layer", stop)
+    with pytest.raises(KeyboardInterrupt):
+        compare()
+    assert list(tmp_path.rglob("gptaq-*layer-*"))
+    limit = -1
+    found = compare()
+    # Two plans of three layers, each rounded once in all.
+    assert sorted(rounded) == [0, 0, 1, 1, 2, 2]
+    assert not list(tmp_path.rglob("gptaq-*layer-*"))
+    whole = make_plan(source, bits=3.75, schemes=SCHEMES, calibration=[text], rounding="gptaq")
+    assert found.to_json() == whole.to_json()
 
 
 def test_the_smallest_scheme_leaves_nothing_to_mix_at_its_bytes(

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from tests.compress.small_model import EXPERTS, HIDDEN, LAYERS, edit_tensors, make_tensors, write_model
 from vllm_ext.compress.allocation import AllocationError
 from vllm_ext.compress.evaluation import load_dequantized, measure_perplexity
-from vllm_ext.compress.planning import make_plan, read_plan
+from vllm_ext.compress.plan_file import read_plan
+from vllm_ext.compress.planning import make_plan
 from vllm_ext.compress.profile import ActivationProfile, load_model
 from vllm_ext.compress.quantize import quantize_model
 from vllm_ext.compress.rounding import dequantize, round_to_nearest
@@ -201,6 +202,12 @@ def test_frequency_moves_bits_to_the_experts_in_use(model: Path) -> None:
         ({"bits": 3, "rounding": "hqq"}, ValueError, "unknown rounding 'hqq'; known: rtn, gptq, gptaq"),
         ({"bits": 3, "rounding": "gptq"}, ValueError, "--rounding gptq needs calibration text: give --calibration"),
         ({"bits": 3, "balanced": True}, ValueError, "--balanced chooses calibration text for gptq and gptaq"),
+        ({"bits": 3, "repair_router": True}, ValueError, "--repair-router needs calibration text: give --calibration"),
+        (
+            {"bits": 3, "rounding": "gptq", "calibration": ["a.txt"], "sweeps": -1},
+            ValueError,
+            "sweeps must not be negative, got -1",
+        ),
         ({"bits": 3, "calibration": ["nowhere.txt"]}, ValueError, "no usable tokenizer|does not exist"),
     ],
 )
@@ -242,23 +249,6 @@ def test_existing_output_is_refused_before_any_work(model: Path, tmp_path: Path)
     (tmp_path / "out").mkdir()
     with pytest.raises(CheckpointError, match="out exists already"):
         quantize_model("no such model", tmp_path / "out", bits=3.25)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "cannot be read"),
-        ("[1]", "must map module paths to schemes"),
-        ('{"a": "w4a16_g64", "a": "w3a16_g64"}', "a is given twice"),
-        ('{"a": "w4a16_g99"}', r"plan\.json: a: scheme 'w4a16_g99'"),
-        ('{"plan": {"a": "w4a16_g64"}, "version": 3}', "version 3"),
-        ('{"plan": {"a": "w4a16_g64"}, "version": 1, "plan_sha256": "00"}', "plan_sha256 is '00'"),
-    ],
-)
-def test_bad_plan_files(tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "plan.json").write_text(content)
-    with pytest.raises(PlanError, match=message):
-        read_plan(tmp_path / "plan.json")
 
 
 def test_shipped_model_keeps_its_perplexity(tiny_moe: str, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from tests.compress.runnable_model import EXPERTS, make_tokens, write_runnable
 from tests.compress.small_model import edit_tensors
 from vllm_ext.compress.rounded_layer import build_rounded_layer, join_block, list_experts, split_block
-from vllm_ext.compress.rounders import ROUNDERS, HessianOptions, HessianRounder, NearestRounder, Rounder
+from vllm_ext.compress.rounders import ROUNDERS, HessianOptions, HessianRounder, NearestRounder, Rounder, make_rounder
 from vllm_ext.compress.rounding import QuantizedWeight, dequantize, round_to_nearest
 from vllm_ext.compress.source import SourceModel, open_source
 from vllm_ext.compress.streaming import LayerStream
@@ -89,6 +89,16 @@ def test_replay_leads_to_the_same_codes(source: SourceModel, name: str) -> None:
         for path, codes in found.items():
             assert torch.equal(codes.codes, expected[2][path].codes)
             assert torch.equal(codes.scales, expected[2][path].scales)
+
+
+def test_sweeps_are_those_asked_for(source: SourceModel) -> None:
+    assert isinstance(make_rounder("rtn", 0), NearestRounder)
+    found = {sweeps: round_model(source, make_rounder("gptaq", sweeps)) for sweeps in (0, 3)}
+    usual, _ = round_model(source, ROUNDERS["gptaq"]())
+    for path, codes in usual[0].items():
+        assert torch.equal(codes.codes, found[3][0][0][path].codes)
+    assert any(not torch.equal(codes.codes, found[0][0][0][path].codes) for path, codes in usual[0].items())
+    assert make_rounder("gptaq", 0).options.asymmetric  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 2**30])

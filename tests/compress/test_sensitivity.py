@@ -25,16 +25,20 @@ def test_default_options_follow_the_shape() -> None:
 
 
 def test_fine_options_are_the_same_columns_for_every_block() -> None:
-    wide, middle, narrow, odd = list_units([make_module(256, 64, 96, 12)], [], fine=True)
-    columns = len(DEFAULT_BITS) + len(FINE_BITS) * len(FINE_GROUPS)
-    assert all(len(unit.options) == columns for unit in (wide, middle, narrow, odd))
+    units = list_units([make_module(256, 128, 64, 96, 12)], [], fine=True)
+    wide, row, middle, narrow, odd = units
+    columns = len(DEFAULT_BITS) + len(FINE_BITS) * (len(FINE_GROUPS) + 2)
+    assert all(len(unit.options) == columns for unit in units)
     widths = [option.weight_bits for option in wide.options if option]
-    for unit in (middle, narrow):
+    for unit in (row, middle, narrow):
         assert [option.weight_bits for option in unit.options if option] == widths
-    assert [str(option) for option in wide.options[:3]] == ["w2a16_g128", "w2a16_g64", "w2a16_g32"]
-    # A group that does not fit is that of the column before; sizes never fall along a width.
-    assert [str(option) for option in middle.options[:3]] == ["w2a16_g64", "w2a16_g64", "w2a16_g32"]
-    assert [str(option) for option in narrow.options[:3]] == ["w2a16_g32", "w2a16_g32", "w2a16_g32"]
+    names = [[str(option).removeprefix("w2a16_") for option in unit.options[:6]] for unit in units]
+    assert names[0] == ["g128", "g64", "g32", "g-1", "g128_sym", "g-1_sym"]
+    # A whole row that is one usual group has one name.
+    assert names[1] == ["g128", "g64", "g32", "g128", "g128_sym", "g128_sym"]
+    # A group that does not fit is that of the column before.
+    assert names[2] == ["g64", "g64", "g32", "g64", "g64_sym", "g64_sym"]
+    assert names[3] == ["g32", "g32", "g32", "g-1", "g32_sym", "g-1_sym"]
     assert set(odd.options) == {Scheme(16)}
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from tests.compress.runnable_model import EXPERTS, LAYERS, VOCABULARY, make_tokens, write_runnable
 from tests.compress.small_model import edit_tensors
+from vllm_ext.compress.families.decoder import apply_gate
 from vllm_ext.compress.profile import load_model, measure_profile
 from vllm_ext.compress.source import open_source
 from vllm_ext.compress.streaming import LayerStream
@@ -68,6 +69,30 @@ def test_outputs_and_loss(model: Path, batch_windows: int) -> None:
     assert stream.loss(last) == pytest.approx(float(loss), rel=1e-5)
 
 
+def test_logits_in_parts(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_ext.compress.streaming.HEAD_ROWS", 40)
+    stream = LayerStream(open_source(model), TOKENS, batch_windows=4)
+    for layer in stream.layers():
+        last = layer.outputs
+    whole = load_model(model, torch.float32, "cpu")
+    with torch.no_grad():
+        expected = whole(input_ids=torch.from_numpy(TOKENS), use_cache=False).logits[:, :-1].flatten(0, 1)
+    parts = []
+    # Two at a time, as two models are compared: the caller keeps its gradients, in between and afterwards.
+    for (logits, targets), (again, _) in zip(stream.iterate_logits(last), stream.iterate_logits(last), strict=True):
+        assert torch.is_grad_enabled()
+        assert not logits.requires_grad
+        assert torch.equal(logits, again)
+        parts.append((logits, targets))
+    assert torch.is_grad_enabled()
+    assert len(parts) > 3
+    torch.testing.assert_close(torch.cat([logits for logits, _ in parts]), expected, rtol=1e-4, atol=1e-5)
+    assert torch.cat([targets for _, targets in parts]).tolist() == TOKENS[:, 1:].flatten().tolist()
+    for place, (logits, _) in enumerate(stream.iterate_logits(last, every=3)):
+        assert torch.equal(logits, parts[3 * place][0])
+    assert place == (len(parts) - 1) // 3
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
 def test_gradients(model: Path, tmp_path: Path, dtype: torch.dtype, tolerance: float) -> None:
     _, expected, _, _ = run_whole(model)
@@ -81,36 +106,47 @@ def test_gradients(model: Path, tmp_path: Path, dtype: torch.dtype, tolerance: f
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.down_proj.weight"])
+def test_a_loss_that_is_no_number_is_refused(tmp_path: Path, name: str) -> None:
+    directory = write_runnable(tmp_path / "model")
+    tensor = open_source(directory).reader.read(name).clone()
+    tensor.view(-1)[3] = float("nan")
+    edit_tensors(directory, **{name: tensor})
+    stream = LayerStream(open_source(directory), TOKENS)
+    (tmp_path / "work").mkdir()
+    with pytest.raises(ValueError, match=r"loss of the windows is nan: a weight of .*model is damaged"):
+        next(stream.loss_gradients(tmp_path / "work"))
+    for layer in stream.layers():
+        outputs = layer.outputs
+    with pytest.raises(ValueError, match="loss of the windows is nan"):
+        stream.loss(outputs)
+
+
 def test_blocks_rebuild_the_output_of_the_experts(model: Path) -> None:
     """Adding up what the blocks give, by routing weight, is what the layer's experts give."""
     source = open_source(model)
     profile = measure_profile(load_model(model, torch.float32, "cpu"), source.family, TOKENS)
     for layer in LayerStream(source, TOKENS).layers():
         experts = source.family.find_experts(layer.module)
-        blocks = list(layer.expert_blocks())
         if layer.index == 1:
-            assert (experts, blocks, layer.routed, layer.num_experts) == (None, [], None, 0)
+            assert (experts, layer.routed, layer.num_experts) == (None, None, 0)
             continue
         assert experts is not None
         assert layer.routed is not None
-        routed = layer.routed
-        assert [(block.expert, block.block) for block in blocks] == [
-            (expert, block) for expert in range(EXPERTS) for block in ("gate_up", "down")
-        ]
+        routed, counts = layer.routed, []
         total = torch.zeros_like(routed.hidden)
-        for block in blocks:
-            assert block.inputs.shape == (len(block.rows), block.weight.shape[1])
-            module = source.modules[f"model.layers.{layer.index}.mlp.experts.{block.expert}"]
-            stacked = torch.cat([weight for _, weight in source.read_weights(module.blocks[block.block == "down"])])
-            assert torch.equal(block.weight, stacked.float())
-            if block.block == "down":
-                output = functional.linear(block.inputs, block.weight) * block.routing[:, None]
-                total.index_add_(0, block.rows, output)
+        for expert in range(EXPERTS):
+            rows, routing = routed.find_tokens(expert)
+            counts.append(len(rows))
+            module = source.modules[f"model.layers.{layer.index}.mlp.experts.{expert}"]
+            weights = [source.family.expert_weight(experts, expert, block) for block in ("gate_up", "down")]
+            for block, weight in zip(module.blocks, weights, strict=True):
+                assert torch.equal(weight, torch.cat([part for _, part in source.read_weights(block)]).float())
+            output = functional.linear(apply_gate(functional.linear(routed.hidden[rows], weights[0])), weights[1])
+            total.index_add_(0, rows, output * routing[:, None])
         expected = experts(routed.hidden, routed.ids, routed.weights)
         torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-5)
-        path = f"model.layers.{layer.index}.mlp.experts"
-        counts = [len(block.rows) for block in blocks if block.block == "down"]
-        assert counts == profile.counts[path].tolist()
+        assert counts == profile.counts[f"model.layers.{layer.index}.mlp.experts"].tolist()
 
 
 def test_one_layer_of_weights_at_a_time(model: Path) -> None:

@@ -45,6 +45,14 @@ def test_roofline_is_memory_for_few_tokens_and_arithmetic_for_many() -> None:
     assert model.predict(BLOCK, W8, np.array([1.0]), "16")[0] > 1.8 * one
 
 
+@given(st.floats(0.001, 0.999))
+def test_one_token_is_one_tile(share: float) -> None:
+    """What is computed as one token, and comes out a little above, is not two tiles."""
+    model = Roofline(DEVICES["cpu"])
+    one = float(model.predict(BLOCK, W4, np.array([1.0]), "1")[0])
+    assert predict_times(model, [BLOCK], [[W4]], np.array([share]), {1: 1.0})[0, 0, 0] == pytest.approx(share * one)
+
+
 def test_idle_experts_cost_nothing_and_busy_ones_by_their_tokens() -> None:
     """With a time of one microsecond a token, a block costs its expected tokens whatever the batch."""
 

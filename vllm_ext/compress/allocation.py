@@ -152,7 +152,9 @@ def choose_uniform(costs: np.ndarray, sizes: np.ndarray, budget: int) -> Allocat
         )
     best = min(within, key=lambda option: (losses[option], totals[option]))
     cost = float(losses[best])
-    return Allocation(np.full(len(costs), best), int(totals[best]), cost, cost)
+    # No choice beats this bound, not even a mixed one.
+    bound = allocate(costs, sizes, budget).lower_bound
+    return Allocation(np.full(len(costs), best), int(totals[best]), cost, min(bound, cost))
 
 
 def measure_range(costs: np.ndarray, sizes: np.ndarray) -> tuple[int, int]:

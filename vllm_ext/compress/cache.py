@@ -8,7 +8,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from vllm_ext import __version__
+from vllm_ext.compress.rotation import RotatedReader
 from vllm_ext.compress.source import SourceModel
 
 #: Changes whenever the meaning of what is stored does.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 #: Names of tensors in a file whose value is one tensor, not a mapping of them.
 _SINGLE = "value"
@@ -84,20 +86,41 @@ class StageCache:
         else:
             data, (other, suffix) = json.dumps({"value": value}).encode(), _SUFFIXES
         place = self._place(name, suffix)
-        if not self.folder.is_dir():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _write(self.folder / "key.json", self._text.encode())
+        self._make_folder()
         _write(place, data)
         self._place(name, other).unlink(missing_ok=True)
+
+    def has(self, name: str) -> bool:
+        """Whether something is stored under this name, without reading it; it may have been damaged since."""
+        return any(self._place(name, suffix).is_file() for suffix in _SUFFIXES)
 
     def discard(self, name: str) -> None:
         """Drop one result, if there is one."""
         for suffix in _SUFFIXES:
             self._place(name, suffix).unlink(missing_ok=True)
 
+    @contextmanager
+    def make_scratch(self, name: str) -> Iterator[Path]:
+        """An empty folder in this one, removed when the context ends; those that killed processes left go first."""
+        self._make_folder()
+        for old in self.folder.glob(f"{name}-*"):
+            if not _is_alive(int(old.name.rpartition("-")[2])):
+                shutil.rmtree(old, ignore_errors=True)
+        scratch = self.folder / f"{name}-{os.getpid()}"
+        scratch.mkdir()
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
     def remove(self) -> None:
         """Drop everything stored under this key."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _make_folder(self) -> None:
+        if not self.folder.is_dir():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write(self.folder / "key.json", self._text.encode())
 
     def _place(self, name: str, suffix: str) -> Path:
         if not name or Path(name).name != name or name == "key":
@@ -108,11 +131,16 @@ class StageCache:
 def hash_source(source: SourceModel) -> str:
     """sha256 of a model's config.json and of every tensor's name, type, shape and bytes; reads all of them once.
 
-    A rotated model has another hash than the one on disk.
+    A rotated model has another hash than the one on disk: of the same tensors and of what rotates them.
     """
     digest = hashlib.sha256(json.dumps(dict(source.config), sort_keys=True).encode())
-    for name in sorted(source.reader.infos):
-        tensor = source.reader.read(name)
+    reader = source.reader
+    if isinstance(reader, RotatedReader):
+        # Rotating every tensor, only to hash it, takes minutes at real sizes.
+        digest.update(reader.recipe.encode())
+        reader = reader.original
+    for name in sorted(reader.infos):
+        tensor = reader.read(name)
         digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -122,6 +150,16 @@ def hash_array(values: np.ndarray) -> str:
     """sha256 of an array's type, shape and values."""
     header = f"{values.dtype.str}{list(values.shape)}".encode()
     return hashlib.sha256(header + np.ascontiguousarray(values).tobytes()).hexdigest()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
 
 
 def _to_tensor(value: torch.Tensor | np.ndarray) -> torch.Tensor:

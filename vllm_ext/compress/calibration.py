@@ -68,7 +68,8 @@ def read_documents(path: Path) -> list[str]:
     documents = [content]
     if path.suffix == ".jsonl":
         documents = []
-        for number, line in enumerate(content.splitlines(), start=1):
+        # Not splitlines: JSON may hold U+2028 and its like as they are.
+        for number, line in enumerate(content.split("\n"), start=1):
             if line.strip():
                 documents.append(_read_line(line, f"{path}, line {number}"))
     documents = [document for document in documents if document.strip()]

@@ -11,11 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vllm_ext.compress.calibration import NUM_WINDOWS
 from vllm_ext.compress.figures import check_figures, plot_profile
 from vllm_ext.compress.pareto import plot_front, write_csv
+from vllm_ext.compress.plan_file import read_plan
 from vllm_ext.compress.plan_options import PlanOptions
-from vllm_ext.compress.planning import PlanReport, make_plan, read_plan
+from vllm_ext.compress.plan_report import PlanReport
+from vllm_ext.compress.planning import make_plan
 from vllm_ext.compress.quantize import quantize_model
+from vllm_ext.compress.refine import SWEEPS
 from vllm_ext.compress.rotation import rotate_source
 from vllm_ext.compress.source import open_source
 from vllm_ext.compress.time_model import DEFAULT_BATCHES, parse_batches
@@ -48,13 +52,18 @@ def _quantize(options: argparse.Namespace) -> None:
         rounding=options.rounding,
         rotate=options.rotate,
         balanced=options.balanced,
+        sweeps=_count_sweeps(options),
+        repair_router=options.repair_router,
         work=options.work,
         progress=True,
         **_plan_arguments(options),
     )
     planned = report.planned
+    _print_notes(planned)
     print(f"{report.output}: {planned.describe_size()}; {report.total_bytes} bytes in all, {report.seconds:.1f} s")
     _print_comparison(planned)
+    if report.repair is not None:
+        print(report.repair.describe())
     if options.json:
         print(json.dumps(report.to_json()))
 
@@ -63,6 +72,11 @@ def _plan(options: argparse.Namespace) -> None:
     if options.output is not None:
         check_output(options.output)
         check_parent(options.output)
+    # Before the work whose result could then not be shown.
+    if options.pareto is not None and options.bits is None:
+        raise ValueError("--pareto needs --bits: a given plan has no budgets to compare")
+    if options.profile is not None and (options.bits is None or not options.calibration):
+        raise ValueError("--profile needs --bits and --calibration: without text nothing is routed")
     for prefix in (options.pareto, options.profile):
         if prefix is not None:
             check_figures()
@@ -75,9 +89,11 @@ def _plan(options: argparse.Namespace) -> None:
         rotate_source(source, options.seed) if options.rotate else source,
         fixed=arguments.pop("plan"),
         rounding=options.rounding,
+        sweeps=_count_sweeps(options),
         progress=True,
         **arguments,
     )
+    _print_notes(planned)
     _print_table(planned)
     _write_pareto(options.pareto, planned)
     _write_profile(options.profile, planned)
@@ -95,6 +111,7 @@ def _plan_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "uniform": options.uniform,
         "calibration": options.calibration,
         "seed": options.seed,
+        "num_windows": NUM_WINDOWS if options.windows is None else options.windows,
         "plan": read_plan(options.plan) if options.plan is not None else None,
         "options": PlanOptions(
             measure=options.sensitivity,
@@ -116,8 +133,6 @@ def _plan_arguments(options: argparse.Namespace) -> dict[str, Any]:
 def _write_pareto(prefix: Path | None, planned: PlanReport) -> None:
     if prefix is None:
         return
-    if not planned.front:
-        raise ValueError("--pareto needs --bits: a given plan has no budgets to compare")
     csv, png = (prefix.with_name(prefix.name + suffix) for suffix in (".csv", ".png"))
     write_csv(csv, planned.front)
     plot_front(png, planned.front, LOSS_NAMES[planned.measure or "weight"])
@@ -125,10 +140,8 @@ def _write_pareto(prefix: Path | None, planned: PlanReport) -> None:
 
 
 def _write_profile(prefix: Path | None, planned: PlanReport) -> None:
-    if prefix is None:
+    if prefix is None or planned.profile is None:
         return
-    if planned.profile is None:
-        raise ValueError("--profile needs --bits and --calibration: without text nothing is routed")
     record, png = (prefix.with_name(prefix.name + suffix) for suffix in (".json", ".png"))
     write_file(record, json.dumps(planned.profile.to_json()) + "\n")
     plot_profile(png, planned.profile)
@@ -159,12 +172,22 @@ def _print_table(planned: PlanReport) -> None:
     Console().print(table)
     print(planned.describe_size())
     if planned.measure is not None:
+        least = " with these bits in every layer" if planned.per_layer else " of these bytes"
         time = "unknown" if planned.predicted_time_us is None else f"{planned.predicted_time_us:.1f} us"
         print(
-            f"predicted {LOSS_NAMES[planned.measure]} {planned.predicted_cost:.4g} (within {planned.gap:.2%} of the "
-            f"least possible), time in experts of a mean batch {time}"
+            f"predicted {LOSS_NAMES[planned.measure]} {planned.predicted_cost:.4g} (no plan{least} is more than "
+            f"{planned.gap:.2%} below), time in experts of a mean batch {time}"
         )
     _print_comparison(planned)
+
+
+def _count_sweeps(options: argparse.Namespace) -> int:
+    return SWEEPS if options.sweeps is None else int(options.sweeps)
+
+
+def _print_notes(planned: PlanReport) -> None:
+    for note in planned.notes:
+        print(f"note: {note}")
 
 
 def _rank_scheme(name: str) -> tuple[int, int, str]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -24,7 +25,7 @@ def check_figures() -> None:
 
 @contextmanager
 def open_figure(path: Path, *, width: float, height: float) -> Iterator[Any]:
-    """A matplotlib figure of some inches, saved as PNG when the context ends without an error.
+    """A matplotlib figure of some inches, saved as PNG, in one step, when the context ends without an error.
 
     Raises FigureError where matplotlib is not installed, OSError where the file cannot be written.
     """
@@ -33,7 +34,12 @@ def open_figure(path: Path, *, width: float, height: float) -> Iterator[Any]:
 
     figure = Figure(figsize=(width, height), layout="constrained")
     yield figure
-    figure.savefig(path, dpi=120, format="png")
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        figure.savefig(partial, dpi=120, format="png")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def plot_profile(path: Path, profile: ActivationProfile) -> None:

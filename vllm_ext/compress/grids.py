@@ -13,8 +13,8 @@ from vllm_ext.quantization.scheme import Scheme
 _SHARES = (1.0, 0.94, 0.88, 0.81, 0.74, 0.67, 0.6, 0.53, 0.46, 0.39)
 _MOVES = (0.7, 0.85, 1.15, 1.3)
 
-#: Smallest normal fp16 number: below it a scale loses digits.
-_SMALLEST_SCALE = 2.0**-14
+#: A subnormal fp16 number that still has five binary digits. Not the smallest normal one: weights of 1e-5 need less.
+_SMALLEST_SCALE = 2.0**-20
 
 
 class Grid(NamedTuple):

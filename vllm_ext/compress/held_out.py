@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_ext.compress.cache import StageCache
 from vllm_ext.compress.progress import track
+from vllm_ext.compress.refine import SWEEPS
 from vllm_ext.compress.rounded_layer import build_rounded_layer
-from vllm_ext.compress.rounders import ROUNDERS
-from vllm_ext.compress.sequential import split_plan
+from vllm_ext.compress.rounders import make_rounder
+from vllm_ext.compress.sequential import name_layer, round_layer, split_plan
 from vllm_ext.compress.source import SourceModel
 from vllm_ext.compress.streaming import LayerStream
 from vllm_ext.quantization.plan import Plan
@@ -85,20 +87,28 @@ def split_held_out(windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return windows[~held], windows[held]
 
 
+def count_windows(used: int) -> int:
+    """Windows to draw so that `used` of them remain after `split_held_out`."""
+    return used + max(1, (used - 1) // (HELD_OUT_SHARE - 1))
+
+
 def measure_plans(
     source: SourceModel,
     plans: Sequence[Plan],
     windows: np.ndarray,
     *,
     rounding: str = "rtn",
+    sweeps: int = SWEEPS,
     calibration: np.ndarray | None = None,
+    cache: StageCache | None = None,
     progress: bool = False,
 ) -> tuple[float, list[float]]:
     """Mean token loss in nats of the unquantized model and of every plan, on windows int64 [windows, context].
 
-    rounding: a key of `rounders.ROUNDERS`. calibration: windows it chooses codes with, not needed by "rtn". All plans
-    go through the model together, a layer at a time; weights and activations are what the kernels compute with, in
-    float32. Raises ValueError for a rounding that needs calibration windows without any.
+    rounding, sweeps: see `rounders.make_rounder`. calibration: windows it chooses codes with, not needed by "rtn".
+    cache: where each layer's codes are kept until all plans are measured; its key must name the model and the
+    calibration windows. All plans go through the model together, a layer at a time; weights and activations are what
+    the kernels compute with, in float32. Raises ValueError for a rounding that needs calibration windows without any.
     """
     stream = LayerStream(source, windows)
     driver = stream
@@ -108,12 +118,28 @@ def measure_plans(
         driver = LayerStream(source, calibration)
     full = stream.embed()
     paths: list[list[torch.Tensor]] = [full for _ in plans]
-    rounders = [ROUNDERS[rounding]() for _ in plans]
+    prefixes = [_prefix_layers(rounding, sweeps, plan) for plan in plans]
+    # Rounding to nearest is quicker than reading what it gave.
+    kept = None if rounding == "rtn" else cache
+    rounders = [make_rounder(rounding, sweeps) for _ in plans]
     for layer in track(driver.layers(), "held-out loss", driver.num_layers, progress):
         full = layer.outputs if driver is stream else stream.run(layer.module, full)
         for number, (plan, rounder) in enumerate(zip(plans, rounders, strict=True)):
-            schemes, linears = split_plan(source, plan, layer.index)
-            rounded = rounder.round_layer(layer, schemes, linears)
-            module = build_rounded_layer(layer, schemes, linears, rounded)
+            rounded = round_layer(layer, plan, rounder, kept, prefixes[number])
+            module = build_rounded_layer(layer, *split_plan(source, plan, layer.index), rounded)
             paths[number] = stream.run(module, paths[number])
     return stream.loss(full), [stream.loss(path) for path in paths]
+
+
+def drop_layers(
+    source: SourceModel, plans: Sequence[Plan], cache: StageCache, *, rounding: str = "rtn", sweeps: int = SWEEPS
+) -> None:
+    """Remove from the cache what `measure_plans` kept there: once its result is stored."""
+    layers = {module.layer for module in source.modules.values() if module.layer is not None}
+    for plan in plans:
+        for layer in layers:
+            cache.discard(name_layer(layer, _prefix_layers(rounding, sweeps, plan)))
+
+
+def _prefix_layers(rounding: str, sweeps: int, plan: Plan) -> str:
+    return f"{rounding}-{sweeps}-{plan.sha256[:16]}-"

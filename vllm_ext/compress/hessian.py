@@ -42,11 +42,12 @@ def measure_moments(
     weights: torch.Tensor | None = None,
     reference: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    name: str = "a linear",
 ) -> Moments:
     """Moments of inputs [tokens, K] under weights [tokens] >= 0 (None: all 1); zero where there is no token.
 
     reference: the same tokens on the unquantized path, [tokens, K]; None: no drift. dtype: of the sums, float32 or
-    float64. Raises ValueError for NaN or infinite inputs.
+    float64. name: of what takes the inputs, for the error. Raises ValueError for NaN or infinite inputs.
     Source: GPTQ (arXiv:2210.17323, H = 2 X X^T, of which we keep the mean), GPTAQ (arXiv:2504.02692) for the drift.
     """
     tokens, K = inputs.shape
@@ -66,7 +67,9 @@ def measure_moments(
         if drift is not None:
             drift /= total
     if not bool(torch.isfinite(hessian).all()) or (drift is not None and not bool(torch.isfinite(drift).all())):
-        raise ValueError("calibration gave NaN or infinite activations: the checkpoint is damaged")
+        raise ValueError(
+            f"calibration gives {name} NaN or infinite inputs: a weight before it is damaged; copy the checkpoint again"
+        )
     return Moments(hessian, drift)
 
 

@@ -52,7 +52,7 @@ def allocate_product(
     losses: float64 [units, options], inf where an option does not fit. times: float64 [tiles, units, options].
     exponent: 0 (time alone) to 1 (loss alone). The product is quasi-concave in (loss, time), so its least value lies
     on a vertex of their lower hull: each vertex is the optimum of loss + lambda * time for some lambda. For each
-    tile the vertices are enumerated, and the best of all is kept.
+    tile the vertices are enumerated, and the best of all is kept. The lower bound is the sum of the least losses.
     Raises AllocationError as `allocate`, ValueError for an exponent outside 0 to 1 and times that are not positive.
 
     Source: MxMoE (arXiv:2505.05799, section 4.3, equations 5 to 7). Its released program lets every matrix take its
@@ -63,15 +63,26 @@ def allocate_product(
     if times.ndim != 3 or times.shape[1:] != losses.shape or not (times[:, np.isfinite(losses)] > 0).all():
         raise ValueError(f"times must be positive and [tiles, {losses.shape[0]}, {losses.shape[1]}]")
     best: TiledAllocation | None = None
-    least = np.inf
+    least, reasons = np.inf, []
     for tile, tile_times in enumerate(times):
-        for found in _list_vertices(losses, tile_times, sizes, budget, exponent):
+        # A scheme that has no kernel with this tile is no option.
+        possible = np.where(np.isfinite(tile_times), losses, np.inf)
+        if not np.isfinite(possible).any(axis=1).all():
+            reasons.append("some block has no kernel with this tile")
+            continue
+        try:
+            vertices = _list_vertices(possible, tile_times, sizes, budget, exponent)
+        except AllocationError as error:
+            reasons.append(str(error))
+            continue
+        for found in vertices:
             if best is None or found.score < least:
                 least = found.score
-                bound = min(found.allocation.lower_bound, found.loss)
+                bound = min(float(losses.min(axis=1).sum()), found.loss)
                 allocation = Allocation(found.allocation.choice, found.allocation.size, found.loss, bound)
                 best = TiledAllocation(allocation, tile, found.time)
-    assert best is not None
+    if best is None:
+        raise AllocationError("; ".join(dict.fromkeys(reasons)))
     return best
 
 
@@ -113,17 +124,17 @@ def _list_vertices(
     """Vertices of the lower hull of (loss, time), between the least loss and the least time."""
     rows = np.arange(len(losses))
     masked = np.where(np.isfinite(losses), times, np.inf)
+    # Zero times infinity is no number.
+    finite = np.where(np.isfinite(losses), times, 0.0)
 
     def solve(costs: np.ndarray) -> _Vertex:
         allocation = allocate(costs, sizes, budget)
         loss = float(losses[rows, allocation.choice].sum())
         time = float(times[rows, allocation.choice].sum())
-        # A bound of another cost than the loss is none of the loss; the sum of the least losses always is one.
-        least = float(losses.min(axis=1).sum())
         # Logarithms: a product of powers underflows. A loss of zero is the best there is.
         score = exponent * np.log(loss) if loss > 0 else (-np.inf if exponent > 0 else 0.0)
         score += (1 - exponent) * np.log(time)
-        return _Vertex(allocation._replace(lower_bound=least), loss, time, float(score))
+        return _Vertex(allocation, loss, time, float(score))
 
     vertices = [solve(losses)]
     if exponent == 1:
@@ -135,7 +146,7 @@ def _list_vertices(
         if not (fast.time < accurate.time and accurate.loss < fast.loss):
             continue
         slope = (fast.loss - accurate.loss) / (accurate.time - fast.time)
-        middle = solve(losses + slope * times)
+        middle = solve(losses + slope * finite)
         vertices.append(middle)
         ends = min(end.loss + slope * end.time for end in (accurate, fast))
         if middle.loss + slope * middle.time < ends * (1 - 1e-12):

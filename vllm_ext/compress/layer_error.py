@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from vllm_ext.compress.families.decoder import apply_gate
 from vllm_ext.compress.gptq import round_with_hessian
 from vllm_ext.compress.hessian import measure_moments, minimum_tokens, spread_rows, weigh_tokens
 from vllm_ext.compress.progress import track
+from vllm_ext.compress.refine import SWEEPS
 from vllm_ext.compress.rounded_layer import round_inputs
 from vllm_ext.compress.rounding import QuantizedWeight, dequantize, round_to_nearest
 from vllm_ext.compress.sensitivity import Unit
@@ -27,8 +29,14 @@ from vllm_ext.quantization.scheme import Scheme
 #: Tokens of the layer that together count as one token of every expert: one that calibration missed is rare, not free.
 SPREAD_TOKENS = 64
 
+#: How the codes that are measured are chosen.
+_ROUNDINGS = ("rtn", "gptq")
+
 #: Tokens of one product.
 _CHUNK_TOKENS = 8192
+
+#: Blocks that are measured together; one at a time spends its time in the calls.
+_CHUNK_BYTES = 256 * 2**20
 
 
 class Sensitivities(NamedTuple):
@@ -49,14 +57,16 @@ def measure_sensitivities(
     *,
     gradients: bool = True,
     rounding: str = "rtn",
+    sweeps: int = SWEEPS,
     cache: StageCache | None = None,
     progress: bool = False,
 ) -> Sensitivities:
     """Measure every unit that is a block of an expert, with each of its schemes and all else unquantized.
 
     windows: int64 [windows, context]. gradients: also measure the loss. rounding: "rtn", or "gptq" for codes chosen
-    with the block's own inputs. cache: where finished layers are kept and looked for; its key must name everything
-    else that is given here. One layer is in memory at a time, gradients and activations wait on the disk.
+    with the block's own inputs; sweeps: of `refine.refine_codes` over those. cache: where finished layers are kept and
+    looked for; its key must name everything else that is given here. One layer is in memory at a time, gradients and
+    activations wait on the disk.
 
     layer: MxMoE's norm, squared, since squares of independent errors add up; routing weights included, over the
     layer's tokens. loss: half the mean over tokens of (loss gradient at the layer's output * change)**2, summed over
@@ -68,6 +78,7 @@ def measure_sensitivities(
     """
     if rounding not in _ROUNDINGS:
         raise ValueError(f"unknown rounding {rounding!r} of sensitivities; known: {', '.join(_ROUNDINGS)}")
+    choose_codes = partial(_round_with_inputs, sweeps=sweeps) if rounding == "gptq" else _round_nearest
     rows: dict[int, dict[tuple[int, str], int]] = {}
     for row, unit in enumerate(units):
         if unit.module.expert is None or unit.module.layer is None:
@@ -93,10 +104,14 @@ def measure_sensitivities(
                 if streamed.index not in missing:
                     continue
                 places = rows[streamed.index]
-                gradient = store.load(f"gradient-{streamed.index}") if gradients else None
-                if gradient is not None:
-                    gradient = gradient.float() * scored
-                part = _measure_layer(streamed, units, places, columns, gradient, scored, _ROUNDINGS[rounding])
+                gradient = None
+                if gradients:
+                    stored = store.load(f"gradient-{streamed.index}")
+                    if stored is None:
+                        store.discard(f"gradient-{streamed.index}")
+                        raise ValueError(f"a file of {store.folder} was damaged: start the command again")
+                    gradient = stored.float() * scored
+                part = _measure_layer(streamed, units, places, columns, gradient, scored, choose_codes)
                 found[:, list(places.values())] = part
                 if cache is not None:
                     cache.store(f"sensitivity-{streamed.index}", part)
@@ -109,9 +124,14 @@ def measure_sensitivities(
 
 def _store_gradients(stream: LayerStream, wanted: set[int], store: StageCache, progress: bool) -> None:
     """Gradients of the wanted layers, bf16 [tokens, hidden]: eight bits are plenty for a square that is summed."""
-    if all(store.load(f"gradient-{layer}") is not None for layer in wanted):
+    if all(store.has(f"gradient-{layer}") for layer in wanted):
         return
-    for layer, parts in track(stream.loss_gradients(), "gradients", stream.num_layers, progress):
+    with store.make_scratch("activations") as folder:
+        _write_gradients(stream, wanted, store, folder, progress)
+
+
+def _write_gradients(stream: LayerStream, wanted: set[int], store: StageCache, folder: Path, progress: bool) -> None:
+    for layer, parts in track(stream.loss_gradients(folder), "gradients", stream.num_layers, progress):
         if layer in wanted:
             store.store(f"gradient-{layer}", torch.cat([part.flatten(0, 1) for part in parts]).bfloat16())
 
@@ -123,30 +143,48 @@ def _measure_layer(
     columns: int,
     gradient: torch.Tensor | None,
     scored: int,
-    choose_codes: Callable[[_Inputs, Scheme], QuantizedWeight],
+    choose_codes: Callable[[Sequence[_Inputs], Scheme], list[QuantizedWeight]],
 ) -> np.ndarray:
     """float64 [2 (layer, loss), units of this layer, options]; gradient: of the summed loss, [tokens, hidden]."""
     if layer.routed is None:
         raise ValueError(f"layer {layer.index} has no routed experts in the model that transformers builds")
     found = np.full((2, len(places), columns), np.inf)
+    position = {key: place for place, key in enumerate(places)}
     with torch.no_grad():
-        for place, ((expert, block), row) in enumerate(places.items()):
-            inputs = _gather(layer, expert, block, gradient)
-            measured: dict[Scheme, int] = {}
-            for column, scheme in enumerate(units[row].options):
-                if scheme is None:
-                    continue
-                if scheme in measured:
-                    found[:, place, column] = found[:, place, measured[scheme]]
-                    continue
-                measured[scheme] = column
-                if not scheme.is_quantized:
-                    found[:, place, column] = 0.0
-                    continue
-                weight = dequantize(choose_codes(inputs, scheme), scheme).to(inputs.weight.dtype)
-                squares, losses = _measure_change(inputs, weight, scheme)
-                found[:, place, column] = squares, losses / (2 * scored)
+        for chunk in _chunk_blocks(layer, list(places)):
+            blocks = {key: _gather(layer, *key, gradient) for key in chunk}
+            wanted: dict[Scheme, dict[tuple[int, str], list[int]]] = {}
+            for key in chunk:
+                for column, scheme in enumerate(units[places[key]].options):
+                    if scheme is not None and scheme.is_quantized:
+                        wanted.setdefault(scheme, {}).setdefault(key, []).append(column)
+                    elif scheme is not None:
+                        found[:, position[key], column] = 0.0
+            for scheme, asked in wanted.items():
+                codes = choose_codes([blocks[key] for key in asked], scheme)
+                for (key, same), one in zip(asked.items(), codes, strict=True):
+                    weight = dequantize(one, scheme).to(blocks[key].weight.dtype)
+                    squares, losses = _measure_change(blocks[key], weight, scheme)
+                    for column in same:
+                        found[:, position[key], column] = squares, losses / (2 * scored)
     return found
+
+
+def _chunk_blocks(layer: StreamedLayer, keys: Sequence[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    """Blocks of one shape that are measured together, within _CHUNK_BYTES of weights, Hessians and inputs."""
+    family, routed = layer.stream.family, layer.routed
+    experts = family.find_experts(layer.module)
+    assert experts is not None
+    assert routed is not None
+    # Of an expert of the mean size; inputs, their rounded version and what follows.
+    tokens = routed.ids.numel() // max(layer.num_experts, 1) + SPREAD_TOKENS
+    for block in dict.fromkeys(block for _, block in keys):
+        mine = [key for key in keys if key[1] == block]
+        N, K = family.expert_weight(experts, mine[0][0], block).shape
+        size = 4 * (10 * N * K + 6 * K * K + 4 * tokens * max(N, K))
+        count = max(1, _CHUNK_BYTES // size)
+        for start in range(0, len(mine), count):
+            yield mine[start : start + count]
 
 
 class _Inputs(NamedTuple):
@@ -156,7 +194,7 @@ class _Inputs(NamedTuple):
     that follows a gate_up block, and gated [tokens, intermediate], what it is given unquantized; None for down.
     factors [tokens]: routing weights times the square root of how often the token counts. gradient [tokens, hidden],
     of the summed loss. others [tokens, K]: more inputs, for a Hessian of an expert with few. routed: number of its own
-    tokens.
+    tokens. hessians: those that were measured, by activation bits and their group.
     """
 
     name: str
@@ -168,6 +206,7 @@ class _Inputs(NamedTuple):
     gradient: torch.Tensor | None
     others: torch.Tensor
     routed: int
+    hessians: dict[tuple[int, int], torch.Tensor]
 
 
 def _gather(layer: StreamedLayer, expert: int, block: str, gradient: torch.Tensor | None) -> _Inputs:
@@ -199,6 +238,7 @@ def _gather(layer: StreamedLayer, expert: int, block: str, gradient: torch.Tenso
         gradient=None if gradient is None else gradient[rows],
         others=others,
         routed=own,
+        hessians={},
     )
 
 
@@ -224,21 +264,26 @@ def _measure_change(block: _Inputs, weight: torch.Tensor, scheme: Scheme) -> tup
     return squares, losses if block.gradient is not None else np.inf
 
 
-def _round_nearest(block: _Inputs, scheme: Scheme) -> QuantizedWeight:
-    return round_to_nearest(block.weight, scheme, block.name)
+def _round_nearest(blocks: Sequence[_Inputs], scheme: Scheme) -> list[QuantizedWeight]:
+    return [round_to_nearest(block.weight, scheme, block.name) for block in blocks]
 
 
-def _round_with_inputs(block: _Inputs, scheme: Scheme) -> QuantizedWeight:
+def _round_with_inputs(blocks: Sequence[_Inputs], scheme: Scheme, sweeps: int) -> list[QuantizedWeight]:
     """GPTQ on the unquantized path, with the weights and shrinkage of `rounders.HessianRounder`."""
+    names = ", ".join(block.name for block in blocks)
+    hessians = torch.stack([_measure_hessian(block, scheme) for block in blocks])
+    weights = torch.stack([block.weight for block in blocks])
+    return round_with_hessian(weights, hessians, scheme, sweeps=sweeps, name=names)
+
+
+def _measure_hessian(block: _Inputs, scheme: Scheme) -> torch.Tensor:
+    key = (16, 0) if scheme.act_bits == 16 else (scheme.act_bits, scheme.group_size)
+    if key in block.hessians:
+        return block.hessians[key]
     own, routing = block.inputs[: block.routed], block.factors[: block.routed]
-    moments = measure_moments(round_inputs(own, scheme), weigh_tokens(routing, 2.0))
+    moments = measure_moments(round_inputs(own, scheme), weigh_tokens(routing, 2.0), name=block.name)
     if len(block.others):
-        others = measure_moments(round_inputs(block.others, scheme))
+        others = measure_moments(round_inputs(block.others, scheme), name=block.name)
         moments = moments.mix(others, block.routed / minimum_tokens(block.weight.shape[1]))
-    return round_with_hessian(block.weight[None], moments.hessian[None], scheme, name=block.name)[0]
-
-
-_ROUNDINGS: dict[str, Callable[[_Inputs, Scheme], QuantizedWeight]] = {
-    "rtn": _round_nearest,
-    "gptq": _round_with_inputs,
-}
+    block.hessians[key] = moments.hessian
+    return moments.hessian

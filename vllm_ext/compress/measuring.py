@@ -11,8 +11,11 @@ import numpy as np
 
 from vllm_ext.compress.cache import StageCache, hash_array, hash_source
 from vllm_ext.compress.families import Kind
-from vllm_ext.compress.layer_error import measure_sensitivities
+from vllm_ext.compress.hessian import minimum_tokens
+from vllm_ext.compress.layer_error import SPREAD_TOKENS, measure_sensitivities
 from vllm_ext.compress.profile import ActivationProfile, stream_profile
+from vllm_ext.compress.refine import SWEEPS
+from vllm_ext.compress.rounders import list_constants
 from vllm_ext.compress.sensitivity import Unit, measure_weight_errors, weigh_by_frequency
 from vllm_ext.compress.source import SourceModel
 from vllm_ext.quantization.safetensors_io import CheckpointError
@@ -22,19 +25,38 @@ SENSITIVITY_WINDOWS = 32
 
 
 def open_cache(
-    work: Path, source: SourceModel, units: Sequence[Unit], windows: np.ndarray, measure: str, rounding: str
+    work: Path,
+    source: SourceModel,
+    units: Sequence[Unit],
+    windows: np.ndarray,
+    measure: str,
+    rounding: str,
+    sweeps: int = SWEEPS,
 ) -> StageCache:
     """Where the profile and the sensitivities of these windows, options and weights are kept."""
+    probe = _probe_rounding(rounding)
     names = [[unit.module.path, unit.block.name, *map(str, unit.options)] for unit in units]
     key = {
         "stage": "plan",
         "source": hash_source(source),
         "windows": hash_array(windows),
         "options": names,
-        "gradients": measure == "loss",
-        "rounding": _probe_rounding(rounding),
+        "gradients": True,
+        "rounding": probe,
+        "sweeps": None if probe == "rtn" else sweeps,
+        "constants": {
+            **list_constants(),
+            "sensitivity_windows": SENSITIVITY_WINDOWS,
+            "spread_tokens": SPREAD_TOKENS,
+        },
     }
-    return StageCache(work, key)
+    cache = StageCache(work, key)
+    if measure == "loss" or all(
+        cache.load(f"sensitivity-{unit.module.layer}") is not None for unit in units if unit.module.layer is not None
+    ):
+        # With gradients the change of the layer's output is measured too.
+        return cache
+    return StageCache(work, {**key, "gradients": False})
 
 
 def _probe_rounding(rounding: str) -> str:
@@ -61,10 +83,14 @@ def measure_losses(
     windows: np.ndarray,
     profile: ActivationProfile | None,
     rounding: str,
+    sweeps: int,
     cache: StageCache | None,
     progress: bool,
 ) -> np.ndarray:
-    """What each option costs each unit, float64 [units, options]."""
+    """What each option costs each unit, float64 [units, options].
+
+    Raises ValueError naming the layer and the block whose cost is NaN.
+    """
     if measure == "weight":
         errors = measure_weight_errors(source, units, progress=progress)
         return weigh_by_frequency(errors, units, profile, count_layer_experts(source))
@@ -76,13 +102,48 @@ def measure_losses(
         spread,
         gradients=measure == "loss",
         rounding=_probe_rounding(rounding),
+        sweeps=sweeps,
         cache=cache,
         progress=progress,
     )
-    if measure == "layer":
-        return found.layer
-    assert found.loss is not None
-    return found.loss
+    losses = found.layer if measure == "layer" else found.loss
+    assert losses is not None
+    damaged = np.isnan(losses).any(axis=1)
+    if damaged.any():
+        unit = units[int(damaged.argmax())]
+        raise ValueError(
+            f"the sensitivity of {unit.module.path} {unit.block.name} is NaN: a weight of its layer, or of the layers "
+            f"before or after it, is damaged; copy the checkpoint again"
+        )
+    return losses
+
+
+def describe_shortage(windows: np.ndarray, wanted: int) -> list[str]:
+    """A sentence where the text gave fewer windows than were asked for."""
+    if len(windows) >= wanted:
+        return []
+    return [f"calibration text has {len(windows)} windows of {windows.shape[1]} tokens, not the {wanted} asked for"]
+
+
+def describe_rare_experts(profile: ActivationProfile, units: Sequence[Unit]) -> list[str]:
+    """A sentence where experts get fewer tokens than their own statistics need (`hessian.minimum_tokens`)."""
+    widest: dict[tuple[str, int], int] = {}
+    for unit in units:
+        if unit.module.expert is not None:
+            place = unit.module.path.rpartition(".")[0], unit.module.expert
+            widest[place] = max(widest.get(place, 0), unit.block.K)
+    short = [
+        int(profile.counts[layer][expert])
+        for (layer, expert), K in widest.items()
+        if profile.counts[layer][expert] < minimum_tokens(K)
+    ]
+    if not short:
+        return []
+    text = (
+        f"{len(short)} of {len(widest)} experts get fewer calibration tokens than their own statistics need, the "
+        f"rarest {min(short)}: other tokens of their layer fill up; more text or --balanced gives them more"
+    )
+    return [text]
 
 
 def find_shares(source: SourceModel, units: Sequence[Unit], profile: ActivationProfile | None) -> np.ndarray:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,7 @@ import numpy as np
 
 from vllm_ext.compress.allocation import allocate, measure_range
 from vllm_ext.compress.figures import open_figure
+from vllm_ext.quantization.atomic_directory import write_file
 
 #: Budgets that are solved, evenly spaced between the smallest and the largest size, beside those of uniform plans.
 NUM_BUDGETS = 32
@@ -38,8 +40,9 @@ def trace_front(
 ) -> list[FrontPoint]:
     """Mixed plans over all budgets, and every uniform plan; by bytes.
 
-    losses, times: float64 [units, options], loss inf where an option does not fit. sizes: int64 [units, options].
-    names: of the options. time_weight: loss that a microsecond is worth to the mixed plans.
+    losses, times: float64 [units, options], loss inf where an option does not fit, time inf where it has no kernel.
+    sizes: int64 [units, options]. names: of the options. time_weight: loss that a microsecond is worth to the mixed
+    plans.
     """
     rows = np.arange(len(losses))
 
@@ -50,19 +53,22 @@ def trace_front(
 
     fitting = np.flatnonzero(np.isfinite(losses).all(axis=0))
     points = [describe(names[option], np.full(len(losses), option)) for option in fitting]
-    smallest, largest = measure_range(losses, sizes)
-    budgets = {int(budget) for budget in np.linspace(smallest, largest, NUM_BUDGETS)} | {p.bytes for p in points}
     costs = losses if time_weight == 0 else losses + time_weight * np.where(np.isfinite(losses), times, 0.0)
+    # Of the options that also have a kernel, where time counts.
+    smallest, largest = measure_range(costs, sizes)
+    budgets = {int(budget) for budget in np.linspace(smallest, largest, NUM_BUDGETS)}
+    budgets |= {point.bytes for point in points if point.bytes >= smallest}
     mixed = {describe("mixed", allocate(costs, sizes, budget).choice) for budget in budgets}
     return sorted([*points, *mixed], key=lambda point: (point.bytes, point.kind))
 
 
 def write_csv(path: Path, points: Sequence[FrontPoint]) -> None:
-    """One row per point. Raises OSError where the file cannot be written."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(FrontPoint._fields)
-        writer.writerows(points)
+    """One row per point, in a new file. Raises CheckpointError where it exists, OSError where the disk does."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(FrontPoint._fields)
+    writer.writerows(points)
+    write_file(path, text.getvalue())
 
 
 def plot_front(path: Path, points: Sequence[FrontPoint], loss_name: str) -> None:

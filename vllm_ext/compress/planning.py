@@ -5,94 +5,34 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from vllm_ext.compress.allocation import AllocationError, choose_uniform, measure_range
 from vllm_ext.compress.cache import StageCache, hash_array
-from vllm_ext.compress.calibration import load_tokenizer, make_windows
+from vllm_ext.compress.calibration import NUM_WINDOWS, load_tokenizer, make_windows
 from vllm_ext.compress.choosing import Choice, Problem, choose_by_layer, choose_globally, time_choice
-from vllm_ext.compress.families import Kind, Module
-from vllm_ext.compress.held_out import Comparison, measure_plans, split_held_out
-from vllm_ext.compress.measuring import find_shares, load_profile, measure_losses, open_cache
-from vllm_ext.compress.pareto import FrontPoint, trace_front
+from vllm_ext.compress.families import Kind
+from vllm_ext.compress.held_out import HELD_OUT_SHARE, Comparison, drop_layers, measure_plans, split_held_out
+from vllm_ext.compress.measuring import (
+    describe_rare_experts,
+    describe_shortage,
+    find_shares,
+    load_profile,
+    measure_losses,
+    open_cache,
+)
+from vllm_ext.compress.pareto import trace_front
 from vllm_ext.compress.plan_options import PlanOptions
-from vllm_ext.compress.profile import ActivationProfile
+from vllm_ext.compress.plan_report import PlanReport, measure_size
+from vllm_ext.compress.refine import SWEEPS
 from vllm_ext.compress.sensitivity import Unit, list_units
 from vllm_ext.compress.source import SourceModel
 from vllm_ext.compress.time_model import open_time_model, predict_times
-from vllm_ext.quantization.plan import FORMAT_VERSION, ExpertSchemes, ModuleSchemes, Plan, PlanError
+from vllm_ext.quantization.plan import ExpertSchemes, ModuleSchemes, Plan, PlanError
 from vllm_ext.quantization.scheme import Scheme
-
-
-@dataclass(frozen=True)
-class PlanReport:
-    """A plan and its true bytes.
-
-    quantized_weights, quantized_bytes: of all blocks that the plan quantizes; unquantized_*: of those that it names
-    and leaves as they are (w16a16). Of the allocated blocks, None where the
-    plan was given: predicted_cost in the unit of `measure` ("loss": nats of mean token loss), lower_bound that no
-    choice within the bytes beats, predicted_time_us of a batch and the tile it assumes. chosen: "mixed", "uniform" or
-    "given". comparison: with a uniform plan on held-out text, None without such text.
-    """
-
-    plan: Plan
-    quantized_weights: int
-    quantized_bytes: int
-    unquantized_weights: int = 0
-    unquantized_bytes: int = 0
-    predicted_cost: float | None = None
-    lower_bound: float | None = None
-    profile: ActivationProfile | None = None
-    measure: str | None = None
-    predicted_time_us: float | None = None
-    tile: str | None = None
-    chosen: str = "given"
-    comparison: Comparison | None = None
-    front: tuple[FrontPoint, ...] = ()
-
-    @property
-    def bits_per_weight(self) -> float | None:
-        """True bits of the quantized weights, scales and zero points included; None where there are none."""
-        return 8 * self.quantized_bytes / self.quantized_weights if self.quantized_weights else None
-
-    def describe_size(self) -> str:
-        """Bits and bytes in one line; what stays as it is beside what is quantized."""
-        bits = "" if self.bits_per_weight is None else f"{self.bits_per_weight:.4f} bits over "
-        text = f"{bits}{self.quantized_weights} quantized weights, {self.quantized_bytes} bytes"
-        if self.unquantized_weights:
-            text += f" (and {self.unquantized_weights} weights left as they are, {self.unquantized_bytes} bytes)"
-        return text
-
-    @property
-    def gap(self) -> float | None:
-        """How much the predicted cost exceeds the lower bound, as a share of the cost."""
-        if self.predicted_cost is None or self.lower_bound is None:
-            return None
-        return (self.predicted_cost - self.lower_bound) / self.predicted_cost if self.predicted_cost > 0 else 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        """The numbers, JSON-ready, without the plan itself."""
-        return {
-            "bits_per_weight": self.bits_per_weight,
-            "quantized_bytes": self.quantized_bytes,
-            "quantized_weights": self.quantized_weights,
-            "unquantized_bytes": self.unquantized_bytes,
-            "plan_sha256": self.plan.sha256,
-            "chosen": self.chosen,
-            "measure": self.measure,
-            "predicted_cost": self.predicted_cost,
-            "lower_bound": self.lower_bound,
-            "gap": self.gap,
-            "predicted_time_us": self.predicted_time_us,
-            "tile": self.tile,
-            "comparison": None if self.comparison is None else self.comparison.to_json(),
-        }
 
 
 def make_plan(
@@ -103,8 +43,10 @@ def make_plan(
     uniform: bool = False,
     calibration: Sequence[str | Path] = (),
     seed: int = 0,
+    num_windows: int = NUM_WINDOWS,
     fixed: Plan | None = None,
     rounding: str = "rtn",
+    sweeps: int = SWEEPS,
     options: PlanOptions | None = None,
     progress: bool = False,
 ) -> PlanReport:
@@ -112,13 +54,15 @@ def make_plan(
 
     bits: true bits per weight of the experts that `fixed` neither names nor ignores; their schemes are allocated under
     it, or one scheme is chosen for all of them (`uniform`). None: the plan is `fixed` as it is. schemes: the options;
-    default one per width, with calibration also smaller groups. calibration: sources of `calibration.make_windows`;
-    without any, experts count the same and weights are all there is to judge by. fixed: schemes that are given, of
-    linears or of whole layers of experts. rounding: how codes will be chosen; sensitivities and the comparison use it.
+    default one per width, with calibration also smaller groups. calibration: sources of `calibration.make_windows`, of
+    which num_windows are taken; without any, experts count the same and weights are all there is to judge by. fixed:
+    schemes that are given, of linears or of whole layers of experts. rounding, sweeps: how codes will be chosen, see
+    `rounders.make_rounder`; sensitivities and the comparison use them.
 
     With calibration text a quarter of its windows is held out. A uniform plan and a mixed plan of its bytes are
     measured on them; where mixing does not win, the uniform plan is the result, unless options.force_mixed, and
-    unless the options weigh time: such a plan is not made for its loss alone.
+    unless the options weigh time: such a plan is not made for its loss alone. Where there is nothing to compare, a
+    note of the report says why.
     Raises PlanError, AllocationError, CalibrationError, TimeModelError or CheckpointError, each naming the value and
     the fix.
     """
@@ -128,7 +72,7 @@ def make_plan(
     if bits is None:
         if not plan.modules:
             raise PlanError("the plan names no module: give --bits, or a plan that names modules")
-        return PlanReport(plan, *_measure_size(source, plan))
+        return PlanReport(plan, *measure_size(source, plan))
     measure = options.measure or ("loss" if calibration else "weight")
     if measure != "weight" and not calibration:
         raise PlanError(f"sensitivity {measure!r} is measured on calibration text: give --calibration, or use 'weight'")
@@ -143,13 +87,16 @@ def make_plan(
     model = open_time_model(options.device, options.tables)
     used, held, profile = np.zeros((0, 0), np.int64), np.zeros((0, 0), np.int64), None
     cache = None
+    notes: list[str] = []
     if calibration:
-        windows = make_windows(calibration, load_tokenizer(source.directory), seed=seed)
+        windows = make_windows(calibration, load_tokenizer(source.directory), seed=seed, num_windows=num_windows)
+        notes += describe_shortage(windows, num_windows)
         used, held = split_held_out(windows)
         if options.work is not None:
-            cache = open_cache(options.work, source, units, used, measure, rounding)
+            cache = open_cache(options.work, source, units, used, measure, rounding, sweeps)
         profile = load_profile(source, used, cache, progress)
-    losses = measure_losses(source, units, measure, used, profile, rounding, cache, progress)
+        notes += describe_rare_experts(profile, units)
+    losses = measure_losses(source, units, measure, used, profile, rounding, sweeps, cache, progress)
     times = predict_times(
         model,
         [unit.block for unit in units],
@@ -168,10 +115,13 @@ def make_plan(
         chosen, kind, comparison = alone, "uniform", None
     else:
         chosen, kind, comparison = _choose_mixed(problem, budget, options), "mixed", None
-        if options.compare and alone is not None and len(held):
+        if options.compare and (reason := _find_obstacle(alone, held, bool(calibration))):
+            notes.append(f"the mixed plan was not compared with a uniform one: {reason}")
+        elif options.compare:
+            assert alone is not None
             choices = alone, _choose_equal(problem, alone, options), chosen
             comparison = _compare(
-                source, plan, units, choices, int(weights.sum()), (used, held), rounding, cache, progress
+                source, plan, units, choices, int(weights.sum()), (used, held), (rounding, sweeps), cache, progress
             )
             # A plan that trades loss for time is not to be judged by its loss.
             if not (comparison.mixed_wins or options.force_mixed or options.weighs_time):
@@ -182,7 +132,7 @@ def make_plan(
     front = trace_front(judged, times[chosen.tile], sizes, int(weights.sum()), names, time_weight=options.time_weight)
     return PlanReport(
         merged,
-        *_measure_size(source, merged),
+        *measure_size(source, merged),
         predicted_cost=chosen.loss,
         lower_bound=chosen.lower_bound,
         profile=profile,
@@ -192,35 +142,9 @@ def make_plan(
         chosen=kind,
         comparison=comparison,
         front=tuple(front),
+        per_layer=options.per_layer and kind == "mixed",
+        notes=tuple(notes),
     )
-
-
-def read_plan(path: Path) -> Plan:
-    """A plan file: a `quantization_config` (of which only "plan" is required), or {module path: scheme} alone.
-
-    Raises PlanError naming the file for anything else, and for a plan whose recorded hash is another.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates)
-    except (OSError, ValueError) as error:
-        raise PlanError(f"plan file {path} cannot be read ({error}): give a JSON file") from error
-    try:
-        if isinstance(value, dict) and "plan" in value:
-            plan = Plan.from_config({"quant_method": "mxmoe", "version": FORMAT_VERSION, **value})
-            return Plan(plan.modules, plan.ignore)
-        return Plan.parse(value)
-    except PlanError as error:
-        raise PlanError(f"plan file {path}: {error}") from error
-
-
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of two values of one key the last would win without a word."""
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"{key} is given twice")
-        found[key] = value
-    return found
 
 
 def _choose_uniform(problem: Problem, budget: int, required: bool) -> Choice | None:
@@ -249,6 +173,15 @@ def _choose_equal(problem: Problem, alone: Choice, options: PlanOptions) -> Choi
         return alone
 
 
+def _find_obstacle(alone: Choice | None, held: np.ndarray, calibrated: bool) -> str:
+    """Why a mixed plan cannot be compared with a uniform one; nothing where it can."""
+    if not calibrated:
+        return "there is no calibration text to measure both on (--calibration)"
+    if not len(held):
+        return f"fewer than {HELD_OUT_SHARE} windows of calibration text leave none to hold out"
+    return "" if alone is not None else "no single scheme for all blocks fits the budget"
+
+
 def _compare(
     source: SourceModel,
     fixed: Plan,
@@ -256,22 +189,36 @@ def _compare(
     choices: tuple[Choice, Choice, Choice],
     weights: int,
     windows: tuple[np.ndarray, np.ndarray],
-    rounding: str,
+    how: tuple[str, int],
     cache: StageCache | None,
     progress: bool,
 ) -> Comparison:
-    """choices: uniform, mixed at its bytes, mixed. windows: calibrated with, held out."""
+    """choices: uniform, mixed at its bytes, mixed. windows: calibrated with, held out. how: rounding and sweeps."""
+    rounding, sweeps = how
     plans = [_merge(source, fixed, units, choice.options) for choice in choices]
     distinct = list({plan.sha256: plan for plan in plans}.values())
-    key = {"held_out": hash_array(windows[1]), "rounding": rounding, "plans": [plan.sha256 for plan in distinct]}
+    key = {
+        "held_out": hash_array(windows[1]),
+        "rounding": rounding,
+        "sweeps": sweeps,
+        "plans": [plan.sha256 for plan in distinct],
+    }
     name = f"held-out-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
     stored = None if cache is None else cache.load(name)
     if stored is None:
         stored = measure_plans(
-            source, distinct, windows[1], rounding=rounding, calibration=windows[0], progress=progress
+            source,
+            distinct,
+            windows[1],
+            rounding=rounding,
+            sweeps=sweeps,
+            calibration=windows[0],
+            cache=cache,
+            progress=progress,
         )
         if cache is not None:
             cache.store(name, stored)
+            drop_layers(source, distinct, cache, rounding=rounding, sweeps=sweeps)
     full, losses = stored
     found = dict(zip([plan.sha256 for plan in distinct], losses, strict=True))
     uniform, equal, mixed = (found[plan.sha256] for plan in plans)
@@ -286,6 +233,8 @@ def _name_column(units: Sequence[Unit], option: int) -> str:
 
 
 def _check_budget(bits: float, units: Sequence[Unit], sizes: np.ndarray, uniform: bool) -> int:
+    if not (np.isfinite(bits) and bits > 0):
+        raise AllocationError(f"bits must be a positive number, got {bits:g}")
     weights = sum(unit.block.num_weights for unit in units)
     fitting = np.array([[0.0 if option else np.inf for option in unit.options] for unit in units])
     smallest, largest = measure_range(fitting, sizes)
@@ -294,7 +243,7 @@ def _check_budget(bits: float, units: Sequence[Unit], sizes: np.ndarray, uniform
     low, high = 8 * smallest / weights, 8 * largest / weights
     # One byte of slack: bits that were computed from bytes must reach those bytes again.
     budget = int(bits * weights / 8 + 1e-6)
-    if not (np.isfinite(bits) and smallest <= budget) or (bits > high and not uniform):
+    if smallest > budget or (bits > high and not uniform):
         names = dict.fromkeys(str(option) for unit in units for option in unit.options if option)
         raise AllocationError(
             f"{bits:g} bits a weight is out of reach: {', '.join(names)} give {low:.4f} to {high:.4f}, "
@@ -317,19 +266,3 @@ def _merge(source: SourceModel, fixed: Plan, units: Sequence[Unit], choice: np.n
         elif path in fixed.modules:
             modules[path] = fixed.modules[path]
     return Plan(modules, fixed.ignore)
-
-
-def pair_blocks(module: Module, schemes: ModuleSchemes) -> list[tuple[Any, Scheme]]:
-    """(block, its scheme) of a module of a plan."""
-    return list(zip(module.blocks, schemes if isinstance(schemes, ExpertSchemes) else (schemes,), strict=True))
-
-
-def _measure_size(source: SourceModel, plan: Plan) -> tuple[int, int, int, int]:
-    """(weights, bytes) of what the plan quantizes, and of what it names and leaves as it is."""
-    weights: Counter[bool] = Counter()
-    stored: Counter[bool] = Counter()
-    for path, schemes in plan.modules.items():
-        for block, scheme in pair_blocks(source.modules[path], schemes):
-            weights[scheme.is_quantized] += block.num_weights
-            stored[scheme.is_quantized] += scheme.stored_bytes(block.N, block.K, block.itemsize)
-    return weights[True], stored[True], weights[False], stored[False]

@@ -14,6 +14,9 @@ from vllm_ext.compress.families import Residual
 from vllm_ext.compress.source import SourceModel
 from vllm_ext.quantization.safetensors_io import CheckpointError, TensorReader
 
+#: Values that are rotated at a time.
+_CHUNK_VALUES = 2**22
+
 
 class Rotation:
     """An orthogonal matrix R = diag(signs) (C x H / 2^(k/2)) of size m * 2^k, m odd: random signs, the orthonormal
@@ -48,7 +51,8 @@ class Rotation:
 class RotatedReader(TensorReader):
     """The tensors of a checkpoint after rotation, computed when they are read, in the types of the original.
 
-    dtype: of the rotated tensors; None: each one's own, to which it is rounded once.
+    dtype: of the rotated tensors; None: each one's own, to which it is rounded once. original: the tensors before.
+    recipe: what, with them, decides the rotated ones.
     """
 
     def __init__(
@@ -57,7 +61,8 @@ class RotatedReader(TensorReader):
         # Not the base's: there is no directory of rotated tensors to read headers of.
         self.directory = reader.directory
         self.infos = dict(reader.infos)
-        self._reader, self._residual, self._rotation, self._dtype = reader, residual, rotation, dtype
+        self.original, self._residual, self._rotation = reader, residual, rotation
+        self.recipe = f"rotated: size {rotation.size}, seed {rotation.seed}, dtype {dtype}"
         self._writers = frozenset(residual.writers)
         self._gains = frozenset(residual.gains)
         self.infos[residual.untied_head] = reader.infos[residual.head]
@@ -68,22 +73,32 @@ class RotatedReader(TensorReader):
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU. Raises CheckpointError for a name the checkpoint does not hold."""
-        residual, read = self._residual, self._reader.read
+        residual, read = self._residual, self.original.read
+        dtype = self.infos[name].dtype
         if name == residual.untied_head:
-            rotated = self._rotation.apply(read(residual.head).double() * read(residual.head_gain).double())
-        elif name == residual.embedding:
-            rotated = self._rotation.apply(read(name))
-        elif name in residual.readers:
-            rotated = self._rotation.apply(read(name).double() * read(residual.readers[name]).double())
-        elif name in self._writers:
+            return self._rotate_rows(read(residual.head), dtype, read(residual.head_gain))
+        if name == residual.embedding:
+            return self._rotate_rows(read(name), dtype)
+        if name in residual.readers:
+            return self._rotate_rows(read(name), dtype, read(residual.readers[name]))
+        if name in self._writers:
             # A weight [hidden, K] by its columns, a bias [hidden] as it is.
             tensor = read(name)
-            rotated = self._rotation.apply(tensor.mT).mT if tensor.dim() == 2 else self._rotation.apply(tensor)
-        elif name in self._gains:
-            rotated = torch.ones_like(read(name))
-        else:
-            return read(name)
-        return rotated.to(self.infos[name].dtype).contiguous()
+            rows = tensor.mT if tensor.dim() == 2 else tensor[None]
+            return self._rotate_rows(rows, dtype).mT.reshape(tensor.shape).contiguous()
+        if name in self._gains:
+            return torch.ones_like(read(name), dtype=dtype)
+        return read(name)
+
+    def _rotate_rows(self, rows: torch.Tensor, dtype: torch.dtype, gain: torch.Tensor | None = None) -> torch.Tensor:
+        """rows [n, hidden] times gain [hidden] times R. A few at a time: the embedding of a large vocabulary takes
+        several times its size in float64."""
+        rotated = torch.empty(rows.shape, dtype=dtype)
+        step = max(1, _CHUNK_VALUES // rows.shape[-1])
+        for start in range(0, len(rows), step):
+            part = rows[start : start + step].double()
+            rotated[start : start + step] = self._rotation.apply(part if gain is None else part * gain.double())
+        return rotated
 
 
 def rotate_source(source: SourceModel, seed: int = 0, dtype: torch.dtype | None = None) -> SourceModel:

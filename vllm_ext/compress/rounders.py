@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,7 +13,14 @@ import torch
 from vllm_ext.compress.families import RoutedTokens
 from vllm_ext.compress.families.decoder import apply_gate
 from vllm_ext.compress.gptq import DAMPING, round_with_hessian
-from vllm_ext.compress.hessian import Moments, measure_moments, minimum_tokens, spread_rows, weigh_tokens
+from vllm_ext.compress.hessian import (
+    MIN_TOKENS_PER_INPUT,
+    Moments,
+    measure_moments,
+    minimum_tokens,
+    spread_rows,
+    weigh_tokens,
+)
 from vllm_ext.compress.refine import SWEEPS
 from vllm_ext.compress.rounded_layer import (
     BlockSchemes,
@@ -159,7 +167,7 @@ class HessianRounder:
                 layer.run(layer.module, layer.inputs)
         rows = round_inputs(torch.cat(parts), scheme)
         moments = measure_moments(
-            rows, reference=torch.cat(references) if references else None, dtype=self.options.dtype
+            rows, reference=torch.cat(references) if references else None, dtype=self.options.dtype, name=first
         )
         rounded = {}
         for path, scheme in stage.items():
@@ -184,10 +192,14 @@ class HessianRounder:
         family.replace_experts(module, experts)
         modules = list_experts(layer.stream.source, layer.index)
         rounded: dict[str, QuantizedWeight] = {}
+        # Of tokens of the layer: the same for every expert's gate_up.
+        shared: dict[Scheme, Moments] = {}
         for block in ("gate_up", "down"):
             for scheme, numbers in self._chunk_experts(schemes, block, experts):
                 weights = [family.expert_weight(float_experts, number, block) for number in numbers]
-                moments = [self._measure_expert(layer, experts, routed, number, block, scheme) for number in numbers]
+                moments = [
+                    self._measure_expert(layer, experts, routed, number, block, scheme, shared) for number in numbers
+                ]
                 name = f"{family.layer_prefix(layer.index)}experts {numbers}, {block}"
                 for number, codes in zip(numbers, self._choose_codes(weights, moments, scheme, name), strict=True):
                     experts.set_block(number, block, scheme, codes)
@@ -202,8 +214,12 @@ class HessianRounder:
         number: int,
         block: str,
         scheme: Scheme,
+        shared: dict[Scheme, Moments],
     ) -> Moments:
-        """Moments of one block's inputs, completed with other tokens of the layer where it has too few."""
+        """Moments of one block's inputs, completed with other tokens of the layer where it has too few.
+
+        shared: moments of such tokens for gate_up, by scheme; filled when they are first needed.
+        """
         rows, routing = routed.find_tokens(number)
         K = experts.weight(number, block).shape[1]
         least = minimum_tokens(K)
@@ -211,8 +227,12 @@ class HessianRounder:
         own = self._measure_rows(layer, experts, routed, number, block, scheme, rows, weights)
         if len(rows) >= least:
             return own
-        others = spread_rows(len(routed.hidden), least, rows.device)
-        every = self._measure_rows(layer, experts, routed, number, block, scheme, others, None)
+        every = shared.get(scheme) if block == "gate_up" else None
+        if every is None:
+            others = spread_rows(len(routed.hidden), least, rows.device)
+            every = self._measure_rows(layer, experts, routed, number, block, scheme, others, None)
+            if block == "gate_up":
+                shared[scheme] = every
         return own.mix(every, len(rows) / least)
 
     def _measure_rows(
@@ -236,7 +256,8 @@ class HessianRounder:
             if reference is not None:
                 gate_up = layer.stream.family.expert_weight(_float_experts(layer), number, "gate_up")
                 reference = apply_gate(torch.nn.functional.linear(reference, gate_up))
-        return measure_moments(round_inputs(inputs, scheme), weights, reference, self.options.dtype)
+        name = f"{layer.stream.family.layer_prefix(layer.index)}expert {number}, {block},"
+        return measure_moments(round_inputs(inputs, scheme), weights, reference, self.options.dtype, name)
 
     def _choose_codes(
         self, weights: list[torch.Tensor], moments: list[Moments], scheme: Scheme, name: str
@@ -277,6 +298,19 @@ ROUNDERS: dict[str, Callable[[], Rounder]] = {
     "gptq": lambda: HessianRounder(HessianOptions(asymmetric=False)),
     "gptaq": lambda: HessianRounder(HessianOptions(asymmetric=True)),
 }
+
+
+def make_rounder(name: str, sweeps: int = SWEEPS) -> Rounder:
+    """A rounder of ROUNDERS for one run, with another number of passes over finished codes; rtn has none."""
+    rounder = ROUNDERS[name]()
+    if isinstance(rounder, HessianRounder):
+        rounder.options = dataclasses.replace(rounder.options, sweeps=sweeps)
+    return rounder
+
+
+def list_constants() -> dict[str, float]:
+    """Numbers of this package that decide codes beside a rounder's arguments: part of what stored codes depend on."""
+    return {"damping": DAMPING, "min_tokens_per_input": MIN_TOKENS_PER_INPUT}
 
 
 class _Recorder(torch.nn.Module):

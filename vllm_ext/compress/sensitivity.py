@@ -22,9 +22,12 @@ from vllm_ext.quantization.scheme import Scheme
 #: Widths tried when the user names no schemes: weight-only, in the group size that fits each block.
 DEFAULT_BITS = (2, 3, 4, 5, 6, 8)
 
-#: Widths and smaller groups tried too where calibration text tells what they are worth.
+#: Widths that are tried in other groups too where calibration text tells what those are worth, and the groups: smaller
+#: ones and a whole row; the usual one and a whole row also without zero points. At few bits a scale and a zero point
+#: are a large part of the bytes, and what they are worth differs between blocks as much as a bit does. Groups of 64 and
+#: 32 without zero points were tried too: no plan chose them.
 FINE_BITS = (2, 3, 4)
-FINE_GROUPS = (64, 32)
+FINE_GROUPS = (64, 32, -1)
 
 
 class Unit(NamedTuple):
@@ -44,8 +47,8 @@ class Unit(NamedTuple):
 def list_units(modules: Sequence[Module], schemes: Sequence[Scheme], *, fine: bool = False) -> list[Unit]:
     """Every block of the modules with its options: the given schemes, or one per DEFAULT_BITS where none are given.
 
-    fine: where none are given, also those of FINE_BITS in FINE_GROUPS; the group that fits is taken where
-    such a group does not. Raises PlanError, with the reason, for a block that takes none of the schemes.
+    fine: where none are given, also those of FINE_BITS in FINE_GROUPS and without zero points; the group that fits is
+    taken where such a group does not. Raises PlanError, with the reason, for a block that takes none of the schemes.
     """
     return [
         Unit(module, block, _list_options(module, block, schemes, fine))
@@ -99,10 +102,14 @@ def _list_options(
         usual = choose_group_size(block.K)
         for bits in DEFAULT_BITS:
             options.append(Scheme(16) if block.K % 8 else Scheme(bits, 16, usual))
-            for size in FINE_GROUPS if fine and bits in FINE_BITS else ():
-                # The same column is the same kind of scheme for every unit, so that one column is a uniform plan.
-                fits = block.K % size == 0 and block.K % 8 == 0
-                options.append(Scheme(bits, 16, size) if fits else options[-1])
+            if not fine or bits not in FINE_BITS:
+                continue
+            # The same column is the same kind of scheme for every unit, so that one column is a uniform plan.
+            for size, symmetric in (*((size, False) for size in FINE_GROUPS), (usual, True), (-1, True)):
+                # A whole row that is one usual group: a second name for the same thing.
+                size = usual if size == -1 and usual == block.K else size
+                fits = block.K % 8 == 0 and (size == -1 or block.K % size == 0)
+                options.append(Scheme(bits, 16, size, symmetric) if fits else options[-1])
         return tuple(options)
     reasons = []
     for scheme in schemes:

@@ -14,10 +14,10 @@ from vllm_ext.compress.cache import StageCache, hash_array, hash_source
 from vllm_ext.compress.families import Kind
 from vllm_ext.compress.progress import track
 from vllm_ext.compress.rounded_layer import list_path_schemes
-from vllm_ext.compress.rounders import Rounder
+from vllm_ext.compress.rounders import Rounder, list_constants
 from vllm_ext.compress.rounding import QuantizedWeight
 from vllm_ext.compress.source import SourceModel
-from vllm_ext.compress.streaming import BATCH_WINDOWS, LayerStream
+from vllm_ext.compress.streaming import BATCH_WINDOWS, LayerStream, StreamedLayer
 from vllm_ext.kernels.packing import unpack_codes
 from vllm_ext.quantization.checkpoint import pack_weight
 from vllm_ext.quantization.plan import ExpertSchemes, Plan
@@ -29,9 +29,8 @@ def make_cache(folder: Path, source: SourceModel, windows: np.ndarray, key: Mapp
 
     key: what else decides the codes, JSON-ready: the rounder and its options, the rotation, the plan.
     """
-    return StageCache(
-        folder, {"stage": "rounding", "source": hash_source(source), "windows": hash_array(windows), **key}
-    )
+    fixed = {"stage": "rounding", "source": hash_source(source), "windows": hash_array(windows)}
+    return StageCache(folder, {**fixed, "constants": list_constants(), **key})
 
 
 def round_layers(
@@ -52,16 +51,33 @@ def round_layers(
     """
     stream = LayerStream(source, windows, batch_windows=batch_windows)
     for layer in track(stream.layers(), "round layers", stream.num_layers, progress):
-        schemes, linears = split_plan(source, plan, layer.index)
-        paths = list_path_schemes(source, layer.index, schemes, linears)
-        stored = None if cache is None else _load(cache, layer.index, paths)
-        if stored is None:
-            stored = rounder.round_layer(layer, schemes, linears)
-            if cache is not None:
-                _store(cache, layer.index, stored, paths)
-        else:
-            rounder.replay_layer(layer, schemes, linears, stored)
-        yield layer.index, stored
+        yield layer.index, round_layer(layer, plan, rounder, cache)
+
+
+def round_layer(
+    layer: StreamedLayer, plan: Plan, rounder: Rounder, cache: StageCache | None = None, prefix: str = ""
+) -> dict[str, QuantizedWeight]:
+    """{checkpoint path of a linear: codes} of one layer: those the cache holds, else chosen now and kept there.
+
+    prefix: of the name in the cache, where that holds the layers of several plans.
+    """
+    source = layer.stream.source
+    schemes, linears = split_plan(source, plan, layer.index)
+    paths = list_path_schemes(source, layer.index, schemes, linears)
+    name = name_layer(layer.index, prefix)
+    stored = None if cache is None else _load(cache, name, paths)
+    if stored is not None:
+        rounder.replay_layer(layer, schemes, linears, stored)
+        return stored
+    rounded = rounder.round_layer(layer, schemes, linears)
+    if cache is not None:
+        _store(cache, name, rounded, paths)
+    return rounded
+
+
+def name_layer(layer: int, prefix: str = "") -> str:
+    """What a finished layer is called in a cache."""
+    return f"{prefix}layer-{layer}"
 
 
 def split_plan(source: SourceModel, plan: Plan, layer: int) -> tuple[dict[tuple[int, str], Scheme], dict[str, Scheme]]:
@@ -81,17 +97,25 @@ def split_plan(source: SourceModel, plan: Plan, layer: int) -> tuple[dict[tuple[
     return schemes, linears
 
 
-def _store(cache: StageCache, layer: int, rounded: Mapping[str, QuantizedWeight], paths: Mapping[str, Scheme]) -> None:
+def read_layer(source: SourceModel, plan: Plan, layer: int, cache: StageCache) -> dict[str, QuantizedWeight]:
+    """The codes of a layer that `round_layers` finished with this cache. Raises ValueError where it did not."""
+    stored = _load(cache, name_layer(layer), list_path_schemes(source, layer, *split_plan(source, plan, layer)))
+    if stored is None:
+        raise ValueError(f"layer {layer} is not in {cache.folder}: it was removed during the run; start it again")
+    return stored
+
+
+def _store(cache: StageCache, name: str, rounded: Mapping[str, QuantizedWeight], paths: Mapping[str, Scheme]) -> None:
     tensors = {}
     for path, codes in rounded.items():
         tensors.update({f"{path}.{suffix}": value for suffix, value in pack_weight(*codes, paths[path]).items()})
     # A layer that the plan leaves alone has nothing to keep, and an empty file says that it was done.
-    cache.store(f"layer-{layer}", tensors or [])
+    cache.store(name, tensors or [])
 
 
-def _load(cache: StageCache, layer: int, paths: Mapping[str, Scheme]) -> dict[str, QuantizedWeight] | None:
+def _load(cache: StageCache, name: str, paths: Mapping[str, Scheme]) -> dict[str, QuantizedWeight] | None:
     """The codes of a finished layer; None where it is not there."""
-    stored = cache.load(f"layer-{layer}")
+    stored = cache.load(name)
     if stored is None:
         return None
     tensors: dict[str, torch.Tensor] = stored or {}

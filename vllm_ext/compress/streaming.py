@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-import tempfile
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from vllm_ext.compress.families import ExpertBlock, RoutedTokens
-from vllm_ext.compress.families.decoder import apply_gate
+from vllm_ext.compress.families import RoutedTokens
+from vllm_ext.compress.meta_model import Catcher, make_meta_model
 from vllm_ext.compress.source import SourceModel
 from vllm_ext.quantization.safetensors_io import CheckpointError
 
@@ -58,7 +58,7 @@ class LayerStream:
         self.source, self.family = source, source.family
         self.dtype, self.device = dtype, torch.device(device)
         self._batches = list(tokens.to(self.device).split(batch_windows))
-        self._model = _make_meta_model(source)
+        self._model = make_meta_model(source)
         self._decoder = self.family.find_decoder(self._model)
         vocabulary = self._decoder.embedding.num_embeddings
         if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
@@ -79,7 +79,7 @@ class LayerStream:
         base = copy.copy(self._decoder.base)
         # The copy gets its own tables of parts, so that the original keeps its layers.
         base._modules = dict(base._modules)
-        catcher = _Catcher()
+        catcher = Catcher()
         for name, part in list(base._modules.items()):
             if part is self._decoder.embedding:
                 base._modules[name] = torch.nn.Embedding.from_pretrained(table, freeze=True)
@@ -142,51 +142,78 @@ class LayerStream:
     def loss(self, outputs: Sequence[torch.Tensor]) -> float:
         """Mean negative log likelihood (nats) of the windows' tokens, each window's first excluded.
 
-        outputs: of the last layer, on whatever path.
+        outputs: of the last layer, on whatever path. Raises ValueError where it is NaN or infinite, which no sound
+        weights give.
         """
-        norm, head = self._build_head()
         total, count = 0.0, 0
-        with torch.no_grad():
-            for hidden, batch in zip(outputs, self._batches, strict=True):
-                states, targets = norm(hidden[:, :-1]).flatten(0, 1), batch[:, 1:].flatten()
-                for start in range(0, len(states), HEAD_ROWS):
-                    rows = slice(start, start + HEAD_ROWS)
-                    logits = functional.linear(states[rows], head).float()
-                    total += float(functional.cross_entropy(logits, targets[rows], reduction="sum").double())
-                count += targets.numel()
+        for logits, targets in self.iterate_logits(outputs):
+            total += float(functional.cross_entropy(logits, targets, reduction="sum").double())
+            count += len(targets)
+        self._check_loss(total)
         return total / count
 
+    def iterate_logits(
+        self, outputs: Sequence[torch.Tensor], every: int = 1
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(logits float32 [rows, vocabulary], the tokens they predict int64 [rows]) of all windows in order, a few
+        rows at a time, without gradients; the last position of each window predicts nothing and is left out.
+
+        outputs: of the last layer, on whatever path. every: only each n-th of those parts.
+        """
+        norm, head = self._build_head()
+        number = 0
+        for hidden, batch in zip(outputs, self._batches, strict=True):
+            # No yield inside of no_grad: the caller would run in that mode too.
+            with torch.no_grad():
+                states, targets = norm(hidden[:, :-1]).flatten(0, 1), batch[:, 1:].flatten()
+            for start in range(0, len(states), HEAD_ROWS):
+                rows = slice(start, start + HEAD_ROWS)
+                number += 1
+                if (number - 1) % every:
+                    continue
+                with torch.no_grad():
+                    logits = functional.linear(states[rows], head).float()
+                yield logits, targets[rows]
+
     def loss_gradients(
-        self, folder: Path | None = None, dtype: torch.dtype = torch.float32
+        self, folder: Path, dtype: torch.dtype = torch.float32
     ) -> Iterator[tuple[int, list[torch.Tensor]]]:
         """(layer, gradient of the mean token loss at its output) from the last layer to the first.
 
         The gradients are [batch, context, hidden] per batch, in the stream's own dtype, and belong to the unquantized
-        model. dtype: in which the inputs of the layers wait in files under `folder` (None: the temporary folder,
-        removed at the end); each layer is run again to go backward through it, so one layer is in memory at a time.
+        model. dtype: in which the inputs of the layers wait in files of `folder`; each layer is run again to go
+        backward through it, so one layer is in memory at a time.
+        Raises ValueError where the loss is NaN or infinite.
         """
         from safetensors.torch import load_file, save_file
 
-        with tempfile.TemporaryDirectory(prefix="activations-", dir=folder) as name:
-            place = Path(name)
-            outputs: list[torch.Tensor] = []
-            for layer in self.layers():
+        outputs: list[torch.Tensor] = []
+        for layer in self.layers():
+            if layer.index:  # nothing goes backward through the first
                 stored = {str(number): hidden.to(dtype).cpu() for number, hidden in enumerate(layer.inputs)}
-                save_file(stored, place / f"{layer.index}.safetensors")
-                outputs = layer.outputs
-            gradients = self._head_gradients(outputs)
-            del outputs, stored
-            for index in reversed(range(self.num_layers)):
-                yield index, gradients
-                if index == 0:
-                    return
-                module, inputs = self.build_layer(index), load_file(place / f"{index}.safetensors")
-                (place / f"{index}.safetensors").unlink()
-                for number in range(len(self._batches)):
-                    hidden = inputs[str(number)].to(self.device, self.dtype).requires_grad_()
-                    with torch.enable_grad():
-                        output = self.run_batch(module, hidden)
-                    (gradients[number],) = torch.autograd.grad(output, hidden, gradients[number])
+                save_file(stored, folder / f"{layer.index}.safetensors")
+            outputs = layer.outputs
+        gradients = self._head_gradients(outputs)
+        del outputs
+        for index in reversed(range(self.num_layers)):
+            yield index, gradients
+            if index == 0:
+                return
+            place = folder / f"{index}.safetensors"
+            module, inputs = self.build_layer(index), load_file(place)
+            place.unlink()
+            for number in range(len(self._batches)):
+                hidden = inputs[str(number)].to(self.device, self.dtype).requires_grad_()
+                with torch.enable_grad():
+                    output = self.run_batch(module, hidden)
+                (gradients[number],) = torch.autograd.grad(output, hidden, gradients[number])
+
+    def _check_loss(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss of the windows is {loss}: a weight of {self.source.directory} is damaged, in a layer, the "
+                f"last norm or the head; copy the checkpoint again"
+            )
 
     def _head_gradients(self, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         norm, head = self._build_head()
@@ -200,6 +227,7 @@ class LayerStream:
                 with torch.enable_grad():
                     logits = functional.linear(norm(window[:-1]), head).float()
                     loss = functional.cross_entropy(logits, tokens[1:], reduction="sum") / count
+                self._check_loss(float(loss.detach()))
                 parts.append(torch.autograd.grad(loss, window)[0])
             gradients.append(torch.stack(parts))
         return gradients
@@ -263,24 +291,6 @@ class StreamedLayer:
             handle.remove()
         return outputs, RoutedTokens.join(parts)
 
-    def expert_blocks(self, routed: RoutedTokens | None = None) -> Iterator[ExpertBlock]:
-        """gate_up and down of every expert in turn, with the tokens routed to it.
-
-        routed: default, those of the unquantized path. Blocks without a token have inputs [0, K].
-        """
-        routed = self.routed if routed is None else routed
-        experts = self.stream.family.find_experts(self.module)
-        if routed is None or experts is None:
-            return
-        for expert in range(self.num_experts):
-            rows, routing = routed.find_tokens(expert)
-            weight = self.stream.family.expert_weight(experts, expert, "gate_up")
-            inputs = routed.hidden[rows]
-            yield ExpertBlock(expert, "gate_up", weight, inputs, routing, rows)
-            inputs = apply_gate(functional.linear(inputs, weight))
-            weight = self.stream.family.expert_weight(experts, expert, "down")
-            yield ExpertBlock(expert, "down", weight, inputs, routing, rows)
-
     @property
     def num_experts(self) -> int:
         """Routed experts; 0 for a dense layer."""
@@ -291,28 +301,3 @@ class StreamedLayer:
         """Drop the weights and activations, whoever still holds the object."""
         self.module = torch.nn.Module()
         self.inputs, self._outputs, self._routed = [], None, None
-
-
-class _Catcher(torch.nn.Module):
-    """Stands in for the layers and keeps what they would have been called with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._caught: tuple[torch.Tensor, dict[str, Any]] | None = None
-
-    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        self._caught = hidden_states, arguments
-        return hidden_states
-
-    def take(self) -> tuple[torch.Tensor, dict[str, Any]]:
-        assert self._caught is not None
-        caught, self._caught = self._caught, None
-        return caught
-
-
-def _make_meta_model(source: SourceModel) -> torch.nn.Module:
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-
-    config = CONFIG_MAPPING[source.config["model_type"]].from_dict(dict(source.config))
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)

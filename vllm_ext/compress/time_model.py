@@ -86,7 +86,8 @@ class Roofline:
     def predict(self, block: Block, scheme: Scheme, tokens: np.ndarray, tile: str) -> np.ndarray:
         """Microseconds, see `TimeModel`. 16-bit weights and activations are two bytes."""
         rows = int(tile)
-        num_tiles = np.ceil(np.asarray(tokens, np.float64) / rows)
+        # Tokens of a batch are computed: one token may come out as 1.0000000000000002, which is not two tiles.
+        num_tiles = np.ceil(np.asarray(tokens, np.float64) / rows - 1e-9)
         activations = tokens * (block.K * (scheme.act_bits / 8) + block.N * 2)
         traffic = num_tiles * scheme.stored_bytes(block.N, block.K) + activations
         operations = 2.0 * num_tiles * rows * block.num_weights

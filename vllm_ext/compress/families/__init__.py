@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from vllm_ext.compress.families.decoder import Decoder, ExpertBlock, Residual, RoutedTokens
+from vllm_ext.compress.families.decoder import Decoder, Residual, RoutedTokens
 from vllm_ext.compress.families.qwen3_moe import Qwen3Moe
 from vllm_ext.compress.families.structure import QUANTIZABLE, Block, Kind, Module
 from vllm_ext.quantization.safetensors_io import CheckpointError, TensorInfo, TensorReader
@@ -89,7 +89,6 @@ __all__ = [
     "QUANTIZABLE",
     "Block",
     "Decoder",
-    "ExpertBlock",
     "Family",
     "Kind",
     "Module",

@@ -68,21 +68,6 @@ class RoutedTokens:
         )
 
 
-class ExpertBlock(NamedTuple):
-    """One block of one expert and the tokens it sees.
-
-    weight: [N, K], gate stacked over up for "gate_up". inputs: [n, K]. routing: [n], routing weights.
-    rows: int64 [n], which of the layer's tokens these are.
-    """
-
-    expert: int
-    block: str
-    weight: torch.Tensor
-    inputs: torch.Tensor
-    routing: torch.Tensor
-    rows: torch.Tensor
-
-
 def apply_gate(projected: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, the input of the down projection: [tokens, 2 * intermediate] -> [tokens, intermediate]."""
     gate, up = projected.chunk(2, dim=-1)
