@@ -41,6 +41,44 @@ RECORDS: tuple[PatchRecord, ...] = (
         removal="vLLM lets plugins add collectors to the registry behind /metrics",
         apply="vllm_ext.patches.metrics:wrap_attach_router",
     ),
+    PatchRecord(
+        name="draft_lengths",
+        feature="smartspec",
+        process="engine",
+        symbols=(Symbol("vllm.v1.worker.gpu_model_runner:GPUModelRunner.propose_draft_token_ids", "9e3287256f36"),),
+        reason="vLLM tells a drafter one number of drafts for the whole batch",
+        change="gives list drafters of the V1 model runner a length per request: rows of length 0 are not searched, "
+        "the others cut; other drafters and engines without smartspec pass through",
+        without="drafters make as many drafts for every request as the longest needs, and verification cuts them",
+        removal="SchedulerOutput carries a number of drafts by request",
+        apply="vllm_ext.patches.speculation:wrap_propose_draft_token_ids",
+    ),
+    PatchRecord(
+        name="trie_drafter",
+        feature="smartspec",
+        process="engine",
+        symbols=(
+            Symbol("vllm.v1.worker.gpu_model_runner:GPUModelRunner.__init__", "dab981f437af"),
+            Symbol("vllm.v1.worker.gpu_model_runner:GPUModelRunner.propose_draft_token_ids", "9e3287256f36"),
+        ),
+        reason="vLLM's n-gram drafter is told neither request ids nor who has left, and has no trie",
+        change="where smartspec.drafter is trie, the V1 model runner drafts from tries instead of the n-gram drafter; "
+        "others pass through",
+        without="drafts come from the n-gram drafter that carries the trie",
+        removal="custom_class drafters are given request ids and draft lengths",
+        apply="vllm_ext.patches.trie_drafter:wrap_model_runner",
+    ),
+    PatchRecord(
+        name="step_sweep",
+        feature="smartspec",
+        process="engine",
+        symbols=(Symbol("vllm.v1.executor.abstract:Executor.compile_or_warm_up_model", "3be8fd00be68"),),
+        reason="the scheduler cannot reach the workers, and nothing runs between their warm-up and its construction",
+        change="times forward passes of a few sizes once per model and device; engines without smartspec pass through",
+        without="smartspec starts from guessed step times",
+        removal="vLLM gives schedulers measured step times, or plugins a callback after warm-up",
+        apply="vllm_ext.patches.speculation:wrap_compile_or_warm_up_model",
+    ),
 )
 
 

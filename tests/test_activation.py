@@ -170,10 +170,10 @@ class OuterMixin:
 
 @pytest.fixture
 def scheduling_feature(monkeypatch: pytest.MonkeyPatch) -> None:
-    """smartspec as if this release had it."""
-    feature = dataclasses.replace(config.FEATURES["smartspec"], is_available=True)
-    monkeypatch.setattr(config, "FEATURES", {**config.FEATURES, "smartspec": feature})
-    monkeypatch.setattr(factory, "MIXINS", {"smartspec": f"{__name__}:OuterMixin"})
+    """structured as if this release had it."""
+    feature = dataclasses.replace(config.FEATURES["structured"], is_available=True)
+    monkeypatch.setattr(config, "FEATURES", {**config.FEATURES, "structured": feature})
+    monkeypatch.setattr(factory, "MIXINS", {"structured": f"{__name__}:OuterMixin"})
     factory.make_scheduler.cache_clear()
 
 
@@ -181,7 +181,7 @@ def scheduling_feature(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_factory_takes_the_seat(tiny_moe: str, scheduling_feature: None, is_async: bool) -> None:
     """Over the class that stock vLLM would have used; the CPU platform, for one, has its own view of `is_async`."""
     stock = make_config(tiny_moe, async_scheduling=is_async).scheduler_config.get_scheduler_cls()
-    block = {"vllm_ext": {"smartspec": {}}}
+    block = {"vllm_ext": {"structured": {}}}
     arguments = EngineArgs(model=tiny_moe, max_model_len=256, async_scheduling=is_async, additional_config=block)
     for _ in range(2):  # the arguments stay as the user gave them, so they can be used again
         scheduler = arguments.create_engine_config().scheduler_config.get_scheduler_cls()

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from vllm_ext import config
 
 STOCK = {
+    "speculative_config": None,
+    "pipeline_parallel_size": 1,
     "enable_eplb": False,
     "enable_lora": False,
     "enforce_eager": False,
@@ -22,6 +24,10 @@ STOCK = {
     "worker_cls": "auto",
     "distributed_executor_backend": "mp",
 }
+
+
+#: A drafter, which smartspec needs.
+NGRAM = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4}}
 
 
 def engine_args(**changes: Any) -> SimpleNamespace:
@@ -96,7 +102,15 @@ def test_features_in_use() -> None:
         (("structured",), {"scheduler_cls": int}, "structured does not run with --scheduler-cls CLASS: "),
         (("semipd",), {"worker_cls": "my.Worker"}, "semipd does not run with --worker-cls CLASS: "),
         (("semipd",), {"distributed_executor_backend": int}, "semipd does not run with --distributed-executor-backend"),
-        (("smartspec",), {}, r"vllm_ext\.smartspec .*is not part of vllm-ext .*smartspec\.enabled to false"),
+        (("smartspec",), {}, "smartspec does not run with a missing --speculative-config: .*add --speculative-config"),
+        (("smartspec",), {**NGRAM, "data_parallel_size": 2}, "smartspec does not run with --data-parallel-size above"),
+        (
+            ("smartspec",),
+            {**NGRAM, "pipeline_parallel_size": 2},
+            "smartspec does not run with --pipeline-parallel-size",
+        ),
+        (("smartspec",), {**NGRAM, "enable_lora": True}, "smartspec does not run with --enable-lora: "),
+        (("structured",), {}, r"vllm_ext\.structured .*is not part of vllm-ext .*structured\.enabled to false"),
     ],
 )
 def test_refusals_name_both_sides_and_the_fix(features: tuple[str, ...], changes: dict, message: str) -> None:

@@ -47,7 +47,8 @@ def test_json_report_of_a_sound_installation(metrics_url: str, capsys: pytest.Ca
     assert report["vllm"].startswith("0.32.")
     assert report["plugin_loaded"] is True
     assert report["features"]["mxmoe"]["status"] == "ready"
-    assert report["features"]["smartspec"]["status"] == "planned"
+    assert report["features"]["smartspec"]["status"] == "ready"
+    assert report["features"]["semipd"]["status"] == "planned"
     assert report["cpu_kernels"]["status"] in {"ready", "pending"}
     assert {patch["status"] for patch in report["patches"]} == {"match"}
     assert all({"target", "status", "reason"} <= patch.keys() for patch in report["patches"])

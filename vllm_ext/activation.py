@@ -154,6 +154,10 @@ def start_features(features: tuple[str, ...], vllm_config: Any) -> None:
     """Seat our classes, apply patches, show our metrics at /metrics, and print the resolved state in one line."""
     from vllm_ext import __version__, observability
 
+    if "smartspec" in features:
+        from vllm_ext.scheduling import goodput_setup
+
+        goodput_setup.check_engine(vllm_config)
     take_seats(features, vllm_config)
     apply_patches(features, process="api")
     # EngineCore may run in this process, or be forked from it with vLLM's plugins already loaded.

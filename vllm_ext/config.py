@@ -184,7 +184,7 @@ FEATURES: Mapping[str, Feature] = {
     feature.name: feature
     for feature in (
         Feature("mxmoe", "mixed-precision MoE experts", "--quantization mxmoe"),
-        Feature("smartspec", "draft length from measured goodput", "smartspec", False, ("scheduler_cls",)),
+        Feature("smartspec", "draft length from measured goodput", "smartspec", owns=("scheduler_cls",)),
         Feature(
             "structured",
             "structured generation with budgets and forced tokens",
@@ -270,6 +270,34 @@ REFUSALS: tuple[Refusal, ...] = (
         )
         for feature in FEATURES.values()
         for owned in feature.owns
+    ),
+    Refusal(
+        "smartspec",
+        "a missing --speculative-config",
+        lambda engine_args: not engine_args.speculative_config,
+        "it chooses how much a drafter drafts, and there is none",
+        'add --speculative-config, for example \'{"method":"ngram","num_speculative_tokens":8}\'',
+    ),
+    Refusal(
+        "smartspec",
+        "--data-parallel-size above 1",
+        lambda engine_args: engine_args.data_parallel_size > 1,
+        "ranks that draft different lengths wait for each other for ever",
+        "use one server per replica, or switch smartspec off",
+    ),
+    Refusal(
+        "smartspec",
+        "--pipeline-parallel-size above 1",
+        lambda engine_args: engine_args.pipeline_parallel_size > 1,
+        "several batches are in flight, whose steps cannot be timed one by one",
+        "use --tensor-parallel-size, or switch smartspec off",
+    ),
+    Refusal(
+        "smartspec",
+        "--enable-lora",
+        lambda engine_args: bool(engine_args.enable_lora),
+        "adapters change acceptance and step time, which is not tested yet",
+        "drop --enable-lora, or switch smartspec off",
     ),
 )
 

@@ -65,6 +65,16 @@ METRICS: tuple[Metric, ...] = (
         "counter",
         "(token, expert) pairs computed by the CPU path of vllm_ext::mixed_moe, over all layers and ranks.",
     ),
+    Metric("vllm_ext:smartspec_draft_length", "gauge", "Drafts asked for the next step, mean over its requests."),
+    Metric(
+        "vllm_ext:smartspec_goodput_tokens_per_second", "gauge", "Expected tokens of a step over its expected time."
+    ),
+    Metric("vllm_ext:smartspec_predicted_step_seconds", "gauge", "Predicted time of the last step."),
+    Metric("vllm_ext:smartspec_measured_step_seconds", "gauge", "Measured time of the last step."),
+    Metric("vllm_ext:smartspec_planned_tokens_total", "counter", "Drafts asked for; drafters may find fewer."),
+    Metric("vllm_ext:smartspec_verified_tokens_total", "counter", "Drafts verified, padding left out."),
+    Metric("vllm_ext:smartspec_accepted_tokens_total", "counter", "Drafts accepted."),
+    Metric("vllm_ext:smartspec_probe_steps_total", "counter", "Steps that drafted only to learn if it pays again."),
 )
 
 _INDEX = {metric.name: position for position, metric in enumerate(METRICS)}
@@ -95,6 +105,15 @@ def add(name: str, amount: float, engine_index: int = 0) -> None:
         values = _find_record(engine_index)
         if values is not None:
             values[position] += amount
+
+
+def set_gauge(name: str, value: float, engine_index: int = 0) -> None:
+    """Set a gauge of this process; otherwise as `add`."""
+    position = _HEADER + _INDEX[name]
+    with _lock:
+        values = _find_record(engine_index)
+        if values is not None:
+            values[position] = value
 
 
 def _find_record(engine_index: int) -> memoryview[float] | None:

@@ -30,6 +30,8 @@ CONCURRENCY = (1, 4, 16, 32)
 FIXED = (0, 1, 3, 5, 8)
 #: Tokens of a cell's workload for each concurrent request.
 TOKENS = 1500
+#: A workload is drawn for at least so many requests at once: one alone has few lengths to average over.
+FEWEST = 4
 #: How far what an earlier engine stored may be from the truth: standard deviation of its log.
 PRIOR_ERROR = 0.4
 #: Steps over which recovery is looked at, and what share of the oracle's goodput counts as recovered.
@@ -49,7 +51,7 @@ class Cell(NamedTuple):
 
 def run_cell(name: str, cost: TrueCost, regime: Regime, concurrency: int, passes_per_draft: int, seed: int) -> Cell:
     """Simulate all policies of one cell on the same workload."""
-    workload = Workload.draw(TOKENS * concurrency, seed)
+    workload = Workload.draw(TOKENS * max(concurrency, FEWEST), seed)
     rng = np.random.default_rng(seed)
     prior = {key: value * float(rng.lognormal(0, PRIOR_ERROR)) for key, value in cost.coefficients.items()}
 

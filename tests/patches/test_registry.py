@@ -101,7 +101,8 @@ def test_check_runs_on_an_unpacked_wheel(tmp_path: Path, capsys: pytest.CaptureF
     (root / "v1" / "metrics" / "prometheus.py").unlink()
     assert check.main(["--root", str(root), "--json"]) == 1
     found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["patches"]
-    assert [patch["status"] for patch in found] == ["mismatch", "match", "absent"]
+    assert [patch["status"] for patch in found][:3] == ["mismatch", "match", "absent"]
+    assert {patch["status"] for patch in found[3:]} == {"match"}
     assert "extra=" in found[0]["reason"]
 
 

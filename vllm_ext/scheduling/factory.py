@@ -14,7 +14,7 @@ import importlib
 from collections.abc import Iterable, Mapping
 
 #: Feature -> "module:Class" of its scheduler mixin, outermost first. Imported only where it is used.
-MIXINS: Mapping[str, str] = {}
+MIXINS: Mapping[str, str] = {"smartspec": "vllm_ext.scheduling.goodput:GoodputMixin"}
 
 _STOCK = {
     "AsyncScheduler": "vllm.v1.core.sched.async_scheduler:AsyncScheduler",

@@ -7,12 +7,16 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
+from vllm_ext.speculation.change import ChangeDetector
+
 #: Estimates stay inside: nothing observed in a finite number of steps is impossible or certain.
 LOWEST, HIGHEST = 0.01, 0.995
 #: Trials that the chance of all requests counts for in one request: where requests differ most, and least.
 STRENGTHS = (2.0, 60.0)
 #: How fast the estimate of how much requests differ moves, per step.
 SPREAD_RATE = 0.03
+#: Trials that all counts together are worth after a change, at one position.
+TRIALS_AFTER_CHANGE = 1.0
 
 
 class AcceptanceModel:
@@ -21,6 +25,8 @@ class AcceptanceModel:
     Position j of a draft is tried only where the j-1 before it were accepted, so what is estimated is the hazard
     h[j] = P(j accepted | j-1 accepted); the chance that a draft of length k survives is the product of the first k. A
     step that drafted k and accepted a < k saw a successes, one failure, and nothing of the positions behind: censored.
+
+    Counts fade with time; where outcomes change at once (`ChangeDetector`), they are forgotten at once.
 
     Three levels, each the prior of the next: all positions of all requests, one position of all requests, one position
     of one request. A request whose own positions do better than average carries that to its untried positions.
@@ -55,6 +61,7 @@ class AcceptanceModel:
         #: Variance of requests' chances around the chance of all: between the two of the prior's bounds at first.
         self._spread = 0.04
         self._request_memory, self._shared_memory, self._idle_memory = request_memory, shared_memory, idle_memory
+        self._change = ChangeDetector()
         self._slots: dict[Hashable, int] = {}
         self._free: list[int] = []
         #: Discounted successes and trials, [slots, k_max]; and of all requests together, [k_max].
@@ -94,6 +101,9 @@ class AcceptanceModel:
             return
         if (accepted > drafted).any() or (drafted > self.k_max).any() or (accepted < 0).any():
             raise ValueError(f"accepted {accepted.tolist()} of drafted {drafted.tolist()} with k_max {self.k_max}")
+        first = drafted > 0
+        if self._change.observe(self.predict_survival(slots[first])[:, 0], accepted[first] > 0):
+            self._forget_outcomes()
         positions = self._positions
         succeeded = positions < accepted[:, None]
         tried = positions < np.minimum(accepted + 1, drafted)[:, None]
@@ -119,6 +129,15 @@ class AcceptanceModel:
         prior = np.minimum(shared * factor[:, None], HIGHEST)
         hazard = (successes + strength * prior) / (trials + strength)
         return np.cumprod(np.clip(hazard, LOWEST, HIGHEST), axis=1)
+
+    def _forget_outcomes(self) -> None:
+        """Keep what was learned as a guess: another text, another load, and none of it holds."""
+        kept = min(1.0, TRIALS_AFTER_CHANGE / max(float(self._shared_trials.max()), 1e-9))
+        self._shared_successes *= kept
+        self._shared_trials *= kept
+        kept = min(1.0, TRIALS_AFTER_CHANGE / max(float(self._trials.max()), 1e-9))
+        self._successes *= kept
+        self._trials *= kept
 
     def _predict_shared(self) -> tuple[np.ndarray, float]:
         """(chance at each position [k_max], chance over all positions) of an average request."""

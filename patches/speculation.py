@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vllm/v1: draft lengths by request in the V1 model runner, and the start-up sweep after the workers' warm-up."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+
+def wrap_propose_draft_token_ids() -> None:
+    """Wrap `GPUModelRunner.propose_draft_token_ids` (V1, the CPU runner included) to honour `draft_lengths`."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    original = GPUModelRunner.propose_draft_token_ids
+    if getattr(original, "_wrapped_by_vllm_ext", False):
+        return
+
+    @functools.wraps(original)
+    def propose_draft_token_ids(
+        self: Any, scheduler_output: Any, sampled_token_ids: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        lengths = getattr(scheduler_output, "draft_lengths", None)
+        if lengths is None or not isinstance(sampled_token_ids, list):
+            return original(self, scheduler_output, sampled_token_ids, *args, **kwargs)
+        ids = self.input_batch.req_ids
+        if self.speculative_config.method == "ngram":
+            # The n-gram drafter keeps nothing between steps, and skips a row without new tokens.
+            sampled_token_ids = [
+                tokens if lengths.get(rid, 1) else [] for rid, tokens in zip(ids, sampled_token_ids, strict=False)
+            ]
+        drafts = original(self, scheduler_output, sampled_token_ids, *args, **kwargs)
+        if not isinstance(drafts, list):
+            return drafts
+        return [draft[: lengths.get(rid, len(draft))] for rid, draft in zip(ids, drafts, strict=False)]
+
+    propose_draft_token_ids._wrapped_by_vllm_ext = True  # type: ignore[attr-defined]
+    GPUModelRunner.propose_draft_token_ids = propose_draft_token_ids
+
+
+def wrap_compile_or_warm_up_model() -> None:
+    """Wrap `Executor.compile_or_warm_up_model`: afterwards, measure step times for engines that use smartspec."""
+    from vllm.v1.executor.abstract import Executor
+
+    original = Executor.compile_or_warm_up_model
+    if getattr(original, "_wrapped_by_vllm_ext", False):
+        return
+
+    @functools.wraps(original)
+    def compile_or_warm_up_model(self: Any) -> None:
+        original(self)
+        if "smartspec" in str(self.vllm_config.scheduler_config.scheduler_cls):
+            from vllm_ext.scheduling import step_sweep
+
+            step_sweep.store_measured_prior(self)
+
+    compile_or_warm_up_model._wrapped_by_vllm_ext = True  # type: ignore[attr-defined]
+    Executor.compile_or_warm_up_model = compile_or_warm_up_model

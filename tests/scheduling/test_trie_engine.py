@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trie drafter in the real engine, float32 on CPU: the tokens of no speculation, and no request stays behind."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from vllm import LLM, SamplingParams, TokensPrompt
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(300)]
+
+K = 6
+MAX_TOKENS = 120
+#: 20 blocks of 32, the CPU backend's smallest: eight requests of up to 200 tokens do not fit at once.
+ENGINE: dict[str, Any] = {
+    "dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 8, "block_size": 32,
+    "num_gpu_blocks_override": 20, "enable_prefix_caching": False, "disable_log_stats": False,
+}  # fmt: skip
+
+
+def generate(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
+    parameters = SamplingParams(max_tokens=MAX_TOKENS, temperature=0, ignore_eos=True)
+    outputs = llm.generate([TokensPrompt(prompt_token_ids=one) for one in prompts], parameters, use_tqdm=False)
+    return [list(one.outputs[0].token_ids) for one in outputs]
+
+
+def read_counters(llm: LLM) -> dict[str, float]:
+    found = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+    return {name.removeprefix("vllm:"): value for name, value in found.items()}
+
+
+def check_same(model: Any, prompt: list[int], tokens: list[int], expected: list[int]) -> bool:
+    """Whether two outputs are equal; they may only part where the model finds both tokens equally good."""
+    if tokens == expected:
+        return True
+    parted = next(place for place in range(MAX_TOKENS) if tokens[place] != expected[place])
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + tokens[:parted]])).logits[0, -1]
+    assert abs(float(logits[tokens[parted]] - logits[expected[parted]])) < 2e-3
+    return False
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    path = Path(__file__).resolve().parents[2] / "bench" / "models" / "tiny_moe"
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def test_tokens_are_those_of_no_speculation(
+    tiny_moe: str, reference: Any, tmp_path: Path, engine_in_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # An n-gram engine of another test may have left numba behind. vLLM's CPU worker looks into every module when it
+    # starts, and fails at this one (vllm/triton_utils/dispatcher.py, 0.32).
+    monkeypatch.delitem(sys.modules, "llvmlite.binding.ffi", raising=False)
+    llm = LLM(model=tiny_moe, **ENGINE)
+    generator = np.random.default_rng(0)
+    vocabulary = llm.get_tokenizer().vocab_size
+    prompts = [generator.integers(10, vocabulary - 10, 12).tolist() * 6 for _ in range(6)]
+    prompts += [generator.integers(10, vocabulary - 10, 70).tolist() for _ in range(2)]
+    expected = generate(llm, prompts)
+    del llm
+
+    llm = LLM(
+        model=tiny_moe,
+        speculative_config={
+            "method": "ngram", "num_speculative_tokens": K, "prompt_lookup_min": 2, "prompt_lookup_max": 6,
+        },
+        additional_config={"vllm_ext": {"smartspec": {"drafter": "trie"}, "cache_dir": str(tmp_path)}},
+        **ENGINE,
+    )  # fmt: skip
+    (proposer,) = llm.collective_rpc(lambda worker: worker.model_runner.trie_proposer)
+    drafter = proposer.drafter
+    free = drafter._segments.count_free()
+
+    tokens = generate(llm, prompts)
+    equal = [check_same(reference, *one) for one in zip(prompts, tokens, expected, strict=True)]
+    assert sum(equal) >= len(prompts) - 1
+    first = read_counters(llm)
+    assert first["num_preemptions"] > 0
+    assert first["spec_decode_num_accepted_tokens"] > MAX_TOKENS
+
+    # The same again: what was put out is known from the start now, also where the prompt tells nothing.
+    tokens = generate(llm, prompts)
+    assert sum(check_same(reference, *one) for one in zip(prompts, tokens, expected, strict=True)) >= len(prompts) - 1
+    second = read_counters(llm)
+    accepted = "spec_decode_num_accepted_tokens"
+    assert second[accepted] - first[accepted] > 1.1 * first[accepted]
+    assert len(prompts) * MAX_TOKENS * 0.9 < drafter.shared.num_tokens
+
+    # Abort one in the middle; when another has run, nothing is left of any of them.
+    engine = llm.llm_engine
+    for number, prompt in enumerate(prompts[:3]):
+        parameters = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True)
+        engine.add_request(str(number), TokensPrompt(prompt_token_ids=prompt), parameters)
+    finished = {}
+    for step in range(200):
+        if not engine.has_unfinished_requests():
+            break
+        if step == 6:
+            engine.abort_request(["1"])
+        finished |= {output.request_id: output for output in engine.step() if output.finished}
+    assert {"0", "2"} <= set(finished)
+    for number in (0, 2):
+        text = list(finished[str(number)].outputs[0].token_ids)
+        assert text == expected[number][:60] or not equal[number]
+    generate(llm, prompts[:1])
+    assert len(proposer._states) == 1
+    assert len(drafter) <= 1
+    drafter.remove(next(iter(proposer._states)))
+    assert drafter._segments.count_free() == free

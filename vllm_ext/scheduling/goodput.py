@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scheduler mixin of smartspec: trims what is verified, chooses what is drafted next, and learns from outcomes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vllm_ext import observability
+from vllm_ext.scheduling import goodput_setup
+from vllm_ext.speculation.controller import Batch, Decision
+from vllm_ext.speculation.draft_source import count_trials
+from vllm_ext.speculation.step_time import StepFeatures
+
+
+class StepNotes(NamedTuple):
+    """What the mixin keeps of a scheduled step until its output arrives."""
+
+    started: float  # seconds of time.perf_counter, at the start of schedule()
+    #: Drafts by request that were proposed for it. What else vLLM schedules as drafts is padding.
+    proposed: dict[str, int]
+    #: Of these, how many at the front were certain, by request: no trials of the drafter.
+    certain: Mapping[str, int]
+    #: None for a step with prompt tokens in it, whose time says little about drafts.
+    features: StepFeatures | None
+
+
+class GoodputMixin:
+    """Draft lengths by goodput, around vLLM's `Scheduler` or `AsyncScheduler`.
+
+    schedule                trims drafts before super() counts tokens and KV slots for them
+    _update_after_schedule  sets how much the step drafts: `num_spec_tokens_to_schedule`, which all model runners
+                            read, and `draft_lengths` by request, which the V1 runner's patch reads
+    update_from_output      accepted drafts by request, and the time of the step
+
+    Lengths depend on finished steps only, never on the drafts they cut: the output distribution stays that of the
+    target model.
+
+    Source: SmartSpec (arXiv:2406.14066, section 4); vLLM's dynamic speculation puts a table at the same place.
+    """
+
+    #: Drafts at the front of spec_token_ids that are certain (speculation/draft_source.py), by request. A mixin around
+    #: this one that puts them there sets it anew before every schedule().
+    certain_drafts: Mapping[str, int] = MappingProxyType({})
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        vllm_config = self.vllm_config  # type: ignore[attr-defined]
+        self._plan = goodput_setup.plan_control(vllm_config)
+        self._controller = goodput_setup.make_controller(vllm_config, self._plan)
+        self._engine_index = vllm_config.parallel_config.data_parallel_index
+        self._notes: dict[int, StepNotes] = {}
+        self._decision: Decision | None = None
+        self._started = self._finished = 0.0
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's, with the least promising drafts left out."""
+        self._started = time.perf_counter()
+        running = self.running  # type: ignore[attr-defined]
+        drafted = [request for request in running if request.spec_token_ids]
+        if drafted and self._plan.trims:
+            self._trim(drafted, running)
+        self._proposed = {request.request_id: len(request.spec_token_ids) for request in drafted}
+        return super().schedule(*args, **kwargs)  # type: ignore[misc]
+
+    def _trim(self, drafted: list[Any], running: Collection[Any]) -> None:
+        context = sum(request.num_computed_tokens for request in running)
+        given = np.array([len(request.spec_token_ids) for request in drafted], np.int64)
+        certain = np.array([self.certain_drafts.get(request.request_id, 0) for request in drafted], np.int64)
+        certain = np.minimum(certain, given)
+        batch = Batch([request.request_id for request in drafted], len(running) + int(certain.sum()), context)
+        is_probe = self._decision is not None and self._decision.is_probe
+        kept = certain + self._controller.trim_drafts(batch, np.minimum(given - certain, self._plan.k_max), is_probe)
+        for request, before, length in zip(drafted, given.tolist(), kept.tolist(), strict=True):
+            if length < before:
+                # A new list: asynchronous scheduling gives all requests the same one.
+                request.spec_token_ids = request.spec_token_ids[:length]
+
+    def _update_after_schedule(self, scheduler_output: Any) -> None:
+        # Before super(): AsyncScheduler makes the placeholders of the next step out of this number.
+        scheduled = scheduler_output.num_scheduled_tokens
+        if scheduled:
+            requests = self.requests  # type: ignore[attr-defined]
+            ids = list(scheduled)
+            context = sum(requests[rid].num_computed_tokens for rid in ids)
+            planned = 0
+            if self._plan.drafts:
+                decision = self._controller.plan_drafts(Batch(ids, len(ids), context))
+                self._decision = decision
+                lengths = decision.lengths.tolist()
+                scheduler_output.num_spec_tokens_to_schedule = max(lengths)
+                scheduler_output.draft_lengths = dict(zip(ids, lengths, strict=True))
+                planned = sum(lengths)
+                self._report_plan(decision, planned)
+            self._notes[id(scheduler_output)] = StepNotes(
+                self._started, self._proposed, self.certain_drafts, self._describe(scheduler_output, context, planned)
+            )
+        super()._update_after_schedule(scheduler_output)  # type: ignore[misc]
+
+    def _describe(self, scheduler_output: Any, context: int, planned: int) -> StepFeatures | None:
+        scheduled, drafts = scheduler_output.num_scheduled_tokens, scheduler_output.scheduled_spec_decode_tokens
+        if any(count - len(drafts.get(rid, ())) > 1 for rid, count in scheduled.items()):
+            return None
+        passes = scheduler_output.num_spec_tokens_to_schedule * self._plan.passes_per_draft
+        return StepFeatures(scheduler_output.total_num_scheduled_tokens, context, len(scheduled), passes, planned)
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """As vLLM's; outcomes are read before it, since it drops the requests that finish."""
+        notes = self._notes.pop(id(scheduler_output), None)
+        if notes is None:
+            return super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+        ids, drafted, accepted = self._read_outcomes(scheduler_output, model_runner_output, notes)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+        now = time.perf_counter()
+        # Asynchronous steps overlap: a step's share begins when the one before it was done.
+        milliseconds = (now - max(notes.started, self._finished)) * 1e3
+        self._finished = now
+        predicted = None if notes.features is None else self._controller.step_time.predict(notes.features)
+        timed = notes.features if ids else None
+        self._controller.observe(ids, drafted, accepted, timed, milliseconds)
+        self._controller.forget(self.requests)  # type: ignore[attr-defined]
+        self._report_outcome(int(drafted.sum()), int(accepted.sum()), predicted, milliseconds)
+        return outputs
+
+    def _read_outcomes(
+        self, scheduler_output: Any, model_runner_output: Any, notes: StepNotes
+    ) -> tuple[list[str], np.ndarray, np.ndarray]:
+        """(request ids, verified drafts, accepted drafts) of the requests whose output counts."""
+        sampled, index = model_runner_output.sampled_token_ids, model_runner_output.req_id_to_index
+        invalid = scheduler_output.num_invalid_spec_tokens or {}
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        requests = self.requests  # type: ignore[attr-defined]
+        ids: list[str] = []
+        drafted: list[int] = []
+        accepted: list[int] = []
+        for rid in scheduler_output.num_scheduled_tokens if sampled else ():
+            request = requests.get(rid)
+            # Output of before a preemption is counted twice once the request runs again.
+            if request is None or request.is_finished() or request.num_stale_output_tokens > 0:
+                continue
+            tokens = sampled[index[rid]]
+            if not tokens:
+                continue
+            # vLLM pads new rows with drafts of -1 and drafts that the grammar forbids with -1: no trials of ours.
+            real = max(len(drafts.get(rid, ())) - invalid.get(rid, 0), 0) if notes.proposed.get(rid) else 0
+            tried, right = count_trials(real, min(len(tokens) - 1, real), notes.certain.get(rid, 0))
+            ids.append(rid)
+            drafted.append(tried)
+            accepted.append(right)
+        return ids, np.array(drafted, np.int64), np.array(accepted, np.int64)
+
+    def _report_plan(self, decision: Decision, planned: int) -> None:
+        set_gauge, index = observability.set_gauge, self._engine_index
+        set_gauge("vllm_ext:smartspec_draft_length", planned / len(decision.lengths), index)
+        goodput = 1e3 * decision.expected_tokens / decision.expected_milliseconds
+        set_gauge("vllm_ext:smartspec_goodput_tokens_per_second", goodput, index)
+        observability.add("vllm_ext:smartspec_planned_tokens_total", planned, index)
+        if decision.is_probe:
+            observability.add("vllm_ext:smartspec_probe_steps_total", 1, index)
+
+    def _report_outcome(self, drafted: int, accepted: int, predicted: float | None, milliseconds: float) -> None:
+        index = self._engine_index
+        observability.add("vllm_ext:smartspec_verified_tokens_total", drafted, index)
+        observability.add("vllm_ext:smartspec_accepted_tokens_total", accepted, index)
+        if predicted is not None:
+            observability.set_gauge("vllm_ext:smartspec_predicted_step_seconds", predicted / 1e3, index)
+            observability.set_gauge("vllm_ext:smartspec_measured_step_seconds", milliseconds / 1e3, index)

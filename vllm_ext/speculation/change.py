@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When what was learned no longer holds: a change is told from luck, so that the past can be forgotten at once."""
+
+from __future__ import annotations
+
+import numpy as np
+
+#: Requests of a batch that count as independent witnesses at most: their estimates share what is wrong with them.
+MOST_WITNESSES = 8
+#: Standard deviations that one step counts for at most: outcomes of few requests are far from normal.
+LARGEST_SURPRISE = 3.0
+
+
+class ChangeDetector:
+    """Two-sided cumulative sum of standardized surprises.
+
+    A surprise is the share of first drafts that were accepted less the share that was expected. Sums of luck drift to
+    zero; those of a change grow by its size at each step. A change by three standard deviations raises the
+    alarm after five steps with the default numbers.
+
+    Source: Page 1954, "Continuous inspection schemes"; reference value and threshold as in Montgomery, "Statistical
+    quality control", chapter 9.
+    """
+
+    def __init__(self, reference: float = 0.5, threshold: float = 12.0) -> None:
+        """reference: standard deviations that each surprise is reduced by; threshold: sum that raises the alarm."""
+        self._reference, self._threshold = reference, threshold
+        self._above = self._below = 0.0
+
+    def observe(self, expected: np.ndarray, succeeded: np.ndarray) -> bool:
+        """Whether outcomes have changed, after one more step.
+
+        expected: float64 [n], the chance that was believed in; succeeded: bool [n], what came. After an alarm the sums
+        begin anew.
+        """
+        count = len(expected)
+        if not count:
+            return False
+        variance = float((expected * (1 - expected)).mean()) / min(count, MOST_WITNESSES)
+        surprise = float(succeeded.mean() - expected.mean()) / np.sqrt(max(variance, 1e-6))
+        surprise = min(max(surprise, -LARGEST_SURPRISE), LARGEST_SURPRISE)
+        self._above = max(0.0, self._above + surprise - self._reference)
+        self._below = max(0.0, self._below - surprise - self._reference)
+        if max(self._above, self._below) < self._threshold:
+            return False
+        self._above = self._below = 0.0
+        return True
