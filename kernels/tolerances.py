@@ -62,7 +62,7 @@ MIXED_LINEAR_REFERENCE = MIXED_MOE_REFERENCE
 #: at least FEW_OUTPUTS outputs in all: rounding to bf16 costs 2**-8 at most and half of that on average, so a handful
 #: of outputs can be off by twice as much.
 NATIVE_MOE: dict[int, Tolerance] = {
-    16: Tolerance(2e-3, "the output is rounded to 8 bits; two int8 planes add 2**-16 of a group's largest value"),
+    16: Tolerance(2e-3, "the output is rounded to 8 bits; two int8 planes add 2**-15 of a group's largest value"),
     8: Tolerance(1.8e-2, "a last-bit difference before int8 rounding can flip a code of the intermediate, 1/127"),
 }
 
@@ -72,11 +72,15 @@ NATIVE_LINEAR: dict[int, Tolerance] = {
     8: Tolerance(2e-3, "both round the same inputs to the same int8 codes; only the output is rounded to 8 bits"),
 }
 
-#: Random layers down to 8 columns and one token, some blocks in bf16.
+#: Random layers down to 8 columns and one token, some blocks in bf16. Layers of codes alone, with 64 columns and more,
+#: are held to NATIVE_MOE times FUZZ_ROOM.
 NATIVE_FUZZ: dict[int, Tolerance] = {
     16: Tolerance(2e-2, "as MIXED_MOE in bf16: blocks kept in bf16 round their inputs to 8 bits"),
     8: Tolerance(6e-2, "one flipped code of an intermediate of 8 columns, beside bf16 blocks"),
 }
+
+#: Among ten thousand small layers, one has roundings that exceed the limit of the others by a twentieth.
+FUZZ_ROOM = 1.25
 
 #: Outputs below which the tolerances of the compiled kernels are doubled.
 FEW_OUTPUTS = 512

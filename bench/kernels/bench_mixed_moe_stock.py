@@ -13,8 +13,9 @@ Arms, call by call in turn:
     w2a8 ...     one width in all experts, groups of 128
     mixed_a16    experts of 2, 3 and 4 bits with 16-bit activations: 2.7 code bits on average
 
-Every arm has copies of the layer worth 1.5 GB, and calls go through them. Routing is skewed (zipf 0.7), and at one
-token it goes through all experts in turn. Weights are random: this is speed only.
+Every arm has copies of the layer worth 1.5 GB. How many are used is the harness's choice: an arm comes back to the same
+weights after four last-level caches of its own (`bench.op.COLD_FACTOR`), and all other arms in between. Routing is
+skewed (zipf 0.7), and at one token it goes through all experts in turn. Weights are random: this is speed only.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from vllm_ext.kernels.mixed_moe import mixed_moe
 from vllm_ext.kernels.mixed_moe.layout import Block, block_shape, plan_arena
 from vllm_ext.kernels.native.load import load_ops
 
-#: Copies of the layer, in bytes, that the calls of one arm go through.
+#: Copies of the layer, in bytes, that the calls of one arm can go through.
 COLD_BYTES = 1_500_000_000
 TOKENS = (1, 4, 16, 64, 256)
 #: Routings that are looked at to say how many experts a call touches.

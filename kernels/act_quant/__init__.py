@@ -15,7 +15,8 @@ def act_quant(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Ten
     group_size  divides K; -1: one group per token
 
     Returns (codes int8 [tokens, K] in -127..127, scales float32 [tokens, K / group_size]). A scale is its group's
-    largest magnitude / 127; ties round to even; a group of zeros has codes and scale 0.
+    largest magnitude / 127; ties round to even; a group of zeros has codes and scale 0; a group
+    with a value that is not finite has codes 0 and scale NaN.
     Raises ValueError for another dtype or rank of x, and for a group size that does not divide K.
 
     Source: per-token dynamic int8 as in vLLM's `dynamic_scaled_int8_quant`; ours has one scale per group of K, the

@@ -39,4 +39,6 @@ def _round_groups(inputs: torch.Tensor, group_size: int) -> tuple[torch.Tensor, 
     """Integer-valued float32 codes [tokens, groups, group] and scales [tokens, groups, 1]."""
     grouped = inputs.unflatten(-1, (num_groups(inputs.shape[-1], group_size), -1))
     scale = grouped.abs().amax(-1, keepdim=True) / INT8_MAX
+    # An infinite scale would make the other codes 0 * inf, and its own inf / inf, which no integer stands for.
+    scale = torch.where(scale.isinf(), torch.nan, scale)
     return torch.where(scale > 0, grouped / scale, 0.0).round().clamp(-INT8_MAX, INT8_MAX), scale

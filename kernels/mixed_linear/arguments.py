@@ -17,6 +17,8 @@ def check_arguments(
     """Raise ValueError, naming the argument and its value. Metadata only: no device is read."""
     if x.dim() == 0 or x.dtype not in ACTIVATION_DTYPES:
         raise ValueError(f"x must be [..., K] in bf16, fp16 or fp32, got {_describe(x)}")
+    if x.shape[-1] == 0:
+        raise ValueError(f"K must be positive, got x {_describe(x)}")
     if arena.dim() != 1 or arena.dtype != torch.uint8:
         raise ValueError(f"arena must be uint8 [bytes], got {_describe(arena)}")
     if table.dim() != 2 or table.shape[1] != NUM_COLUMNS or table.dtype != torch.int64:
@@ -29,6 +31,9 @@ def check_arguments(
 
 def check_rows(rows: Sequence[Sequence[int]], out_features: int) -> None:
     """Raise ValueError where the table, read on the host, does not describe `out_features` outputs."""
+    for row in rows:
+        if row[NUM_ROWS] <= 0:
+            raise ValueError(f"the number of outputs of a row block must be positive, got {row[NUM_ROWS]}")
     total = sum(row[NUM_ROWS] for row in rows)
     if total != out_features:
         raise ValueError(f"out_features is {out_features}, but the table describes {total} outputs")

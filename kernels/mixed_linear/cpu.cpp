@@ -31,6 +31,7 @@ struct LinearWorkspace : Workspace {
   std::vector<Block> blocks;
   std::vector<BlockTasks> tasks;   // one per block
   std::vector<BlockInput> inputs;  // one per block; blocks of one format share their memory
+  std::vector<float> bias;
 };
 
 bool same_input(const Block& a, const Block& b) {
@@ -43,8 +44,9 @@ WorkspacePool<LinearWorkspace>& pool() {
   return workspaces;
 }
 
-at::Tensor mixed_linear(const at::Tensor& x, const at::Tensor& arena, const at::Tensor& table, int64_t out_features,
-                        const std::optional<at::Tensor>& bias) {
+std::optional<at::Tensor> mixed_linear(const at::Tensor& x, const at::Tensor& arena, const at::Tensor& table,
+                                       int64_t out_features, const std::optional<at::Tensor>& bias) {
+  if (!is_for_kernels(x, table, kNumColumns)) return std::nullopt;
   TORCH_CHECK_VALUE(x.dim() > 0, "x must be [..., K], got ", x.sizes());
   const Element element = find_element(x.scalar_type());
   TORCH_CHECK_VALUE(arena.dim() == 1 && arena.scalar_type() == at::kByte && arena.is_contiguous(),
@@ -52,15 +54,16 @@ at::Tensor mixed_linear(const at::Tensor& x, const at::Tensor& arena, const at::
   TORCH_CHECK_VALUE(table.dim() == 2 && table.size(1) == kNumColumns && table.scalar_type() == at::kLong,
                     "table must be int64 [row blocks, ", kNumColumns, "], got ", table.scalar_type(), " ",
                     table.sizes());
-  TORCH_CHECK_VALUE(!bias || (bias->dim() == 1 && bias->size(0) == out_features), "bias must be float [", out_features,
-                    "]");
+  TORCH_CHECK_VALUE(!bias || (bias->dim() == 1 && bias->size(0) == out_features && bias->is_floating_point()),
+                    "bias must be float [", out_features, "]");
   const int64_t K = x.size(-1);
+  check_size("K", K);
   const at::Tensor fields = table.contiguous();
   const auto* rows = fields.const_data_ptr<int64_t>();
   const int64_t num_blocks = table.size(0);
   int64_t total = 0;
   for (int64_t i = 0; i < num_blocks; ++i) {
-    TORCH_CHECK_VALUE(rows[i * kNumColumns + kNumRows] > 0, "row block ", i, " has no outputs");
+    check_size("the number of outputs of a row block", rows[i * kNumColumns + kNumRows]);
     total += rows[i * kNumColumns + kNumRows];
   }
   TORCH_CHECK_VALUE(total == out_features, "out_features is ", out_features, ", but the table describes ", total,
@@ -76,14 +79,19 @@ at::Tensor mixed_linear(const at::Tensor& x, const at::Tensor& arena, const at::
   auto shape = x.sizes().vec();
   shape.back() = out_features;
   at::Tensor out = at::empty(shape, x.options());
-  const int64_t all_tokens = K ? x.numel() / K : 0;
+  const int64_t all_tokens = x.numel() / K;
   if (all_tokens == 0) return out;
-  const at::Tensor bias_row = bias ? bias->to(at::kFloat).contiguous() : at::Tensor();
-  const float* bias_values = bias ? bias_row.const_data_ptr<float>() : nullptr;
+  const float* bias_values = nullptr;
+  const Kernels& kernels = current_kernels();
+  if (bias) {
+    const at::Tensor row = (bias->scalar_type() == at::kDouble ? bias->to(at::kFloat) : *bias).contiguous();
+    workspace->bias.resize(static_cast<size_t>(out_features));
+    kernels.load_row(row.const_data_ptr(), find_element(row.scalar_type()), out_features, 1.0f, workspace->bias.data());
+    bias_values = workspace->bias.data();
+  }
   const auto* in = static_cast<const uint8_t*>(inputs.const_data_ptr());
   auto* result = static_cast<uint8_t*>(out.data_ptr());
   const int64_t size = element_bytes(element), padded = divide_up(K, kDepth) * kDepth;
-  const Kernels& kernels = current_kernels();
   const int lanes = at::get_num_threads();
   workspace->grow_lanes(lanes);
   auto& blocks = workspace->blocks;
@@ -128,7 +136,7 @@ at::Tensor mixed_linear(const at::Tensor& x, const at::Tensor& arena, const at::
       block_tasks.push_back({num_tasks, first_output, pairs, ranges});
       first_output += block.N;
     }
-    const Stage multiply{num_tasks, [&](int64_t task, int lane) {
+    const Stage multiply{num_tasks, [&](int64_t task, int64_t next_task, int lane) {
       size_t i = 0;
       while (task >= block_tasks[i].end) ++i;
       const BlockTasks& mine = block_tasks[i];
@@ -138,11 +146,13 @@ at::Tensor mixed_linear(const at::Tensor& x, const at::Tensor& arena, const at::
       const int64_t begin = number / mine.ranges * panel, count = std::min(panel, tokens - begin);
       const int64_t first_pair = number % mine.ranges * mine.pairs;
       const int64_t last_pair = std::min(block.pairs(), first_pair + mine.pairs);
+      const int64_t following = next_task < task ? std::max<int64_t>(first_pair - mine.pairs, 0) : last_pair;
       Scratch& scratch = *workspace->lanes[static_cast<size_t>(lane)];
       scratch.reserve(Scratch::part_bytes<float>(count * 2 * kRows));
       auto* sums = scratch.take<float>(count * 2 * kRows);
       for (int64_t pair = first_pair; pair < last_pair; ++pair) {
-        input.multiply(kernels, block, pair, begin, count, block.find_pair(pair + 1), sums);
+        const uint8_t* next = block.find_pair(pair + 1 < last_pair ? pair + 1 : following);
+        input.multiply(kernels, block, pair, begin, count, next, sums);
         const int64_t output = pair * 2 * kRows, outputs = std::min<int64_t>(2 * kRows, block.N - output);
         const int64_t column = mine.first_output + output;
         for (int64_t token = 0; token < count; ++token) {

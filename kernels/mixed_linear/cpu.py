@@ -10,6 +10,7 @@ function, and all of them want the weight in a layout of their own.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn.functional import linear
@@ -29,9 +30,12 @@ def mixed_linear(
     Differs from the reference as `apply_block` says; in the compiled kernels 16-bit activations are two int8 planes,
     whose error is that of rounding the output to bf16.
     """
+    # The kernels check their arguments, and whether the table is theirs.
+    if (ops := find_kernels(table)) is not None:
+        out = ops.mixed_linear(x, arena, table, out_features, bias)
+        if out is not None:
+            return out
     check_arguments(x, arena, table, out_features, bias)
-    if x.dtype != torch.float32 and holds_records(table) and (ops := load_ops()) is not None:
-        return ops.mixed_linear(x, arena, table, out_features, bias)
     rows = table.tolist()
     check_rows(rows, out_features)
     inputs = x.reshape(-1, x.shape[-1])
@@ -42,10 +46,15 @@ def mixed_linear(
     return out.to(x.dtype).view(*x.shape[:-1], out_features)
 
 
-def holds_records(table: torch.Tensor) -> bool:
-    """Whether some weight of a table [..., fields], on the CPU, is CPU_RECORD."""
-    # The largest layout is looked for, not each row: this runs in every call.
-    return table.numel() > 0 and int(table.select(-1, Field.LAYOUT).max()) == Layout.CPU_RECORD
+def find_kernels(table: torch.Tensor) -> Any | None:
+    """The compiled operators: where they are loaded, or where some row of a table [..., fields] is CPU_RECORD and they
+    can be loaded now. Once they are loaded, they look at the table themselves, in less time."""
+    ops = find_ops()
+    # A malformed table is named by `check_arguments`, which comes after.
+    has_layout = table.dim() > 1 and table.shape[-1] > Field.LAYOUT and table.numel() > 0
+    if ops is None and has_layout and int(table[..., Field.LAYOUT].max()) == Layout.CPU_RECORD:
+        ops = load_ops()
+    return ops
 
 
 def apply_block(

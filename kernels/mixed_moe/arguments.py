@@ -30,6 +30,8 @@ def check_arguments(
         )
     if x.dim() != 2 or x.dtype not in ACTIVATION_DTYPES:
         raise ValueError(f"x must be [tokens, hidden] in bf16, fp16 or fp32, got {_describe(x)}")
+    if x.shape[1] == 0:
+        raise ValueError(f"hidden size must be positive, got x {_describe(x)}")
     if topk_ids.dim() != 2 or topk_ids.shape[0] != x.shape[0] or not _is_integer(topk_ids):
         raise ValueError(f"topk_ids must be int [{x.shape[0]}, top k], got {_describe(topk_ids)}")
     if topk_weights.shape != topk_ids.shape:

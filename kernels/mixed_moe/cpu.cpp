@@ -12,135 +12,29 @@
 
 #include <optional>
 
-#include "blocks.h"
 #include "dispatch.h"
-#include "lanes.h"
+#include "experts.h"
 
 namespace vllm_ext {
 namespace {
 
-enum { kGateUp, kDown, kNumBlocks };
-
 // Tokens per pass: bounds the scratch memory of long prompts.
 constexpr int64_t kPassTokens = 1024;
-
-// Pairs of one chunk: 128 intermediate columns are 8 times 16 of gate and of up.
-constexpr int64_t kChunkPairs = kDepth / kRows;
-
-struct Expert {
-  Block gate_up, down;
-  int64_t first, count;  // of the sorted pairs
-  BlockInput input, hidden;
-  float* late_hidden;  // float32 rows, where the down block's scales span more than a chunk
-};
-
-struct GateUpTask {
-  int expert, chunk;
-  int64_t begin, count;
-  int64_t cost;
-};
-
-struct MoeWorkspace : Workspace {
-  std::vector<int32_t> local_ids;   // [tokens * top k]; -1 for none
-  std::vector<int64_t> offsets;     // of each expert's pairs
-  std::vector<int32_t> tokens;      // of the sorted pairs, within the pass
-  std::vector<float> weights;       // routing weights of the sorted pairs
-  std::vector<float> sum_weights;   // by which outputs are summed: those, or 1
-  std::vector<Expert> experts;      // that have pairs, in the order of the table
-  std::vector<int32_t> pair_experts;
-  std::vector<GateUpTask> tasks;
-};
 
 WorkspacePool<MoeWorkspace>& pool() {
   static WorkspacePool<MoeWorkspace> workspaces;
   return workspaces;
 }
 
-template <class Id>
-void map_ids(const Id* ids, int64_t count, const int64_t* map, int64_t limit, int64_t num_local_experts,
-             std::vector<int32_t>& local_ids) {
-  local_ids.resize(static_cast<size_t>(count));
-  for (int64_t i = 0; i < count; ++i) {
-    int64_t id = ids[i];
-    TORCH_CHECK_VALUE(id < limit, "topk_ids holds ", id, ", but there are ", limit, " experts");
-    if (id >= 0 && map) {
-      id = map[id];
-      TORCH_CHECK_VALUE(id < num_local_experts, "expert_map holds ", id, ", but the table has ", num_local_experts,
-                        " local experts");
-    }
-    local_ids[static_cast<size_t>(i)] = id < 0 ? -1 : static_cast<int32_t>(id);
-  }
-}
-
 struct Call {
   const Kernels& kernels;
   int lanes;
-  const at::Tensor& arena;
-  const int64_t* table;
-  int64_t num_experts, hidden_size, intermediate_size;
+  int64_t hidden_size;
   Element element;
   bool weight_on_input;
   MoeWorkspace& work;
 
   Scratch& lane(int index) { return *work.lanes[static_cast<size_t>(index)]; }
-
-  // Fills tokens, weights, experts and pair_experts from local_ids [num_tokens * top_k]; returns the number of pairs.
-  int64_t sort_pairs(const int32_t* local_ids, const float* routing, int64_t num_tokens, int64_t top_k) {
-    work.offsets.assign(static_cast<size_t>(num_experts) + 1, 0);
-    for (int64_t i = 0; i < num_tokens * top_k; ++i) {
-      if (local_ids[i] >= 0) ++work.offsets[static_cast<size_t>(local_ids[i]) + 1];
-    }
-    work.experts.clear();
-    work.pair_experts.clear();
-    for (int64_t expert = 0; expert < num_experts; ++expert) {
-      const int64_t count = work.offsets[static_cast<size_t>(expert) + 1];
-      const int64_t first = work.offsets[static_cast<size_t>(expert)];
-      work.offsets[static_cast<size_t>(expert) + 1] += first;
-      if (count == 0) continue;
-      const int64_t* rows = table + expert * kNumBlocks * kNumFields;
-      const int index = static_cast<int>(work.experts.size());
-      work.experts.push_back({read_block(rows, arena, 2 * intermediate_size, hidden_size, /*gate_up=*/true),
-                              read_block(rows + kNumFields, arena, hidden_size, intermediate_size, /*gate_up=*/false),
-                              first,
-                              count,
-                              {},
-                              {},
-                              nullptr});
-      work.pair_experts.insert(work.pair_experts.end(), static_cast<size_t>(count), index);
-    }
-    const int64_t pairs = work.offsets[static_cast<size_t>(num_experts)];
-    work.tokens.resize(static_cast<size_t>(pairs));
-    work.weights.resize(static_cast<size_t>(pairs));
-    for (int64_t i = 0; i < num_tokens * top_k; ++i) {
-      if (local_ids[i] < 0) continue;
-      const auto place = static_cast<size_t>(work.offsets[static_cast<size_t>(local_ids[i])]++);
-      work.tokens[place] = static_cast<int32_t>(i / top_k);
-      work.weights[place] = routing[i];
-    }
-    work.sum_weights.assign(work.weights.begin(), work.weights.end());
-    if (weight_on_input) std::fill(work.sum_weights.begin(), work.sum_weights.end(), 1.0f);
-    return pairs;
-  }
-
-  // Gives every expert its part of the scratch memory. Their addresses must not change any more.
-  void place_inputs() {
-    int64_t num_bytes = 0;
-    for (const Expert& expert : work.experts) {
-      num_bytes += BlockInput::plan_bytes(expert.gate_up, expert.count);
-      num_bytes += BlockInput::plan_bytes(expert.down, expert.count);
-      if (expert.down.act_group) {
-        num_bytes += Scratch::part_bytes<float>(expert.count * BlockInput::stride_of(expert.down));
-      }
-    }
-    work.shared.reserve(num_bytes);
-    for (Expert& expert : work.experts) {
-      expert.input.place(expert.gate_up, expert.count, work.shared);
-      expert.hidden.place(expert.down, expert.count, work.shared);
-      if (expert.down.act_group) {
-        expert.late_hidden = work.shared.take<float>(expert.count * BlockInput::stride_of(expert.down));
-      }
-    }
-  }
 
   auto plan_round_inputs(const uint8_t* x, int64_t pairs) {
     const int64_t padded = divide_up(hidden_size, kDepth) * kDepth;
@@ -160,38 +54,15 @@ struct Call {
     }};
   }
 
-  void sort_gate_up() {
-    // Bytes of weights that are read in the time in which one row of integers is multiplied with one pair's chunk.
-    constexpr int64_t kRowCost = 160;
-    work.tasks.clear();
-    for (size_t i = 0; i < work.experts.size(); ++i) {
-      const Expert& expert = work.experts[i];
-      const int64_t panel = panel_tokens(expert.gate_up);
-      for (int64_t begin = 0; begin < expert.count; begin += panel) {
-        const int64_t count = std::min(panel, expert.count - begin);
-        const int64_t cost = expert.gate_up.pair_bytes() + kRowCost * count * expert.gate_up.planes;
-        for (int64_t chunk = 0; chunk < expert.down.chunks(); ++chunk) {
-          work.tasks.push_back({static_cast<int>(i), static_cast<int>(chunk), begin, count, cost});
-        }
-      }
-    }
-    // Longest first: then the threads end at about the same time. Ties in memory order.
-    std::sort(work.tasks.begin(), work.tasks.end(), [](const GateUpTask& a, const GateUpTask& b) {
-      if (a.cost != b.cost) return a.cost > b.cost;
-      if (a.expert != b.expert) return a.expert < b.expert;
-      return a.begin != b.begin ? a.begin < b.begin : a.chunk < b.chunk;
-    });
-  }
-
-  // The first weights of a task; after the last task, those of the last.
+  // The first weights of a task.
   const uint8_t* find_task(int64_t index) const {
-    const GateUpTask& task = work.tasks[std::min(static_cast<size_t>(index), work.tasks.size() - 1)];
+    const GateUpTask& task = work.tasks[static_cast<size_t>(index)];
     return work.experts[static_cast<size_t>(task.expert)].gate_up.find_pair(task.chunk * kChunkPairs);
   }
 
   auto plan_gate_up() {
-    sort_gate_up();
-    return Stage{static_cast<int64_t>(work.tasks.size()), [this](int64_t index, int lane_index) {
+    sort_gate_up(work, lanes);
+    const auto multiply = [this](int64_t index, int64_t next_index, int lane_index) {
       const GateUpTask& task = work.tasks[static_cast<size_t>(index)];
       Expert& expert = work.experts[static_cast<size_t>(task.expert)];
       Scratch& scratch = lane(lane_index);
@@ -204,7 +75,7 @@ struct Call {
       const int64_t pairs = std::min(kChunkPairs, expert.gate_up.pairs() - first_pair);
       if (pairs < kChunkPairs) std::fill(columns, columns + task.count * kDepth, 0.0f);
       for (int64_t pair = 0; pair < pairs; ++pair) {
-        const uint8_t* next = pair + 1 < pairs ? expert.gate_up.find_pair(first_pair + pair + 1) : find_task(index + 1);
+        const uint8_t* next = pair + 1 < pairs ? expert.gate_up.find_pair(first_pair + pair + 1) : find_task(next_index);
         expert.input.multiply(kernels, expert.gate_up, first_pair + pair, task.begin, task.count, next, sums);
         kernels.apply_swiglu(sums, static_cast<int>(task.count), columns + pair * kRows, kDepth);
       }
@@ -217,7 +88,8 @@ struct Call {
           expert.hidden.set_chunk(kernels, token, task.chunk, columns + i * kDepth, nullptr);
         }
       }
-    }};
+    };
+    return Stage{static_cast<int64_t>(work.tasks.size()), multiply, work.slice_ends.data()};
   }
 
   // Scales that span more than a chunk need all of a token's hidden columns first.
@@ -242,7 +114,7 @@ struct Call {
     for (const Expert& expert : work.experts) {
       panel = std::max(panel, std::min(expert.count, panel_tokens(expert.down)));
     }
-    return Stage{divide_up(hidden_size, width), [this, out, num_tokens, width, panel](int64_t task, int index) {
+    return Stage{divide_up(hidden_size, width), [=, this](int64_t task, int64_t next_task, int index) {
       Scratch& scratch = lane(index);
       scratch.reserve(Scratch::part_bytes<float>(panel * 2 * kRows) + Scratch::part_bytes<float>(num_tokens * width));
       auto* products = scratch.take<float>(panel * 2 * kRows);
@@ -254,8 +126,8 @@ struct Call {
         const Expert& expert = work.experts[i];
         const bool is_last = i + 1 == work.experts.size();
         // After the range of one expert comes that of the next one; after the last, the next range of the first.
-        const uint8_t* following =
-            is_last ? work.experts[0].down.find_pair(last_pair + 1) : work.experts[i + 1].down.find_pair(first_pair);
+        const uint8_t* following = is_last ? work.experts[0].down.find_pair(next_task * width / (2 * kRows))
+                                           : work.experts[i + 1].down.find_pair(first_pair);
         const int64_t step = panel_tokens(expert.down);
         for (int64_t begin = 0; begin < expert.count; begin += step) {
           const int64_t count = std::min(step, expert.count - begin);
@@ -276,10 +148,12 @@ struct Call {
   }
 };
 
-std::tuple<at::Tensor, int64_t> mixed_moe(const at::Tensor& x, const at::Tensor& topk_ids,
-                                          const at::Tensor& topk_weights, const at::Tensor& arena,
-                                          const at::Tensor& table, const std::optional<at::Tensor>& expert_map,
-                                          int64_t intermediate_size, bool weight_on_input) {
+std::tuple<std::optional<at::Tensor>, int64_t> mixed_moe(const at::Tensor& x, const at::Tensor& topk_ids,
+                                                         const at::Tensor& topk_weights, const at::Tensor& arena,
+                                                         const at::Tensor& table,
+                                                         const std::optional<at::Tensor>& expert_map,
+                                                         int64_t intermediate_size, bool weight_on_input) {
+  if (!is_for_kernels(x, table, kNumFields)) return {std::nullopt, 0};
   TORCH_CHECK_VALUE(x.dim() == 2, "x must be [tokens, hidden], got ", x.sizes());
   const Element element = find_element(x.scalar_type());
   const auto is_integer = [](const at::Tensor& tensor) {
@@ -298,26 +172,34 @@ std::tuple<at::Tensor, int64_t> mixed_moe(const at::Tensor& x, const at::Tensor&
                     static_cast<int>(kNumFields), "], got ", table.scalar_type(), " ", table.sizes());
   TORCH_CHECK_VALUE(!expert_map || (expert_map->dim() == 1 && is_integer(*expert_map)),
                     "expert_map must be int [global experts]");
-  TORCH_CHECK_VALUE(intermediate_size > 0, "intermediate_size must be positive, got ", intermediate_size);
+  check_size("hidden size", x.size(1));
+  // A gate_up weight has twice as many rows.
+  check_size("intermediate_size", intermediate_size, kSizeLimit / 2);
 
   const int64_t num_tokens = x.size(0), hidden_size = x.size(1), top_k = topk_ids.size(1);
   const int64_t num_experts = table.size(0);
   const at::Tensor inputs = x.contiguous(), ids = topk_ids.contiguous();
   const at::Tensor routing = topk_weights.to(at::kFloat).contiguous(), fields = table.contiguous();
-  const at::Tensor map = expert_map ? expert_map->to(at::kLong).contiguous() : at::Tensor();
-  const int64_t* map_values = expert_map ? map.const_data_ptr<int64_t>() : nullptr;
+  const at::Tensor map = expert_map ? expert_map->contiguous() : at::Tensor();
   const int64_t limit = expert_map ? map.numel() : num_experts;
 
   auto workspace = pool().acquire();
+  const auto map_from = [&](const auto* values) {
+    const auto map_by = [&](const auto* local) {
+      map_ids(values, ids.numel(), local, limit, num_experts, workspace->local_ids);
+    };
+    if (!expert_map) return map_by(static_cast<const int32_t*>(nullptr));
+    return map.scalar_type() == at::kInt ? map_by(map.const_data_ptr<int32_t>()) : map_by(map.const_data_ptr<int64_t>());
+  };
   if (ids.scalar_type() == at::kInt) {
-    map_ids(ids.const_data_ptr<int32_t>(), ids.numel(), map_values, limit, num_experts, workspace->local_ids);
+    map_from(ids.const_data_ptr<int32_t>());
   } else {
-    map_ids(ids.const_data_ptr<int64_t>(), ids.numel(), map_values, limit, num_experts, workspace->local_ids);
+    map_from(ids.const_data_ptr<int64_t>());
   }
   const int lanes = at::get_num_threads();
   workspace->grow_lanes(lanes);
-  Call call{current_kernels(),  lanes,   arena,           fields.const_data_ptr<int64_t>(), num_experts, hidden_size,
-            intermediate_size, element, weight_on_input, *workspace};
+  const MoeLayer layer{arena, fields.const_data_ptr<int64_t>(), num_experts, hidden_size, intermediate_size};
+  Call call{current_kernels(), lanes, hidden_size, element, weight_on_input, *workspace};
 
   at::Tensor out = at::empty({num_tokens, hidden_size}, x.options());
   const auto* in = static_cast<const uint8_t*>(inputs.const_data_ptr());
@@ -326,14 +208,15 @@ std::tuple<at::Tensor, int64_t> mixed_moe(const at::Tensor& x, const at::Tensor&
   int64_t total = 0;
   for (int64_t first = 0; first < num_tokens; first += kPassTokens) {
     const int64_t tokens = std::min(kPassTokens, num_tokens - first);
-    const int64_t pairs = call.sort_pairs(workspace->local_ids.data() + first * top_k,
-                                          routing.const_data_ptr<float>() + first * top_k, tokens, top_k);
+    const int64_t pairs = sort_pairs(layer, workspace->local_ids.data() + first * top_k,
+                                     routing.const_data_ptr<float>() + first * top_k, tokens, top_k, weight_on_input,
+                                     *workspace);
     total += pairs;
     if (pairs == 0) {
       std::memset(result + first * row_bytes, 0, static_cast<size_t>(tokens * row_bytes));
       continue;
     }
-    call.place_inputs();
+    place_inputs(*workspace);
     run_stages(call.kernels, lanes, call.plan_round_inputs(in + first * row_bytes, pairs), call.plan_gate_up(),
                call.plan_late_hidden(pairs), call.plan_down(result + first * row_bytes, tokens));
   }

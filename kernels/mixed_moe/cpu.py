@@ -10,9 +10,8 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import silu
 
-from ..mixed_linear.cpu import apply_block, holds_records
-from ..native.load import load_ops
-from .arguments import check_arguments
+from ..mixed_linear.cpu import apply_block, find_kernels
+from .arguments import ACTIVATIONS, check_arguments
 from .layout import Block, block_shape
 from .reference import map_to_local
 
@@ -37,14 +36,16 @@ def mixed_moe(
 
     observer: told the number of (token, expert) pairs computed here, once per call.
     """
-    check_arguments(x, topk_ids, topk_weights, arena, table, expert_map, intermediate_size, activation)
-    if x.dtype != torch.float32 and holds_records(table) and (ops := load_ops()) is not None:
+    # The kernels check their other arguments, and whether the table is theirs.
+    if activation in ACTIVATIONS and (ops := find_kernels(table)) is not None:
         routed, num_pairs = ops.mixed_moe(
             x, topk_ids, topk_weights, arena, table, expert_map, intermediate_size, weight_on_input
         )
-        if observer is not None:
-            observer(num_pairs)
-        return routed
+        if routed is not None:
+            if observer is not None:
+                observer(num_pairs)
+            return routed
+    check_arguments(x, topk_ids, topk_weights, arena, table, expert_map, intermediate_size, activation)
     pairs, counts = sort_pairs(map_to_local(topk_ids, expert_map, table.shape[0]), table.shape[0])
     tokens = pairs // max(topk_ids.shape[1], 1)
     routing = topk_weights.float().flatten()[pairs].unsqueeze(-1)

@@ -20,6 +20,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,7 @@ from pathlib import Path
 from .recipe import (
     LIBRARY,
     NATIVE,
+    BuildError,
     Compiler,
     Recipe,
     describe_build,
@@ -51,17 +53,28 @@ PREBUILT = NATIVE / "prebuilt"
 #: Seconds after which a compiler that does not end is given up.
 COMPILE_TIMEOUT = 600
 
+#: Folder of a build in progress, in the cache folder: on the same file system, so that a rename is enough.
+SCRATCH_PREFIX = "compile-"
 
-class BuildError(RuntimeError):
-    """The library cannot be compiled; the message says why and what to do."""
+#: Seconds after which such a folder was left by a builder that was killed: longer than any build.
+ABANDONED_AFTER = 24 * 3600
+
+#: Seconds after which a library that nobody has loaded is of other sources, another torch or another compiler.
+UNUSED_AFTER = 60 * 24 * 3600
 
 
 def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """Folder of compiled libraries below `cache_dir`, else $VLLM_EXT_CACHE_DIR, else the user's cache directory."""
+    """Folder of compiled libraries below `cache_dir`, else $VLLM_EXT_CACHE_DIR, else the user's cache directory.
+
+    Raises BuildError where the user has no home, as an arbitrary user id in a container.
+    """
     chosen = cache_dir or os.environ.get(CACHE_ENV)
-    if chosen:
-        return Path(chosen).expanduser() / "native"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "vllm_ext" / "native"
+    try:
+        if chosen:
+            return Path(chosen).expanduser() / "native"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "vllm_ext" / "native"
+    except RuntimeError as error:
+        raise BuildError(f"{error}; set {CACHE_ENV} to a folder of your own, or HOME") from error
 
 
 def find_built(recipe: Recipe, compiler: Compiler, folder: Path) -> Path | None:
@@ -85,12 +98,37 @@ def build(recipe: Recipe, compiler: Compiler, folder: Path) -> Path:
     description = describe_build(recipe, compiler)
     library = name_library(recipe, description, folder)
     if is_whole(library):
+        note_use(library)
         return library
     with hold_lock(library.with_suffix(".lock"), library.name):
         # Another process may have finished it while this one waited.
         if not is_whole(library):
             write_library(recipe, compiler, description, library)
+            remove_stale(folder, recipe.name, library)
     return library
+
+
+def note_use(library: Path) -> None:
+    """Set a library's time to now, so that `remove_stale` sees that it is in use."""
+    # A read-only folder is never cleaned either.
+    with contextlib.suppress(OSError):
+        os.utime(library)
+
+
+def remove_stale(folder: Path, name: str, keep: Path) -> None:
+    """Delete what nobody will use again: libraries that no process has loaded for `UNUSED_AFTER`, and the folders of
+    builders that were killed. By age alone: who has loaded a library keeps its pages when the file goes."""
+    now = time.time()
+    for path in folder.iterdir():
+        try:
+            age = now - path.stat().st_mtime
+            if path.name.startswith(SCRATCH_PREFIX) and age > ABANDONED_AFTER:
+                shutil.rmtree(path)
+            elif path.name.startswith(f"{name}-") and path.suffix == ".so" and path != keep and age > UNUSED_AFTER:
+                for suffix in (".so", ".json", ".lock"):
+                    path.with_suffix(suffix).unlink(missing_ok=True)
+        except OSError as error:
+            say(f"cannot remove {path}, which is no longer used: {error}")
 
 
 def write_library(recipe: Recipe, compiler: Compiler, description: dict[str, str], library: Path) -> None:
@@ -100,7 +138,7 @@ def write_library(recipe: Recipe, compiler: Compiler, description: dict[str, str
         f"The result is kept in {library.parent}"
     )
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="compile-", dir=library.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=library.parent) as scratch:
         compiled = compile_units(recipe, compiler, Path(scratch))
         made = Path(scratch) / library.name
         run([compiler.path, *map(str, compiled), *recipe.link_flags, "-o", str(made)])

@@ -4,9 +4,9 @@
 
 #include <torch/library.h>
 
-#include <atomic>
 #include <string>
 
+#include "choice.h"
 #include "detect.h"
 #include "self_test.h"
 
@@ -18,23 +18,18 @@ bool works(const Kernels& kernels) {
   if (!can_run(kernels, features)) return false;
 #if defined(VLLM_EXT_ISA_AMX) && defined(VLLM_EXT_ISA_AVX512VNNI)
   if (&kernels == &kAmxKernels) {
-    static const bool is_right = agree(kAmxKernels, kAvx512VnniKernels);
+    static const bool is_right = [] {
+      const bool agrees = agree_in_child(kAmxKernels, kAvx512VnniKernels);
+      if (!agrees) TORCH_WARN("this machine offers AMX, but the kernels for it fail their self-test: they are not used");
+      return agrees;
+    }();
     return is_right;
   }
 #endif
   return true;
 }
 
-const Kernels* choose_best() {
-  const Kernels* const* table = kTables;
-  while (!works(**table)) ++table;  // The last runs anywhere.
-  return *table;
-}
-
-std::atomic<const Kernels*>& chosen() {
-  static std::atomic<const Kernels*> table{choose_best()};
-  return table;
-}
+constinit Choice choice(kTables, works);
 
 std::string isa() { return current_kernels().name; }
 
@@ -43,7 +38,7 @@ void select_isa(const std::string& name) {
   for (const Kernels* const* table = kTables; *table; ++table) {
     if (name == (*table)->name) {
       TORCH_CHECK_VALUE(works(**table), "this machine cannot run the kernels for ", name);
-      chosen().store(*table, std::memory_order_relaxed);
+      choice.set(**table);
       return;
     }
     known += (known.empty() ? "" : ", ") + std::string((*table)->name);
@@ -53,7 +48,7 @@ void select_isa(const std::string& name) {
 
 }  // namespace
 
-const Kernels& current_kernels() { return *chosen().load(std::memory_order_relaxed); }
+const Kernels& current_kernels() { return choice.current(); }
 
 TORCH_LIBRARY(vllm_ext_cpu, library) {
   library.def("isa() -> str", &isa);
@@ -65,10 +60,11 @@ TORCH_LIBRARY(vllm_ext_cpu, library) {
   library.def(
       "dequantize_block(Tensor arena, int offset, int bits, int group_size, int N, int K, bool gate_up) -> Tensor");
   library.def("act_quant(Tensor x, int group_size) -> (Tensor, Tensor)");
-  library.def("mixed_linear(Tensor x, Tensor arena, Tensor table, int out_features, Tensor? bias) -> Tensor");
+  // These two return no tensor where the weights are not theirs: no row of the table is CPU_RECORD.
+  library.def("mixed_linear(Tensor x, Tensor arena, Tensor table, int out_features, Tensor? bias) -> Tensor?");
   library.def(
       "mixed_moe(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor arena, Tensor table, Tensor? expert_map, "
-      "int intermediate_size, bool weight_on_input) -> (Tensor, int)");
+      "int intermediate_size, bool weight_on_input) -> (Tensor?, int)");
 }
 
 }  // namespace vllm_ext

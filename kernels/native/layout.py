@@ -85,11 +85,6 @@ def list_pieces(bits: int) -> tuple[Piece, ...]:
     return tuple(pieces)
 
 
-def fits_records(group_size: int, K: int) -> bool:
-    """Whether records can hold groups of this size along K."""
-    return group_size == -1 or (group_size > 0 and K % group_size == 0 and groups_fit_chunk(group_size))
-
-
 def groups_fit_chunk(group_size: int) -> bool:
     """Whether a record's 128 columns are whole groups, or part of one."""
     return group_size in (32, 64) or group_size % DEPTH == 0

@@ -7,7 +7,6 @@ everything runs on torch's own operators.
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import threading
@@ -32,6 +31,7 @@ _lock = threading.Lock()
 # A child forked while another thread holds the lock would wait for ever.
 os.register_at_fork(after_in_child=_lock._at_fork_reinit)  # type: ignore[attr-defined]
 _tried = False
+_found: Any | None = None
 
 
 def load_ops(cache_dir: str | os.PathLike[str] | None = None) -> Any | None:
@@ -51,17 +51,16 @@ def load_ops(cache_dir: str | os.PathLike[str] | None = None) -> Any | None:
 
 def find_ops() -> Any | None:
     """`torch.ops.vllm_ext_cpu` where this process has loaded it; None otherwise. Never compiles."""
-    return _ops() if is_loaded() else None
+    global _found
+    # Asked in every call of an operator: a global is found sooner than a name in torch.ops.
+    if _found is None and is_loaded():
+        _found = getattr(torch.ops, LIBRARY)
+    return _found
 
 
 def is_loaded() -> bool:
     """Whether this process has the compiled operators."""
     return hasattr(getattr(torch.ops, LIBRARY), "isa")
-
-
-@functools.cache
-def _ops() -> Any:
-    return getattr(torch.ops, LIBRARY)
 
 
 def _load(cache_dir: str | os.PathLike[str] | None) -> None:
@@ -71,18 +70,36 @@ def _load(cache_dir: str | os.PathLike[str] | None) -> None:
         return
     if not is_loaded():
         try:
-            library = find_prebuilt() or _build(cache_dir)
-            torch.ops.load_library(library)
-            if not is_loaded():
-                raise BuildError(f"{library} registers no operators")
+            if not _load_prebuilt():
+                _load_library(_build(cache_dir))
         except (BuildError, OSError) as error:
-            _logger.warning("vllm-ext runs its CPU operators on torch alone, which is many times slower: %s", error)
+            _logger.warning("vllm-ext runs its CPU operators on torch alone, which is slower: %s", error)
             return
     if isa:
         try:
-            _ops().select_isa(isa)
+            getattr(torch.ops, LIBRARY).select_isa(isa)
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{ISA_ENV}={isa!r}: {str(error).splitlines()[0]}") from error
+
+
+def _load_prebuilt() -> bool:
+    """Load the library of the wheel, where there is one. One that does not load here is no reason to have none."""
+    library = find_prebuilt()
+    if library is None:
+        return False
+    try:
+        _load_library(library)
+    except (BuildError, OSError) as error:
+        # Such as: made on a system with a newer C library.
+        _logger.warning("vllm-ext compiles its CPU operators, for those in the package do not load: %s", error)
+        return False
+    return True
+
+
+def _load_library(library: Path) -> None:
+    torch.ops.load_library(library)
+    if not is_loaded():
+        raise BuildError(f"{library} registers no operators")
 
 
 def _build(cache_dir: str | os.PathLike[str] | None) -> Path:
@@ -103,8 +120,11 @@ def describe_kernels(cache_dir: str | os.PathLike[str] | None = None) -> dict[st
     compiler = find_compiler()
     if compiler is None:
         return {"status": "off", "reason": "no C++ compiler: install g++, or name one in CXX"}
-    folder = cache_folder(cache_dir)
-    built = find_built(make_recipe(compiler), compiler, folder)
+    try:
+        folder = cache_folder(cache_dir)
+        built = find_built(make_recipe(compiler), compiler, folder)
+    except (BuildError, OSError) as error:
+        return {"status": "off", "reason": str(error)}
     if built is not None:
         return {"status": "ready", "reason": str(built)}
     return {"status": "pending", "reason": f"compiled on first use with {compiler.version}, into {folder}"}

@@ -7,12 +7,14 @@ that a new one needs no entry here.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +27,7 @@ NATIVE = Path(__file__).resolve().parent
 LIBRARY = "vllm_ext_cpu"
 
 #: Operators with a `cpu.cpp` of their own.
-OP_FOLDERS = ("act_quant", "mixed_linear", "mixed_moe")
+OP_FOLDERS = ("act_quant", "kv_decode", "kv_store", "mixed_linear", "mixed_moe")
 
 _AVX512 = ("-march=x86-64-v4", "-mavx512vnni")
 
@@ -39,6 +41,14 @@ ISA_FLAGS: dict[str, tuple[str, ...]] = {
     "amx": (*_AVX512, "-mamx-tile", "-mamx-int8"),
 }
 
+#: An instruction of each set, for the assembler: it may be older than the compiler, and fail on what that writes.
+ISA_INSTRUCTIONS = {
+    "avx2": "vpaddb %ymm0, %ymm1, %ymm2",
+    "avxvnni": "{vex} vpdpbusd %ymm0, %ymm1, %ymm2",
+    "avx512vnni": "vpdpbusd %zmm0, %zmm1, %zmm2",
+    "amx": "tdpbsud %tmm0, %tmm1, %tmm2",
+}
+
 #: Machines whose compilers know the flags above; elsewhere only "scalar" is compiled.
 X86_MACHINES = ("x86_64", "AMD64")
 
@@ -46,6 +56,13 @@ COMMON_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-
 
 #: Read in this order; the first that exists compiles.
 COMPILERS = ("g++", "c++")
+
+#: Seconds after which a compiler that does not even compile one line is given up.
+PROBE_TIMEOUT = 60
+
+
+class BuildError(RuntimeError):
+    """The library cannot be compiled; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -92,21 +109,40 @@ def find_compiler() -> Compiler | None:
 def list_sources() -> tuple[list[Path], list[Path], list[Path]]:
     """(files of one instruction set each, files that include torch's headers, headers), sorted."""
     isa = sorted(NATIVE.glob("isa_*.cpp"))
-    with_torch = [path for path in sorted(NATIVE.glob("*.cpp")) if path not in isa and not path.stem.endswith("_test")]
-    with_torch += [path for folder in OP_FOLDERS for path in sorted((NATIVE.parent / folder).glob("*.cpp"))]
-    return isa, with_torch, sorted(NATIVE.glob("include/*.h"))
+    folders = [NATIVE.parent / folder for folder in OP_FOLDERS]
+    sources = [path for folder in (NATIVE, *folders) for path in sorted(folder.glob("*.cpp"))]
+    with_torch = [path for path in sources if path not in isa and not path.stem.endswith("_test")]
+    headers = [path for folder in folders for path in sorted(folder.glob("*.h"))]
+    return isa, with_torch, [*sorted(NATIVE.glob("include/*.h")), *headers]
 
 
-def accepts_flags(compiler: Compiler, flags: Sequence[str]) -> bool:
-    """Whether the compiler knows these flags."""
-    command = [compiler.path, *flags, "-x", "c++", "-E", os.devnull]
-    return subprocess.run(command, capture_output=True, timeout=60).returncode == 0
+@functools.cache
+def accepts_flags(compiler: Compiler, flags: tuple[str, ...], instruction: str = "") -> bool:
+    """Whether the compiler knows these flags, and its assembler this instruction.
+
+    Raises BuildError where it does not end, and OSError where it cannot be started.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        source, target = Path(scratch) / "probe.cpp", Path(scratch) / "probe.o"
+        source.write_text(f'asm("{instruction}");\n', encoding="utf-8")
+        command = [compiler.path, *flags, "-c", str(source), "-o", str(target)]
+        try:
+            return subprocess.run(command, capture_output=True, timeout=PROBE_TIMEOUT).returncode == 0
+        except subprocess.TimeoutExpired as error:
+            raise BuildError(f"{compiler.path} did not compile one line within {PROBE_TIMEOUT} s: {error}") from error
+
+
+def is_built(isa: str, compiler: Compiler) -> bool:
+    """Whether the library has this instruction set."""
+    flags = ISA_FLAGS[isa]
+    return not flags or (platform.machine() in X86_MACHINES and accepts_flags(compiler, flags, ISA_INSTRUCTIONS[isa]))
 
 
 def make_recipe(compiler: Compiler) -> Recipe:
-    """The recipe of the CPU library. Raises ValueError for an isa_*.cpp that `ISA_FLAGS` does not know.
+    """The recipe of the CPU library. Raises ValueError for an isa_*.cpp that `ISA_FLAGS` does not know, and BuildError
+    for a compiler that does not end.
 
-    An instruction set whose flags the compiler refuses is left out. Every unit sees one macro
+    An instruction set that the compiler or its assembler refuses is left out. Every unit sees one macro
     VLLM_EXT_ISA_<NAME> for each of those that are in.
     """
     isa, with_torch, headers = list_sources()
@@ -114,14 +150,9 @@ def make_recipe(compiler: Compiler) -> Recipe:
     unknown = [path.name for path, name in names.items() if name not in ISA_FLAGS]
     if unknown:
         raise ValueError(f"{unknown[0]} has no flags in ISA_FLAGS; known: {', '.join(ISA_FLAGS)}")
-    is_x86 = platform.machine() in X86_MACHINES
-    built = [
-        path
-        for path in isa
-        if not ISA_FLAGS[names[path]] or (is_x86 and accepts_flags(compiler, ISA_FLAGS[names[path]]))
-    ]
+    built = [path for path in isa if is_built(names[path], compiler)]
     macros = [f"-DVLLM_EXT_ISA_{names[path].upper()}=1" for path in built]
-    common = (*COMMON_FLAGS, f"-I{NATIVE / 'include'}", *macros)
+    common = (*COMMON_FLAGS, f"-I{NATIVE / 'include'}", f"-I{NATIVE / '..'}", *macros)
     units = [Unit(path, (*common, *ISA_FLAGS[names[path]])) for path in built]
     units += [Unit(path, (*common, *torch_flags())) for path in with_torch]
     library = Path(torch.__file__).parent / "lib"

@@ -111,10 +111,10 @@ at::Tensor dequantize_block(const at::Tensor& arena, int64_t offset, int64_t bit
                             int64_t K, bool gate_up) {
   TORCH_CHECK_VALUE(arena.dim() == 1 && arena.scalar_type() == at::kByte && arena.is_contiguous(),
                     "arena must be contiguous uint8 [bytes]");
-  TORCH_CHECK_VALUE(N >= 0 && K > 0, "a weight cannot be [", N, ", ", K, "]");
+  TORCH_CHECK_VALUE(N >= 0 && N < kSizeLimit && K > 0 && K < kSizeLimit, "a weight cannot be [", N, ", ", K, "]");
   const RecordOrder order = order_records(N, K, bits, group_size, gate_up);
   const int halves = gate_up ? 2 : 1;
-  check_section(arena, offset, halves * order.blocks * order.chunks * order.size);
+  check_section(arena, offset, multiply_sizes({halves, order.blocks, order.chunks, order.size}));
   auto* start = arena.data_ptr<uint8_t>() + offset;
   const int headers = count_headers(group_size);
   const int64_t rows = gate_up ? N / 2 : N;

@@ -161,6 +161,7 @@ def test_table_has_one_row_per_block() -> None:
         ({"x": torch.zeros(4, 64, dtype=torch.float64)}, r"x must be .* got torch\.float64 \[4, 64\]"),
         ({"x": torch.zeros(())}, r"x must be \[\.\.\., K\]"),
         ({"x": torch.zeros(4, 72)}, "group_size=32 does not divide K=72"),
+        ({"x": torch.zeros(4, 0)}, r"K must be positive, got x torch\.float32 \[4, 0\]"),
         ({"arena": torch.zeros(8, dtype=torch.uint8)}, "the arena is truncated"),
         ({"arena": torch.zeros(8)}, r"arena must be uint8 \[bytes\]"),
         ({"table": torch.zeros(1, 7, dtype=torch.int64)}, r"table must be int64 \[row blocks, 8\]"),

@@ -20,7 +20,7 @@ def count_steps(detector: ChangeDetector, believed: float, true: float, count: i
 @pytest.mark.parametrize("believed", [0.05, 0.5, 0.9])
 def test_luck_is_no_change(believed: float, count: int) -> None:
     alarms = [count_steps(ChangeDetector(), believed, believed, count, 1000, seed) < 1000 for seed in range(20)]
-    assert sum(alarms) <= 4
+    assert sum(alarms) <= 10
 
 
 @pytest.mark.parametrize("count", [1, 4, 32])

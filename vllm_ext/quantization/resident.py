@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from vllm.config import get_current_vllm_config_or_none
 
 from vllm_ext import config
 from vllm_ext.kernels.arena import BlockFormat, Layout
-from vllm_ext.kernels.native.load import load_ops
+from vllm_ext.kernels.native.load import ISA_ENV, load_ops
 
 #: Model dtypes of the compiled kernels. A float32 model keeps the plain layout, and float32 arithmetic.
 RECORD_DTYPES = (torch.bfloat16, torch.float16)
+
+#: Instruction set of the kernels that is there for any machine, and slower than torch's own operators.
+SLOW_ISA = "scalar"
 
 
 def choose_layout(dtype: torch.dtype, device: torch.device) -> Layout:
@@ -19,9 +24,12 @@ def choose_layout(dtype: torch.dtype, device: torch.device) -> Layout:
 
     The kernels are kept below `vllm_ext.cache_dir`, where the current vLLM configuration gives one.
     """
-    if device.type == "cpu" and dtype in RECORD_DTYPES and load_ops(find_cache_dir()) is not None:
-        return Layout.CPU_RECORD
-    return Layout.PLAIN_CODES
+    if device.type != "cpu" or dtype not in RECORD_DTYPES:
+        return Layout.PLAIN_CODES
+    ops = load_ops(find_cache_dir())
+    if ops is None or (ops.isa() == SLOW_ISA and os.environ.get(ISA_ENV) != SLOW_ISA):
+        return Layout.PLAIN_CODES
+    return Layout.CPU_RECORD
 
 
 def find_cache_dir() -> str | None:

@@ -16,13 +16,13 @@ class ChangeDetector:
 
     A surprise is the share of first drafts that were accepted less the share that was expected. Sums of luck drift to
     zero; those of a change grow by its size at each step. A change by three standard deviations raises the
-    alarm after five steps with the default numbers.
+    alarm after four steps with the default numbers.
 
     Source: Page 1954, "Continuous inspection schemes"; reference value and threshold as in Montgomery, "Statistical
     quality control", chapter 9.
     """
 
-    def __init__(self, reference: float = 0.5, threshold: float = 12.0) -> None:
+    def __init__(self, reference: float = 0.5, threshold: float = 8.0) -> None:
         """reference: standard deviations that each surprise is reduced by; threshold: sum that raises the alarm."""
         self._reference, self._threshold = reference, threshold
         self._above = self._below = 0.0

@@ -172,7 +172,9 @@ static inline __attribute__((always_inline)) typename V::Floats exponential(type
 template <class V>
 static void apply_swiglu(const float* pairs, int tokens, float* hidden, int64_t stride) {
   for (int token = 0; token < tokens; ++token, pairs += 2 * kRows, hidden += stride) {
-    const auto gate = V::load(pairs), up = V::load(pairs + kRows);
+    const auto up = V::load(pairs + kRows);
+    // Below -88, where silu is 0 to 1e-36, the exponential no longer grows. In this order a NaN stays.
+    const auto gate = V::max(V::repeat(-88.0f), V::load(pairs));
     const auto below = V::add(V::repeat(1.0f), exponential<V>(V::sub(V::zero(), gate)));
     V::store(hidden, V::mul(V::div(gate, below), up));
   }

@@ -31,7 +31,9 @@ static ThreadState enter_with_tiles() {
     config.bytes_per_row[tile] = kLine;
     config.rows[tile] = kTileRows;
   }
-  _tile_loadconfig(&config);
+  // Not _tile_loadconfig: GCC 12's says that it reads 8 bytes, so the stores to the others are dropped, and the first
+  // use of a tile without rows kills the process.
+  asm volatile("ldtilecfg %0" ::"m"(config));
   return enter_flushing();
 }
 
@@ -47,9 +49,13 @@ static inline __attribute__((always_inline)) void unpack_unit(std::integer_seque
   (Avx512::store_codes(out + kLine * kVectors, unpack_vector<Avx512, kBits, kVectors>(codes, unit)), ...);
 }
 
+// GCC 12's _tile_loadd does not say that it reads memory: without this, stores may be moved past it, or dropped.
+static inline __attribute__((always_inline)) void finish_stores() { asm volatile("" ::: "memory"); }
+
 // All 32 vectors of a record: two B tiles. Loads the record at `next` meanwhile.
 template <int kBits>
-static void unpack_record(const uint8_t* record, int headers, const uint8_t* next, uint8_t* out) {
+static __attribute__((noinline)) void unpack_record(const uint8_t* record, int headers, const uint8_t* next,
+                                                    uint8_t* out) {
   const uint8_t* codes = record + kLine * headers;
   for (int line = 0; line < headers; ++line, next += kLine) Avx512::prefetch(next);
   for (int unit = 0; unit < kUnits; ++unit) {
@@ -89,6 +95,7 @@ static void multiply_with_tiles(const RecordPair& pair) {
     const uint8_t* next = pair.next + chunk * step;
     unpack_record<kBits>(record[0], headers, next, codes[0]);
     unpack_record<kBits>(record[1], headers, next + pair.chunks * step, codes[1]);
+    finish_stores();
     _tile_loadd(4, codes[0], kLine);
     _tile_loadd(5, codes[0] + kTileBytes, kLine);
     _tile_loadd(6, codes[1], kLine);

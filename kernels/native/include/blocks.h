@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <initializer_list>
+#include <limits>
 
 #include "kernels.h"
 #include "workspace.h"
@@ -29,10 +31,31 @@ inline void check_groups(int64_t K, int64_t group_size) {
                     " does not divide K=", K);
 }
 
+// Sizes that tables and arguments state may be anything: what does not fit into 64 bits is the largest number, which no
+// arena has.
+constexpr int64_t kTooLarge = std::numeric_limits<int64_t>::max();
+
+inline int64_t multiply_sizes(std::initializer_list<int64_t> factors) {
+  int64_t product = 1;
+  for (int64_t factor : factors) {
+    if (__builtin_mul_overflow(product, factor, &product)) return kTooLarge;
+  }
+  return product;
+}
+
 inline void check_section(const at::Tensor& arena, int64_t offset, int64_t size) {
-  TORCH_CHECK_VALUE(offset >= 0 && size <= arena.numel() && offset <= arena.numel() - size, "section [", offset, ", ",
-                    offset + size, ") lies outside the arena of ", arena.numel(),
+  int64_t end = 0;
+  if (__builtin_add_overflow(offset, size, &end)) end = kTooLarge;
+  TORCH_CHECK_VALUE(offset >= 0 && size >= 0 && end <= arena.numel() && end != kTooLarge, "section [", offset, ", ", end,
+                    ") lies outside the arena of ", arena.numel(),
                     " bytes: the table does not belong to this arena, or the arena is truncated");
+}
+
+// Outputs and inputs of one weight: also what fits in an int, and in sums of a few of them, twice over.
+constexpr int64_t kSizeLimit = int64_t{1} << 31;
+
+inline void check_size(const char* name, int64_t value, int64_t limit = kSizeLimit) {
+  TORCH_CHECK_VALUE(value > 0 && value < limit, name, " must be positive and below ", limit, ", got ", value);
 }
 
 inline Element find_element(at::ScalarType type) {
@@ -66,6 +89,8 @@ struct Block {
 
 // A row of the table for a weight [N, K] -> Block. Raises ValueError for what does not fit, in the words of arena.py.
 inline Block read_block(const int64_t* row, const at::Tensor& arena, int64_t N, int64_t K, bool gate_up) {
+  check_size("the number of outputs of a weight", N);
+  check_size("the number of inputs of a weight", K);
   Block block{};
   block.N = N;
   block.K = K;
@@ -85,18 +110,32 @@ inline Block read_block(const int64_t* row, const at::Tensor& arena, int64_t N, 
     block.planes = act_bits == 8 ? 1 : 2;
     // With two planes a scale for each chunk is within the definition: it only makes the error smaller.
     if (act_bits == 8 && (group_size == -1 || group_size > kDepth)) block.act_group = group_size == -1 ? K : group_size;
-    size = (gate_up ? 2 : 1) * divide_up(block.rows(), kRows) * block.chunks() * record_bytes(block.bits, block.headers);
+    size = multiply_sizes({gate_up ? 2 : 1, divide_up(block.rows(), kRows), block.chunks(),
+                           record_bytes(block.bits, block.headers)});
   } else {
     TORCH_CHECK_VALUE(layout == kPlainBf16 || layout == kPlainFp16 || layout == kPlainFp32, "layout ", layout,
                       " has no compiled kernel; repack the weight as layout ", static_cast<int>(kCpuRecord));
     TORCH_CHECK_VALUE(act_bits == 16, "act_bits=8 needs a weight of codes; this one has layout ", layout);
     block.element = layout == kPlainBf16 ? Element::kBf16 : layout == kPlainFp16 ? Element::kFp16 : Element::kFp32;
-    size = N * K * element_bytes(block.element);
+    size = multiply_sizes({N, K, element_bytes(block.element)});
   }
   TORCH_CHECK_VALUE(row[kCodesOffset] % kLine == 0, "codes_offset=", row[kCodesOffset], " is not a multiple of ", kLine);
   check_section(arena, row[kCodesOffset], size);
   block.start = arena.const_data_ptr<uint8_t>() + row[kCodesOffset];
   return block;
+}
+
+// Whether x and a table [..., columns] are for these kernels. Looked at here, in each call, for a table may change: in
+// Python it takes longer than the weights of one token. What is malformed is not for them either; Python names it.
+inline bool is_for_kernels(const at::Tensor& x, const at::Tensor& table, int64_t columns) {
+  if (x.scalar_type() != at::kBFloat16 && x.scalar_type() != at::kHalf) return false;
+  if (table.dim() == 0 || table.size(-1) != columns || table.scalar_type() != at::kLong) return false;
+  const at::Tensor fields = table.contiguous();
+  const auto* row = fields.const_data_ptr<int64_t>();
+  for (const auto* end = row + fields.numel(); row < end; row += columns) {
+    if (row[kLayout] == kCpuRecord) return true;
+  }
+  return false;
 }
 
 // Activations of some tokens in the form that a block wants: integers, or float32 rows.

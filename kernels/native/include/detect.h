@@ -11,8 +11,7 @@
 
 namespace vllm_ext {
 
-// What this CPU and its system offer. For AMX, asks the kernel for the tiles' state: without that, the first tile
-// instruction kills the process.
+// What this CPU and its system offer, but for AMX.
 static inline unsigned find_features() {
   unsigned found = 0;
 #if defined(__x86_64__)
@@ -28,14 +27,19 @@ static inline unsigned find_features() {
       __builtin_cpu_supports("avx512vnni")) {
     found |= kNeedAvx512Vnni;
   }
-#if defined(VLLM_EXT_ISA_AMX) && defined(__linux__)
-  constexpr int kRequestPermission = 0x1023, kTileData = 18;
-  if (__builtin_cpu_supports("amx-int8") && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0) {
-    found |= kNeedAmxInt8;
-  }
-#endif
 #endif
   return found;
+}
+
+// Whether there is AMX, and the system lets this process use it: without asking, the first tile instruction kills the
+// process. Not asked for other tables: then every thread's state would have room for tiles that nobody uses.
+static inline bool request_tiles() {
+#if defined(VLLM_EXT_ISA_AMX) && defined(__linux__) && defined(__x86_64__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return __builtin_cpu_supports("amx-int8") && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 
 // All compiled tables, the fastest first; null at the end.
@@ -56,6 +60,9 @@ static const Kernels* const kTables[] = {
     nullptr,
 };
 
-static inline bool can_run(const Kernels& kernels, unsigned features) { return (kernels.needs & ~features) == 0; }
+static inline bool can_run(const Kernels& kernels, unsigned features) {
+  const unsigned missing = kernels.needs & ~features;
+  return missing == 0 || (missing == kNeedAmxInt8 && request_tiles());
+}
 
 }  // namespace vllm_ext

@@ -9,13 +9,15 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kv_decode/kv_kernels.h"
 #include "record.h"
 
 namespace vllm_ext {
 
 enum class Element : int { kBf16 = 0, kFp16 = 1, kFp32 = 2 };
 
-constexpr int64_t element_bytes(Element element) { return element == Element::kFp32 ? 4 : 2; }
+// Static: a function that several units share would be linked once, with the instructions of any of them.
+static constexpr int64_t element_bytes(Element element) { return element == Element::kFp32 ? 4 : 2; }
 
 // Int8 activations, ordered so that the kernels walk through memory:
 //     codes   [chunk][token][plane][128]     each chunk `chunk_stride` bytes after the one before
@@ -104,6 +106,8 @@ struct Kernels {
   // out[rows[token] * stride + 0..31] += weights[token] * pairs[token].
   void (*add_weighted)(const float* pairs, const float* weights, const int32_t* rows, int tokens, float* out,
                        int64_t stride);
+
+  KvKernels kv;
 };
 
 extern const Kernels kScalarKernels;

@@ -3,7 +3,7 @@
 // threads of a pool can take longer than the work on one token.
 //
 // Each lane begins a stage with a slice of consecutive tasks: it reads weights that lie one after the other, and what
-// it loads ahead is what it needs next. A lane that is done takes tasks from the end of another's slice.
+// it loads ahead is what it needs next. A lane that is done takes tasks from the end of another's slice, backwards.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -12,19 +12,27 @@
 #include <array>
 #include <atomic>
 #include <thread>
+#include <type_traits>
 
 #include "blocks.h"
 
 namespace vllm_ext {
 
-// function(task, lane) for the tasks [0, count), fewer than 2**32.
+// function(task, lane) or function(task, next, lane) for the tasks [0, count), fewer than 2**32. `next` is what the lane
+// is likely to do after it: a neighbour, or the task itself where that has none.
 template <class Function>
 struct Stage {
   int64_t count;
   Function function;
+  const int64_t* ends = nullptr;  // of the slices of count_slices(lanes) lanes; null: slices of equal length
 };
 template <class Function>
-Stage(int64_t, Function) -> Stage<Function>;
+Stage(int64_t, Function, const int64_t* = nullptr) -> Stage<Function>;
+
+// More lanes share slices.
+constexpr int64_t kMaxSlices = 64;
+
+static inline int64_t count_slices(int lanes) { return std::min<int64_t>(lanes, kMaxSlices); }
 
 // Tasks [begin, end) that nobody has taken, in one word: both ends change at once.
 class alignas(64) Slice {
@@ -53,11 +61,13 @@ class alignas(64) Slice {
 // The tasks of a stage: which are taken, how many are done.
 class StageQueue {
  public:
-  void fill(int64_t count, int64_t lanes) {
+  void fill(int64_t count, int lanes, const int64_t* ends) {
     count_ = count;
-    slices_ = std::min<int64_t>(lanes, kMaxSlices);
-    for (int64_t i = 0; i < slices_; ++i) {
-      left_[static_cast<size_t>(i)].fill(count * i / slices_, count * (i + 1) / slices_);
+    slices_ = count_slices(lanes);
+    for (int64_t i = 0, begin = 0; i < slices_; ++i) {
+      const int64_t end = ends ? ends[i] : count * (i + 1) / slices_;
+      left_[static_cast<size_t>(i)].fill(begin, end);
+      begin = end;
     }
   }
 
@@ -69,7 +79,11 @@ class StageQueue {
       Slice& slice = left_[static_cast<size_t>((lane + i) % slices_)];
       for (int64_t task; (task = slice.take(/*from_end=*/i > 0)) >= 0;) {
         const CountDone done(*this);
-        function(task, lane);
+        if constexpr (std::is_invocable_v<const Function&, int64_t, int64_t, int>) {
+          function(task, std::clamp<int64_t>(i > 0 ? task - 1 : task + 1, 0, count_ - 1), lane);
+        } else {
+          function(task, lane);
+        }
       }
     }
     for (int spins = 0; done_.load(std::memory_order_acquire) < count_; ++spins) {
@@ -82,8 +96,6 @@ class StageQueue {
   }
 
  private:
-  // More lanes share slices.
-  static constexpr int64_t kMaxSlices = 64;
   // Some tens of microseconds: as long as most tasks.
   static constexpr int kSpins = 2000;
 
@@ -115,7 +127,7 @@ template <class... Functions>
 void run_stages(const Kernels& kernels, int lanes, const Stage<Functions>&... stages) {
   std::array<StageQueue, sizeof...(stages)> queues;
   size_t filled = 0;
-  (queues[filled++].fill(stages.count, lanes), ...);
+  (queues[filled++].fill(stages.count, lanes, stages.ends), ...);
   at::parallel_for(0, lanes, 1, [&](int64_t first_lane, int64_t last_lane) {
     const ThreadScope scope(kernels);
     for (int64_t lane = first_lane; lane < last_lane; ++lane) {

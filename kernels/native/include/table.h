@@ -3,6 +3,7 @@
 #pragma once
 
 #include "activations.h"
+#include "kv_decode/kv_table.h"
 #include "plain.h"
 #include "thread_state.h"
 #include "tile.h"
@@ -25,6 +26,7 @@ static constexpr Kernels make_table(const char* name, unsigned needs) {
       .round_chunk = round_chunk<V>,
       .apply_swiglu = apply_swiglu<V>,
       .add_weighted = add_weighted<V>,
+      .kv = make_kv_table<V>(),
   };
 }
 

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Records times int8 activations. Sums stay in registers for a group of columns; then
 //
-//     out += scale * x_scale * (dot(codes, x) - zero * sum(x))        dot and sum are integers, exact in float32
+//     out += scale * x_scale * (dot(codes, x) - zero * sum(x))
 //
+// dot and sum are integers: with one plane exact in float32, with two of up to 31 bits and rounded to 24.
 // A tile is 2 blocks times up to V::kMaxRows rows of integers. Codes are unpacked again for each tile: that takes
 // units that the dot products leave idle, where a buffer of unpacked codes would take loads, which they need.
 #pragma once

@@ -26,6 +26,8 @@ struct Avx2 {
   // 2 blocks x 2 rows of sums are 8 of the 16 registers.
   static constexpr int kMaxRows = 2;
   static constexpr int kMaxChains = 1;
+  // Rows of a plain weight, and tokens, whose sums are in registers at once.
+  static constexpr int kPlainWeights = 2, kPlainTokens = 3;
 
   VLLM_EXT_INLINE __m256i load_half(const void* p, int half) {
     return _mm256_loadu_si256(static_cast<const __m256i*>(p) + half);

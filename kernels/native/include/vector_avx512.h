@@ -26,6 +26,8 @@ struct Avx512 {
   // some end up in memory, and unpacking twice costs little beside the dot products.
   static constexpr int kMaxRows = 6;
   static constexpr int kMaxChains = 4;
+  // Rows of a plain weight, and tokens, whose sums are in registers at once.
+  static constexpr int kPlainWeights = 4, kPlainTokens = 6;
 
   VLLM_EXT_INLINE Codes load_codes(const uint8_t* p) { return _mm512_loadu_si512(p); }
   VLLM_EXT_INLINE void store_codes(uint8_t* p, Codes c) { _mm512_storeu_si512(p, c); }

@@ -24,6 +24,8 @@ struct Scalar {
 
   static constexpr int kMaxRows = 2;
   static constexpr int kMaxChains = 1;
+  // Rows of a plain weight, and tokens, whose sums are in registers at once.
+  static constexpr int kPlainWeights = 2, kPlainTokens = 2;
 
   template <class Result, class Function>
   static Result each(Function function) {

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import resource
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -135,6 +137,10 @@ def test_repacking_takes_strided_codes_and_refuses_wrong_ones(ops: Any) -> None:
         ops.dequantize_block(out, 64, 3, 128, 16, 128, False)
 
 
+def find_resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 def test_huge_arenas_are_zero_aligned_and_given_back(ops: Any) -> None:
     for num_bytes in (0, 1, 4096, (8 << 20) + 13):
         arena = ops.empty_huge(num_bytes)
@@ -145,6 +151,12 @@ def test_huge_arenas_are_zero_aligned_and_given_back(ops: Any) -> None:
         arena.fill_(7)
         parameter = torch.nn.Parameter(arena, requires_grad=False)
         assert parameter.data_ptr() == arena.data_ptr()
+    del arena, parameter
+    before, num_bytes = find_resident_bytes(), 256 << 20
+    arena = ops.empty_huge(num_bytes).fill_(7)
+    assert find_resident_bytes() - before > 0.9 * num_bytes
+    del arena
+    assert find_resident_bytes() - before < 0.1 * num_bytes
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

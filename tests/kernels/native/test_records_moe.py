@@ -189,14 +189,18 @@ def test_extreme_inputs_stay_finite(isa: str) -> None:
     layer = make_layer([(record(4, 16, 128), record(4, 8, 128))] * 2, 128, 128)
     x = torch.zeros(6, 128, dtype=torch.bfloat16)
     x[1, 3], x[2, 7], x[3, :] = 1e4, 1e-38, -300.0
-    x[4, 0], x[4, 1] = 1e30, 1e-30
+    x[4, 0], x[4, 1] = 1e15, 1e-15
+    x[5, 0], x[5, 1] = 1e30, 1e-30
     ids, routing = torch.zeros(6, 1, dtype=torch.int32), torch.ones(6, 1)
     out = call(cpu, layer, Inputs(x, ids, routing))
-    assert torch.isfinite(out[[0, 1, 2, 3, 5]]).all()
+    assert torch.isfinite(out[:5]).all()
     assert torch.equal(out[0], torch.zeros(128, dtype=torch.bfloat16))
     expected = call(reference, layer, Inputs(x.float(), ids, routing))
-    for token in (1, 3):
+    for token in (1, 3, 4):
         assert tolerances.relative_error(out[token], expected[token]) < 0.02
+    # Its gate times its up is past the largest float, in any arithmetic of 32 bits.
+    assert not torch.isfinite(out[5]).any()
+    assert not torch.isfinite(expected[5]).any()
 
 
 @pytest.mark.parametrize(
@@ -248,6 +252,10 @@ def draw_case(seed: int) -> tuple[Layer, Inputs, dict[str, Any]]:
     random = np.random.default_rng(seed)
     hidden, intermediate = (int(8 * random.integers(1, 40)) for _ in range(2))
     num_local, tokens = int(random.integers(1, 5)), int(random.choice((0, 1, 2, 3, 4, 5, 7, 16, 17, 33, 70)))
+    if random.random() < 0.04:
+        # Now and then several panels of tokens, or many experts with few tokens each.
+        tokens = int(random.integers(120, 300))
+        num_local, hidden, intermediate = int(random.integers(1, 65)), min(hidden, 96), min(intermediate, 96)
     formats = [(draw_format(random, hidden), draw_format(random, intermediate)) for _ in range(num_local)]
     layer = make_layer(formats, hidden, intermediate, seed)
     options: dict[str, Any] = {"weight_on_input": bool(random.random() < 0.3)}
@@ -264,9 +272,14 @@ def fuzz(seeds: Sequence[int]) -> None:
     for seed in seeds:
         layer, inputs, options = draw_case(seed)
         formats = [block for pair in layer.formats for block in pair]
-        tolerance = tolerances.NATIVE_FUZZ[min(block.act_bits for block in formats)]
+        act_bits = min(block.act_bits for block in formats)
+        tolerance, limit = tolerances.NATIVE_FUZZ[act_bits], tolerances.NATIVE_FUZZ[act_bits].relative
+        is_ordinary = min(layer.hidden_size, layer.intermediate_size) >= 64
+        if is_ordinary and all(block.layout == Layout.CPU_RECORD for block in formats):
+            tolerance = tolerances.NATIVE_MOE[act_bits]
+            limit = tolerances.FUZZ_ROOM * tolerances.native_limit(tolerance, inputs.x.numel())
         error = measure(layer, inputs, **options)
-        assert error <= tolerance.relative, (seed, error, tolerance.reason)
+        assert error <= limit, (seed, error, limit, tolerance.reason)
 
 
 def test_fuzz_briefly(ops: Any) -> None:

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many tokens fit a KV cache of given bytes: the arithmetic of vLLM's "KV cache size" line, window included.
+
+A page holds `block_size` tokens of a layer. Tokens in full precision have pages of their own, in the same pool:
+
+    blocks in the pool    bytes // sum over layers of page bytes
+    recent page           block_size's largest power-of-two divisor of tokens whose K and V fit under a page; the
+                          rest of the page is padding, since one pool has one page size
+    blocks of a request   ceil(tokens / block_size) + sink pages + pages of the window before the last block boundary
+    tokens that fit       blocks / blocks of a request at max_model_len, times max_model_len
+
+The window's price is per request, so short requests pay it in full: that is why the ratio grows with max_model_len.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vllm_ext.kv_cache.presets import Preset
+
+#: A window that starts and ends inside a page takes one more at either end.
+SPARE_PAGES = 2
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Attention of a model, on one rank. dtype_bytes: of an unquantized element; block_size: tokens of a page."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int = 128
+    dtype_bytes: int = 2
+
+    @property
+    def token_bytes(self) -> int:
+        """Unquantized K and V of a token in one layer."""
+        return 2 * self.num_kv_heads * self.head_dim * self.dtype_bytes
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """tokens: that fit at max_model_len. ratio: to the unquantized cache. bits: true bits of an element in a page.
+
+    page_bytes: of all layers together. recent_tokens: tokens of a full-precision page, 0 where none is kept.
+    recent_pages: per request.
+    """
+
+    tokens: int
+    ratio: float
+    bits: float
+    page_bytes: int
+    recent_tokens: int
+    recent_pages: int
+
+
+def compute_capacity(
+    preset: Preset | Sequence[Preset],
+    geometry: Geometry,
+    cache_bytes: int,
+    max_model_len: int,
+    group_size: int | None = None,
+) -> Capacity:
+    """Tokens that fit `cache_bytes` when requests have up to `max_model_len` tokens.
+
+    preset: for all layers, or one for each (kvplan; their window and sinks are equal, `parse_plan`). Raises
+    ValueError for a head size that a preset does not fit, sequences of another length than the model, and a cache that
+    does not hold one request's recent tokens in a page.
+    """
+    presets = [preset] * geometry.num_layers if isinstance(preset, Preset) else list(preset)
+    if len(presets) != geometry.num_layers:
+        raise ValueError(f"{len(presets)} presets do not fit {geometry.num_layers} layers")
+    pages = [geometry.num_kv_heads * geometry.block_size * _cell_bytes(each, geometry, group_size) for each in presets]
+    recent_tokens = recent_pages = 0
+    if any(each.keeps_recent for each in presets):
+        # Layers of a block are packed one after the other, so what counts is the room of all of them.
+        recent_tokens = _fit_recent(geometry, sum(pages))
+        retained = max(each.window + each.extra_window for each in presets) - 1
+        recent_pages = -(-max(each.sinks for each in presets) // recent_tokens)
+        if retained > 0:
+            retained = min(retained + geometry.block_size, max_model_len)
+            recent_pages += -(-retained // recent_tokens) + SPARE_PAGES
+    request = -(-max_model_len // geometry.block_size) + recent_pages
+    tokens = int(cache_bytes // sum(pages) / request * max_model_len)
+    elements = 2 * geometry.num_layers * geometry.num_kv_heads * geometry.block_size * geometry.head_dim
+    return Capacity(
+        tokens,
+        tokens / compute_plain_capacity(geometry, cache_bytes, max_model_len),
+        8 * sum(pages) / elements,
+        sum(pages),
+        recent_tokens,
+        recent_pages,
+    )
+
+
+def compute_plain_capacity(geometry: Geometry, cache_bytes: int, max_model_len: int) -> int:
+    """Tokens that fit the same bytes unquantized. Raises ValueError for a cache of less than one block."""
+    blocks = cache_bytes // (geometry.num_layers * geometry.block_size * geometry.token_bytes)
+    if blocks < 1:
+        raise ValueError(f"a cache of {cache_bytes} bytes does not hold one block; give it more memory")
+    return int(blocks / -(-max_model_len // geometry.block_size) * max_model_len)
+
+
+def _cell_bytes(preset: Preset, geometry: Geometry, group_size: int | None) -> int:
+    return preset.plan_cells(geometry.head_dim, geometry.block_size, group_size).cell_bytes
+
+
+def _fit_recent(geometry: Geometry, page_bytes: int) -> int:
+    """Tokens of a full-precision page: a power of two, so that blocks of both kinds end together."""
+    tokens = geometry.block_size & -geometry.block_size
+    while tokens * geometry.token_bytes * geometry.num_layers > page_bytes:
+        tokens //= 2
+        if tokens == 0:
+            raise ValueError(
+                f"a page of {page_bytes} bytes does not hold one token in full precision: raise block_size above "
+                f"{geometry.block_size}"
+            )
+    return tokens
