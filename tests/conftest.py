@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,6 +61,9 @@ def engine_in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """`vllm.LLM` without processes of its own, each of which imports vLLM for ten seconds."""
     before = dict(os.environ)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    # An n-gram engine or a trie of another test may have left numba behind. vLLM's CPU worker looks into every module
+    # when it starts, and fails at this one (vllm/triton_utils/dispatcher.py, 0.32).
+    monkeypatch.delitem(sys.modules, "llvmlite.binding.ffi", raising=False)
     yield
     # vLLM notes things of its own in the environment, which the engines of later tests would inherit.
     for name in os.environ.keys() - before.keys():

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +51,6 @@ def reference() -> Any:
 def test_tokens_are_the_models_and_lengths_follow_acceptance(
     tiny_moe: str, reference: Any, tmp_path: Path, engine_in_process: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # An n-gram engine of another test may have left numba behind. vLLM's CPU worker looks into every module when it
-    # starts, and fails at this one (vllm/triton_utils/dispatcher.py, 0.32).
-    monkeypatch.delitem(sys.modules, "llvmlite.binding.ffi", raising=False)
     # 20 blocks of 32, the CPU backend's smallest: eight requests of up to 240 tokens do not fit at once.
     llm = start_engine(tiny_moe, tmp_path, num_gpu_blocks_override=20, block_size=32, enable_prefix_caching=False)
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +54,6 @@ def reference() -> Any:
 def test_tokens_are_those_of_no_speculation(
     tiny_moe: str, reference: Any, tmp_path: Path, engine_in_process: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # An n-gram engine of another test may have left numba behind. vLLM's CPU worker looks into every module when it
-    # starts, and fails at this one (vllm/triton_utils/dispatcher.py, 0.32).
-    monkeypatch.delitem(sys.modules, "llvmlite.binding.ffi", raising=False)
     llm = LLM(model=tiny_moe, **ENGINE)
     generator = np.random.default_rng(0)
     vocabulary = llm.get_tokenizer().vocab_size
