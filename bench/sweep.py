@@ -26,8 +26,8 @@ from bench.run import leave_on_signals
 END_SECONDS = 60.0
 #: Stock against the pack as engines: what an idle pack costs, and mixed precision online and packed.
 ENGINE_CASES = ("idle", "mxmoe_online", "mxmoe_packed")
-#: Operators: a decode step and two small batches at the size of a small model, then against vLLM's own at a real one's.
-OP_CASES = ("mixed_moe_1", "mixed_moe_16", "mixed_moe_64", "cpu_moe_e60_1", "cpu_moe_e60_16")
+#: Operators: one matrix at the rate of memory, and a decode step and a small batch of a real layer against vLLM's own.
+OP_CASES = ("cpu_gemv_w2_1", "cpu_gemv_w4_1", "cpu_moe_e60_1", "cpu_moe_e60_16")
 PYTEST_SUITES = ("--benchmark-only", "bench/kernels", "-o", "python_files=bench_*.py", "-o", "python_functions=bench_*")
 
 
