@@ -95,23 +95,27 @@ def compare_arms(records: Sequence[Record], metric: str, stock: str, arm: str) -
 
     Raises ValueError when there is no such repetition, or the metric has no better direction.
     """
-    unit = find_arm_values(records, metric, stock).unit
-    return compare(*_find_pairs(records, metric, stock, arm), margin=choose_margin(unit))
+    first, second, measured = _find_pairs(records, metric, stock, arm)
+    return compare(first, second, measured.direction, choose_margin(measured.unit))
 
 
 def judge_arms(records: Sequence[Record], metric: str, stock: str, arm: str) -> Verdict:
     """The verdict where values of 0 leave `compare_arms` without a ratio; see `judge_signs`. Raises ValueError."""
-    return judge_signs(*_find_pairs(records, metric, stock, arm))
+    first, second, measured = _find_pairs(records, metric, stock, arm)
+    return judge_signs(first, second, measured.direction)
 
 
-def _find_pairs(records: Sequence[Record], metric: str, stock: str, arm: str) -> tuple[list[float], list[float], str]:
+def _find_pairs(
+    records: Sequence[Record], metric: str, stock: str, arm: str
+) -> tuple[list[float], list[float], ArmValues]:
+    """The values of both arms by pair, and stock's values for their unit and direction."""
     first, second = find_arm_values(records, metric, stock), find_arm_values(records, metric, arm)
     if first.direction == "none":
         raise ValueError(f"metric {metric} of {records[0].case} has no better direction; it cannot be compared")
     both = sorted(first.values.keys() & second.values.keys())
     if not both:
         raise ValueError(f"no repetition of {records[0].case} has {metric} for both {stock} and {arm}")
-    return [first.values[number] for number in both], [second.values[number] for number in both], first.direction
+    return [first.values[number] for number in both], [second.values[number] for number in both], first
 
 
 def _describe_missing(what: str, name: str, known: set[str]) -> str:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 from vllm import LLM, SamplingParams, TokensPrompt
 
+from tests.scheduling.engine import abort_one_of_three, load_reference, read_counters
 from vllm_ext.speculation.step_time import COEFFICIENTS, StepTimeModel
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -29,11 +29,6 @@ def start_engine(model: str, cache: Path, **arguments: Any) -> LLM:
     )  # fmt: skip
 
 
-def read_counters(llm: LLM) -> dict[str, float]:
-    found = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
-    return {name.removeprefix("vllm:spec_decode_"): value for name, value in found.items() if "spec_decode" in name}
-
-
 def check_greedy(model: Any, prompt: list[int], tokens: list[int]) -> None:
     """Every token is the argmax of transformers after those before it; nearly equal logits may fall either way."""
     with torch.no_grad():
@@ -44,8 +39,7 @@ def check_greedy(model: Any, prompt: list[int], tokens: list[int]) -> None:
 
 @pytest.fixture(scope="module")
 def reference() -> Any:
-    path = Path(__file__).resolve().parents[2] / "bench" / "models" / "tiny_moe"
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    return load_reference()
 
 
 def test_tokens_are_the_models_and_lengths_follow_acceptance(
@@ -103,22 +97,10 @@ def test_tokens_are_the_models_and_lengths_follow_acceptance(
     assert all(0 <= length <= K and count == 1 + length for length, count in scheduled)
 
     # Abort in the middle: nothing stays behind, and the others finish with the right tokens.
-    engine = llm.llm_engine
-    for number, prompt in enumerate(repetitive[:3]):
-        parameters = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True)
-        engine.add_request(str(number), TokensPrompt(prompt_token_ids=prompt), parameters)
-    finished = {}
-    for step in range(200):
-        if not engine.has_unfinished_requests():
-            break
-        if step == 6:
-            engine.abort_request(["1"])
-        finished |= {output.request_id: output for output in engine.step() if output.finished}
-    assert {"0", "2"} <= set(finished)
-    for number in ("0", "2"):
-        check_greedy(reference, repetitive[int(number)], list(finished[number].outputs[0].token_ids))
+    for number, tokens in abort_one_of_three(llm, repetitive).items():
+        check_greedy(reference, repetitive[number], tokens)
     scheduler._controller.forget(scheduler.requests)
     assert len(scheduler._controller.acceptance) == 0
     assert scheduler._notes == {}
     counters = read_counters(llm)
-    assert 0 < counters["num_accepted_tokens"] <= counters["num_draft_tokens"]
+    assert 0 < counters["spec_decode_num_accepted_tokens"] <= counters["spec_decode_num_draft_tokens"]

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 from vllm import LLM, SamplingParams, TokensPrompt
+
+from tests.scheduling.engine import abort_one_of_three, load_reference, read_counters
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -29,11 +30,6 @@ def generate(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
     return [list(one.outputs[0].token_ids) for one in outputs]
 
 
-def read_counters(llm: LLM) -> dict[str, float]:
-    found = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
-    return {name.removeprefix("vllm:"): value for name, value in found.items()}
-
-
 def check_same(model: Any, prompt: list[int], tokens: list[int], expected: list[int]) -> bool:
     """Whether two outputs are equal; they may only part where the model finds both tokens equally good."""
     if tokens == expected:
@@ -47,8 +43,7 @@ def check_same(model: Any, prompt: list[int], tokens: list[int], expected: list[
 
 @pytest.fixture(scope="module")
 def reference() -> Any:
-    path = Path(__file__).resolve().parents[2] / "bench" / "models" / "tiny_moe"
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    return load_reference()
 
 
 def test_tokens_are_those_of_no_speculation(
@@ -90,20 +85,7 @@ def test_tokens_are_those_of_no_speculation(
     assert len(prompts) * MAX_TOKENS * 0.9 < drafter.shared.num_tokens
 
     # Abort one in the middle; when another has run, nothing is left of any of them.
-    engine = llm.llm_engine
-    for number, prompt in enumerate(prompts[:3]):
-        parameters = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True)
-        engine.add_request(str(number), TokensPrompt(prompt_token_ids=prompt), parameters)
-    finished = {}
-    for step in range(200):
-        if not engine.has_unfinished_requests():
-            break
-        if step == 6:
-            engine.abort_request(["1"])
-        finished |= {output.request_id: output for output in engine.step() if output.finished}
-    assert {"0", "2"} <= set(finished)
-    for number in (0, 2):
-        text = list(finished[str(number)].outputs[0].token_ids)
+    for number, text in abort_one_of_three(llm, prompts).items():
         assert text == expected[number][:60] or not equal[number]
     generate(llm, prompts[:1])
     assert len(proposer._states) == 1

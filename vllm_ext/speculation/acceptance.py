@@ -102,7 +102,7 @@ class AcceptanceModel:
         if (accepted > drafted).any() or (drafted > self.k_max).any() or (accepted < 0).any():
             raise ValueError(f"accepted {accepted.tolist()} of drafted {drafted.tolist()} with k_max {self.k_max}")
         first = drafted > 0
-        if self._change.observe(self.predict_survival(slots[first])[:, 0], accepted[first] > 0):
+        if self._change.observe(self.predict_first(slots[first]), accepted[first] > 0):
             self._forget_outcomes()
         positions = self._positions
         succeeded = positions < accepted[:, None]
@@ -119,6 +119,14 @@ class AcceptanceModel:
 
     def predict_survival(self, slots: np.ndarray) -> np.ndarray:
         """P(the first j drafts are all accepted), j = 1..k_max: float64 [n, k_max], falling along j."""
+        return np.cumprod(self._predict_hazards(slots, self.k_max), axis=1)
+
+    def predict_first(self, slots: np.ndarray) -> np.ndarray:
+        """P(the first draft is accepted): float64 [n], the first column of `predict_survival`."""
+        return self._predict_hazards(slots, 1)[:, 0]
+
+    def _predict_hazards(self, slots: np.ndarray, count: int) -> np.ndarray:
+        """P(j accepted | j-1 accepted) of the first `count` positions: float64 [n, count]."""
         shared, pooled = self._predict_shared()
         successes, trials = self._successes[slots], self._trials[slots]
         # A beta distribution with this variance has seen so many trials.
@@ -126,9 +134,9 @@ class AcceptanceModel:
         # What a request does over all its positions, against what all requests do at the same positions.
         expected = trials @ shared
         factor = (successes.sum(axis=1) + strength * pooled) / (expected + strength * pooled)
-        prior = np.minimum(shared * factor[:, None], HIGHEST)
-        hazard = (successes + strength * prior) / (trials + strength)
-        return np.cumprod(np.clip(hazard, LOWEST, HIGHEST), axis=1)
+        prior = np.minimum(shared[:count] * factor[:, None], HIGHEST)
+        hazard = (successes[:, :count] + strength * prior) / (trials[:, :count] + strength)
+        return np.clip(hazard, LOWEST, HIGHEST)
 
     def _forget_outcomes(self) -> None:
         """Keep what was learned as a guess: another text, another load, and none of it holds."""

@@ -152,7 +152,7 @@ class GoodputController:
         tried = drafted > 0
         if self._last_passes == 0 and tried.any():
             # A probe. More success than expected is a change: look again soon, until it is what is expected.
-            expected = float(self.acceptance.predict_survival(slots[tried])[:, 0].sum())
+            expected = float(self.acceptance.predict_first(slots[tried]).sum())
             if int((accepted > 0).sum()) > expected + 0.4 * np.sqrt(tried.sum()):
                 self._probe_interval, self._is_surprised = PROBE_AGAIN, True
         self.acceptance.observe(slots, drafted, accepted)

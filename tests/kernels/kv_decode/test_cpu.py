@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.kernels.kv_decode.paged import Case, attend_plainly, make_case, run
 from tests.kernels.native.conftest import isa, ops  # noqa: F401  (fixtures)
-from tests.kernels.native.test_process import SANITIZERS
+from tests.kernels.native.sanitizers import run_sanitized
 from vllm_ext.kernels.kv_decode import attend, cpu, reference
 from vllm_ext.kernels.kv_store import cpu as store_cpu
 from vllm_ext.kernels.kv_store import store_kv
@@ -296,29 +294,4 @@ def test_compiled_kernels_are_what_runs(isa: str, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.timeout(1500)
 def test_attention_under_the_sanitizers(tmp_path: Path) -> None:
     """The torch-free headers in a program of their own, on buffers of exactly the size that they may touch."""
-    compiler = recipe.find_compiler()
-    assert compiler is not None
-    units = {unit.source.stem.removeprefix("isa_"): unit for unit in recipe.make_recipe(compiler).units}
-    chosen = [name for name in SANITIZERS if name in units]
-    macros = [f"-DVLLM_EXT_ISA_{name.upper()}=1" for name in chosen]
-
-    def compile_one(source: Path, flags: Sequence[str], checks: str) -> Path:
-        target = tmp_path / f"{source.stem}.o"
-        flags = [flag for flag in flags if not flag.startswith("-DVLLM_EXT_ISA_")]
-        options = ["-O1", "-g1", f"-fsanitize={checks}", "-fno-sanitize-recover=all", "-c", str(source)]
-        done = subprocess.run(
-            [compiler.path, *flags, *macros, *options, "-o", str(target)], capture_output=True, text=True, timeout=1200
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        return target
-
-    program = recipe.NATIVE.parent / "kv_decode" / "standalone_test.cpp"
-    jobs = [(units[name].source, units[name].flags, SANITIZERS[name]) for name in chosen]
-    jobs.append((program, units["scalar"].flags, "address,undefined"))
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(lambda job: compile_one(*job), jobs))
-    binary = tmp_path / "standalone_test"
-    linked = [compiler.path, "-fsanitize=address,undefined", *map(str, objects), "-o", str(binary)]
-    subprocess.run(linked, check=True, timeout=120)
-    done = subprocess.run([str(binary)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    run_sanitized(recipe.NATIVE.parent / "kv_decode" / "standalone_test.cpp", tmp_path)

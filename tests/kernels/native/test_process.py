@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.child import ChildResult, run_child
+from tests.kernels.native.sanitizers import run_sanitized
 from vllm_ext.kernels.native import load, recipe
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -151,41 +150,8 @@ def test_unknown_instruction_sets_are_refused(ops: Any) -> None:
     assert ops.isa() == best
 
 
-#: What is checked of each instruction set. All of "undefined" in the 512-bit loops takes the compiler many minutes.
-SANITIZERS = {
-    "scalar": "address,undefined",
-    "avx2": "address,undefined",
-    "avxvnni": "address,undefined",
-    "avx512vnni": "address,shift,alignment,signed-integer-overflow",
-}
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_inner_loops_under_the_sanitizers(tmp_path: Path) -> None:
     """The torch-free headers in a program of their own, with address and undefined-behaviour checks."""
-    compiler = recipe.find_compiler()
-    assert compiler is not None
-    units = {unit.source.stem.removeprefix("isa_"): unit for unit in recipe.make_recipe(compiler).units}
-    chosen = [name for name in SANITIZERS if name in units]
-    assert chosen
-    macros = [f"-DVLLM_EXT_ISA_{name.upper()}=1" for name in chosen]
-
-    def compile_one(source: Path, flags: Sequence[str], checks: str) -> Path:
-        target = tmp_path / f"{source.stem}.o"
-        flags = [flag for flag in flags if not flag.startswith("-DVLLM_EXT_ISA_")]
-        options = ["-O1", "-g1", f"-fsanitize={checks}", "-fno-sanitize-recover=all", "-c", str(source)]
-        command = [compiler.path, *flags, *macros, *options, "-o", str(target)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
-        assert done.returncode == 0, done.stderr[-4000:]
-        return target
-
-    jobs = [(units[name].source, units[name].flags, SANITIZERS[name]) for name in chosen]
-    jobs.append((recipe.NATIVE / "standalone_test.cpp", units["scalar"].flags, "address,undefined"))
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(lambda job: compile_one(*job), jobs))
-    binary = tmp_path / "standalone_test"
-    linked = [compiler.path, "-fsanitize=address,undefined", *map(str, objects), "-o", str(binary)]
-    subprocess.run(linked, check=True, timeout=120)
-    done = subprocess.run([str(binary)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    run_sanitized(recipe.NATIVE / "standalone_test.cpp", tmp_path)
