@@ -135,8 +135,8 @@ def find_case(text: str) -> Path:
     return known[text]
 
 
-def load_case(path: Path) -> Case:
-    """Read and check a case. Raises CaseError."""
+def load_cases(path: Path) -> list[Case]:
+    """Read and check a file: one case, or one for each number of its `concurrency`. Raises CaseError."""
     import yaml
 
     try:
@@ -144,9 +144,55 @@ def load_case(path: Path) -> Case:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise CaseError(f"{path}: {error}") from error
     try:
-        return parse_case(content, path.stem)
+        return [parse_case(one, name) for name, one in spread_concurrency(content, path.stem).items()]
     except CaseError as error:
         raise CaseError(f"{path}: {error}") from error
+
+
+def find_cases(text: str) -> list[Case]:
+    """The cases that a command line names: a file, its name in bench/cases, or one case of such a file, `chat_c4`.
+
+    Raises CaseError with the nearest name.
+    """
+    stem, _, number = text.rpartition("_c")
+    if stem and number.isdigit() and (CASES / f"{stem}.yaml").is_file():
+        cases = {case.name: case for case in load_cases(find_case(stem))}
+        if text not in cases:
+            raise CaseError(f"no case {text!r}{suggest(text, cases)}")
+        return [cases[text]]
+    return load_cases(find_case(text))
+
+
+def spread_concurrency(content: Any, name: str) -> dict[str, Any]:
+    """{name: content} of the cases that a file stands for.
+
+    With `concurrency: {1: 16, 4: 48}` these are `NAME_c1` and `NAME_c4`, with that workload.options.max_concurrency and
+    that workload.num_requests. Raises CaseError.
+    """
+    if not isinstance(content, dict) or "concurrency" not in content:
+        return {name: content}
+    numbers = content["concurrency"]
+    if not isinstance(numbers, dict) or not numbers:
+        raise CaseError(f"concurrency is {numbers!r}, expected {{concurrent: requests, ...}}, for example {{8: 64}}")
+    workload = read_mapping(content, "workload", "")
+    options = read_mapping(workload, "options", "workload.")
+    for key, place in (("max_concurrency", options), ("num_requests", workload)):
+        if key in place:
+            raise CaseError(f"concurrency sets {key}: remove it from the workload")
+    rest = {key: value for key, value in content.items() if key != "concurrency"}
+    cases = {}
+    for number in numbers:
+        if type(number) is not int or number < 1:
+            raise CaseError(f"concurrency names {number!r} requests, expected a whole number of at least 1")
+        cases[f"{name}_c{number}"] = {
+            **rest,
+            "workload": {
+                **workload,
+                "num_requests": numbers[number],
+                "options": {**options, "max_concurrency": number},
+            },
+        }
+    return cases
 
 
 def parse_case(content: Any, name: str) -> Case:

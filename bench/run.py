@@ -3,7 +3,8 @@
 
     python -m bench.run CASE... [--reps 6] [--out DIR] [--json] [--resume] [--keep-logs] [--list]
 
-CASE is a YAML file or the name of one in bench/cases. Every pair becomes two JSON records DIR/CASE/ARM-REPETITION.json
+CASE is a YAML file or the name of one in bench/cases; of a file with several numbers of concurrent requests all are
+run, or NAME_c4 alone. Every pair becomes two JSON records DIR/CASE/ARM-REPETITION.json
 when it ends, so Ctrl-C loses one pair; --resume goes on. Progress goes to stderr, tables to stdout; with --json the
 last line is one object. Exit codes: 0 ok, 1 a run failed, 2 bad usage or case, 130 interrupted. docs/benchmarks.md
 says more.
@@ -24,7 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from bench.case import ARMS, CASES, Case, find_case, load_case
+from bench.case import ARMS, CASES, Case, find_cases, load_cases
 from bench.comparison import compare_arms, find_arm_values, judge_arms, list_metrics
 from bench.records import RESULTS, Record, load_records
 from bench.runner import CaseFailed, CaseRunner
@@ -151,7 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.list:
         for path in sorted(CASES.glob("*.yaml")):
-            print(f"{path.stem}: {load_case(path).description}")
+            for case in load_cases(path):
+                print(f"{case.name}: {case.description}")
         return 0
     if not options.cases:
         parser.error("give at least one case; --list names them")
@@ -159,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--reps must be at least 1, got {options.reps}")
     try:
         # All of them before the first runs for minutes.
-        cases = [load_case(find_case(text)) for text in options.cases]
+        cases = [case for text in options.cases for case in find_cases(text)]
     except CaseError as error:
         parser.error(str(error))
     if len({case.name for case in cases}) < len(cases):

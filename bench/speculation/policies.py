@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the simulator compares: no speculation, one length, vLLM's table by batch size, an oracle, and ours."""
+"""What the simulator compares: no speculation, one length, vLLM's table by batch size, SmartSpec's, an oracle, ours."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from bench.speculation.simulator import K_MAX, Observation, Truth
+from bench.speculation.simulator import K_MAX, Observation, TrueCost, Truth
 from vllm_ext.speculation.controller import Batch, GoodputController
-from vllm_ext.speculation.goodput import DraftCost, choose_lengths
+from vllm_ext.speculation.goodput import DraftCost, choose_padded
 from vllm_ext.speculation.step_time import StepFeatures, StepTimeModel
 
 #: (largest batch, length): the example of vLLM's documentation of `num_speculative_tokens_per_batch_size`, in shape.
@@ -42,40 +42,55 @@ class StockTable:
         """Nothing is learned."""
 
 
+class Published:
+    """SmartSpec as its paper has it (arXiv:2406.14066, sections 4.1 to 4.3), told the true cost.
+
+    One moving average of accepted / drafted for all requests, one length for the whole batch, the one with the most
+    expected tokens over time. The paper does not say what it does when nothing is drafted and nothing is learned; here
+    the average drifts back to where it began, so that it drafts again.
+    """
+
+    def __init__(self, passes_per_draft: int = 1, initial: float = 0.7, memory: float = 0.9) -> None:
+        self._passes_per_draft = passes_per_draft
+        self._initial, self._memory = initial, memory
+        self._rate = initial
+
+    def choose(self, batch: Batch, truth: Truth) -> np.ndarray:
+        """The best length for all, by tokens over time of this step."""
+        count = len(batch.request_ids)
+        goodput = []
+        for length in range(K_MAX + 1):
+            tokens = count * sum(self._rate**j for j in range(length + 1))
+            features = StepFeatures(
+                count * (length + 1), batch.context_tokens, count, length * self._passes_per_draft, count * length
+            )
+            goodput.append(tokens / truth.cost.measure(features))
+        return np.full(count, int(np.argmax(goodput)), np.int64)
+
+    def observe(self, observation: Observation) -> None:
+        """Moves the average."""
+        drafted = int(observation.drafted.sum())
+        rate = float(observation.accepted.sum()) / drafted if drafted else self._initial
+        self._rate += (1 - self._memory) * (rate - self._rate)
+
+
 class Oracle:
-    """The best lengths for the true chances and the true cost."""
+    """The best lengths for the true chances and the true cost: told the rates, not the outcomes."""
 
     def __init__(self, passes_per_draft: int = 1) -> None:
         self._passes_per_draft = passes_per_draft
 
     def choose(self, batch: Batch, truth: Truth) -> np.ndarray:
-        """Best of the linear program's answer and, where steps are stairs, of filling each stair."""
+        """The exact answer."""
         survival = np.cumprod(truth.hazards, axis=1)
-        count = len(survival)
+        count, names = len(survival), truth.cost.coefficients
+        plain = TrueCost(names).measure(StepFeatures(batch.tokens, batch.context_tokens, count, 0, 0))
+        cost = DraftCost(plain, names["tokens"] + names["drafted"], names["passes"] * self._passes_per_draft)
         caps = np.full(count, K_MAX)
-        names = truth.cost.coefficients
-        base = StepFeatures(batch.tokens, batch.context_tokens, count, 0, 0)
-        per_token = names["tokens"] + names["drafted"]
-        cost = DraftCost(truth.cost.measure(base), per_token, names["passes"] * self._passes_per_draft)
-        candidates = [choose_lengths(survival, caps, cost).lengths]
-        # Stairs: the best drafts that fill each padded size exactly.
-        order = np.argsort(-survival, axis=None, kind="stable")
-        for size in truth.cost.graph_sizes:
-            if count <= size <= count * (K_MAX + 1):
-                taken = np.zeros(survival.size, bool)
-                taken[order[: size - count]] = True
-                candidates.append(taken.reshape(survival.shape).sum(axis=1))
-        return max(candidates, key=lambda lengths: self._measure(lengths, survival, batch, truth))
+        return choose_padded(survival, caps, cost, names["tokens"], batch.tokens, truth.cost.graph_sizes).lengths
 
     def observe(self, observation: Observation) -> None:
         """Nothing is learned."""
-
-    def _measure(self, lengths: np.ndarray, survival: np.ndarray, batch: Batch, truth: Truth) -> float:
-        count, drafted = len(lengths), int(lengths.sum())
-        passes = int(lengths.max(initial=0)) * self._passes_per_draft
-        tokens = count + (survival * (np.arange(K_MAX) < lengths[:, None])).sum()
-        features = StepFeatures(count + drafted, batch.context_tokens, count, passes, drafted)
-        return float(tokens) / truth.cost.measure(features)
 
 
 class Ours:

@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.case import ARMS, CASES, Case, find_case, load_case, parse_case, resolve_model
+from bench.case import ARMS, CASES, Case, find_case, find_cases, load_cases, parse_case, resolve_model
 from bench.strict import CaseError
 
 MINIMAL: dict[str, Any] = {"model": "bench/models/tiny_moe", "workload": {"name": "random", "num_requests": 4}}
@@ -29,19 +29,49 @@ def parse_workload(**changes: Any) -> Case:
 
 @pytest.mark.parametrize("path", sorted(CASES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_cases_are_valid(path: Path) -> None:
-    case = load_case(path)
-    assert case.name == path.stem
-    assert case.description
-    assert case.repetitions >= 5
-    assert Path(resolve_model(case.model), "config.json").is_file()
-    # CPU time stands beside wall time.
-    assert "cpu_per_step" in case.metrics
+    for case in load_cases(path):
+        assert case.name.startswith(path.stem)
+        assert find_cases(case.name) == [case]
+        assert case.description
+        assert case.repetitions >= 5
+        assert Path(resolve_model(case.model), "config.json").is_file()
+        # CPU time stands beside wall time.
+        assert "cpu_per_step" in case.metrics
+
+
+def test_a_file_may_stand_for_several_numbers_of_concurrent_requests(tmp_path: Path) -> None:
+    content = {"model": "x", "workload": {"name": "random"}, "concurrency": {1: 16, 8: 64}}
+    path = tmp_path / "load.yaml"
+    path.write_text(yaml.safe_dump(content))
+    cases = load_cases(path)
+    assert [case.name for case in cases] == ["load_c1", "load_c8"]
+    assert [case.workload.num_requests for case in cases] == [16, 64]
+    assert [case.workload.options["max_concurrency"] for case in cases] == [1, 8]
+    assert cases[0].digest != cases[1].digest
+    with pytest.raises(CaseError, match="no case 'smartspec_chat_c3'; did you mean 'smartspec_chat_c"):
+        find_cases("smartspec_chat_c3")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"concurrency": [1, 8]}, r"concurrency is \[1, 8\], expected \{concurrent: requests, ...\}"),
+        ({"concurrency": {0: 8}}, "concurrency names 0 requests"),
+        ({"concurrency": {4: 0}}, "num_requests is 0"),
+        ({"concurrency": {4: 8}, "workload": {"name": "random", "num_requests": 8}}, "concurrency sets num_requests"),
+    ],
+)
+def test_concurrency_that_cannot_be(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = tmp_path / "load.yaml"
+    path.write_text(yaml.safe_dump({"model": "x", "workload": {"name": "random"}, **changes}))
+    with pytest.raises(CaseError, match=message):
+        load_cases(path)
 
 
 def test_shipped_cases_are_there() -> None:
     names = {path.stem for path in CASES.glob("*.yaml")}
     assert {"idle", "mxmoe_online", "mxmoe_packed"} <= names
-    idle = load_case(find_case("idle"))
+    (idle,) = find_cases("idle")
     assert idle.stock == idle.pack
 
 
@@ -128,13 +158,13 @@ def test_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "broken.yaml"
     path.write_text("model: [")
     with pytest.raises(CaseError, match=r"broken\.yaml"):
-        load_case(path)
+        load_cases(path)
     path.write_text("just text")
     with pytest.raises(CaseError, match=r"broken\.yaml: the case is 'just text', expected a mapping"):
-        load_case(path)
+        load_cases(path)
     path.write_text("model: x")
     with pytest.raises(CaseError, match=r"broken\.yaml: the case needs the key 'workload'"):
-        load_case(path)
+        load_cases(path)
     with pytest.raises(CaseError, match="no case file"):
         find_case(str(tmp_path / "absent.yaml"))
     with pytest.raises(CaseError, match="no case 'idel'; did you mean 'idle'"):

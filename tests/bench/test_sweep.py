@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from bench import sweep
-from bench.case import find_case, load_case
+from bench.case import find_cases
 from bench.op import list_cases
 from bench.sweep import Part, list_parts, run_parts
 
 
 def test_its_cases_exist() -> None:
     for name in sweep.ENGINE_CASES:
-        assert load_case(find_case(name)).name == name
+        assert [case.name for case in find_cases(name)] == [name]
     assert set(sweep.OP_CASES) <= set(list_cases())
 
 

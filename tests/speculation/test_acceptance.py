@@ -118,3 +118,17 @@ def test_impossible_observations(drafted: int, accepted: int) -> None:
 def test_k_max_must_allow_a_draft() -> None:
     with pytest.raises(ValueError, match="k_max must be at least 1, got 0"):
         AcceptanceModel(0)
+
+
+def test_what_is_known_of_untried_positions_fades() -> None:
+    model = AcceptanceModel(3)
+    slots = model.find_slots(["a", "b"])
+    for _ in range(40):
+        # The second draft is never accepted.
+        model.observe(slots, np.array([3, 3]), np.array([1, 1]))
+    known = model.predict_survival(slots)[0]
+    assert known[1] < 0.15
+    for _ in range(1000):
+        model.observe(slots, np.array([1, 1]), np.array([1, 1]))
+    # One draft at a time tells nothing of the second: it is worth another try.
+    assert model.predict_survival(slots)[0, 1] > 0.5

@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 
-from vllm_ext.speculation.controller import PROBE_AT_MOST, Batch, GoodputController
+from vllm_ext.speculation.controller import PROBE_SHARE, PROBE_WANTED, Batch, GoodputController
 from vllm_ext.speculation.step_time import StepFeatures, StepTimeModel
 
 #: A step of 10 ms; a draft costs 1 ms to make for all requests and 0.3 ms to verify for each.
@@ -44,14 +44,26 @@ def test_not_speculating_is_not_for_ever() -> None:
     assert np.mean(history[-20:]) > 3
 
 
-def test_probes_become_seldom_and_are_small() -> None:
-    controller = make_controller()
-    history = serve(controller, 0.0, 600)
-    probes = [step for step, lengths in enumerate(history) if lengths.any()][-5:]
-    assert min(np.diff(probes)) >= PROBE_AT_MOST - 1
-    assert all(history[step].sum() == 1 for step in probes)
-    # Another request each time.
-    assert len({int(history[step].argmax()) for step in probes}) > 1
+@pytest.mark.parametrize("dearness", [1.0, 10.0])
+def test_probes_keep_to_their_share_of_the_time(dearness: float) -> None:
+    """As many requests as that pays for, seldom where one alone is dear, and not the same ones each time."""
+    controller = GoodputController(6, step_time=StepTimeModel({**PRIOR, "tokens": 0.3 * dearness}))
+    rng = np.random.default_rng(0)
+    history = []
+    for _ in range(800):
+        lengths = controller.plan_drafts(Batch(REQUESTS, 4, 1000)).lengths
+        drafted, passes = int(lengths.sum()), int(lengths.max())
+        time = 10.0 + 0.3 * dearness * (4 + drafted) + 1.0 * passes
+        features = StepFeatures(4 + drafted, 1000, 4, passes, drafted)
+        controller.observe(REQUESTS, lengths, np.zeros(4, int), features, time * rng.lognormal(0, 0.03))
+        history.append(lengths)
+    probes = [(step, lengths) for step, lengths in enumerate(history) if step >= 200 and lengths.any()]
+    assert all(lengths.max() == 1 for _, lengths in probes)
+    cost = sum(1.0 + 0.3 * dearness * lengths.sum() for _, lengths in probes) / (600 * (10.0 + 1.2 * dearness))
+    assert cost == pytest.approx(PROBE_SHARE, rel=0.5)
+    gaps = np.diff([step for step, _ in probes])
+    assert (gaps >= (PROBE_WANTED if dearness == 1.0 else PROBE_WANTED + 4)).all()
+    assert sum(lengths for _, lengths in probes).min() > 0, "a request was never probed"
 
 
 def test_caps_are_kept() -> None:

@@ -2,6 +2,7 @@
 """The chosen lengths against every combination there is."""
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -18,13 +19,17 @@ def make_survival(hazards: list[list[float]]) -> np.ndarray:
     return np.cumprod(np.array(hazards, dtype=np.float64), axis=1)
 
 
+def judge(survival: np.ndarray, lengths: Sequence[int], time: float, weights: np.ndarray) -> float:
+    """The objective, written out."""
+    made = [1 + survival[i, :length].sum() for i, length in enumerate(lengths)]
+    return float(sum(w * (np.log(tokens) - np.log(time)) for w, tokens in zip(weights, made, strict=True)))
+
+
 def find_best(survival: np.ndarray, caps: np.ndarray, cost: DraftCost, weights: np.ndarray) -> float:
-    best = 0.0
-    for lengths in itertools.product(*(range(cap + 1) for cap in caps)):
-        tokens = weights.sum() + sum(weights[i] * survival[i, :k].sum() for i, k in enumerate(lengths))
-        time = cost.fixed + cost.per_token * sum(lengths) + cost.per_pass * max(lengths)
-        best = max(best, tokens / time)
-    return best
+    return max(
+        judge(survival, lengths, cost.fixed + cost.per_token * sum(lengths) + cost.per_pass * max(lengths), weights)
+        for lengths in itertools.product(*(range(cap + 1) for cap in caps))
+    )
 
 
 @given(st.data(), st.integers(1, 3), st.integers(1, 4), costs)
@@ -35,12 +40,13 @@ def test_no_combination_of_lengths_is_better(data: st.DataObject, n: int, k_max:
     choice = choose_lengths(survival, caps, cost, weights)
     assert (choice.lengths <= caps).all()
     assert (choice.lengths >= 0).all()
-    taken = sum(weights[i] * survival[i, :k].sum() for i, k in enumerate(choice.lengths))
-    assert choice.tokens == pytest.approx(weights.sum() + taken)
+    taken = sum(survival[i, :k].sum() for i, k in enumerate(choice.lengths))
+    assert choice.tokens == pytest.approx(n + taken)
     assert choice.milliseconds == pytest.approx(
         cost.fixed + cost.per_token * choice.lengths.sum() + cost.per_pass * choice.lengths.max()
     )
-    assert choice.goodput >= find_best(survival, caps, cost, weights) * (1 - 1e-9)
+    found = judge(survival, choice.lengths.tolist(), choice.milliseconds, weights)
+    assert found >= find_best(survival, caps, cost, weights) - 1e-9
 
 
 @given(st.data(), st.integers(1, 4))
@@ -49,10 +55,12 @@ def test_the_best_of_a_few_uniform_lengths(data: st.DataObject, n: int) -> None:
     lengths = [0, 1, 2, 4]
     times = data.draw(st.lists(st.floats(0.1, 20), min_size=4, max_size=4))
     choice = choose_uniform(survival, lengths, times)
-    found = {k: (n + survival[:, :k].sum()) / time for k, time in zip(lengths, times, strict=True)}
+    found = {k: judge(survival, [k] * n, time, np.ones(n)) for k, time in zip(lengths, times, strict=True)}
     assert len(set(choice.lengths)) == 1
-    assert choice.goodput == pytest.approx(max(found.values()))
-    assert found[int(choice.lengths[0])] == pytest.approx(choice.goodput)
+    chosen = int(choice.lengths[0])
+    assert found[chosen] == pytest.approx(max(found.values()))
+    assert choice.tokens == pytest.approx(n + survival[:, :chosen].sum())
+    assert choice.milliseconds == times[lengths.index(chosen)]
 
 
 def test_free_drafts_are_all_taken_and_dear_ones_none() -> None:
@@ -61,7 +69,7 @@ def test_free_drafts_are_all_taken_and_dear_ones_none() -> None:
     assert choose_lengths(survival, caps, DraftCost(5.0, 0.0)).lengths.tolist() == [2, 2]
     assert choose_lengths(survival, caps, DraftCost(1.0, 5.0)).lengths.tolist() == [0, 0]
     # In between, the request that accepts more drafts more.
-    assert choose_lengths(survival, caps, DraftCost(5.0, 1.5)).lengths.tolist() == [2, 0]
+    assert choose_lengths(survival, caps, DraftCost(5.0, 1.0)).lengths.tolist() == [2, 0]
 
 
 def test_a_heavier_request_drafts_more() -> None:
@@ -90,13 +98,22 @@ def test_padded_steps_are_filled_as_well_as_any_combination(
     padding, sizes = share * cost.per_token, (1, 2, 4, 8, 16)
     choice = choose_padded(survival, caps, cost, padding, n, sizes)
     assert (choice.lengths <= caps).all()
-    best = 0.0
+    best = -np.inf
     for lengths in itertools.product(*(range(cap + 1) for cap in caps)):
         drafts, passes = sum(lengths), max(lengths)
         room = min(size for size in sizes if size >= n + drafts) - n
         time = cost.fixed + padding * room + (cost.per_token - padding) * drafts + cost.per_pass * passes
-        best = max(best, (n + sum(survival[i, :k].sum() for i, k in enumerate(lengths))) / time)
-    assert choice.goodput >= best * (1 - 1e-9)
+        best = max(best, judge(survival, lengths, time, np.ones(n)))
+    assert judge(survival, choice.lengths.tolist(), choice.milliseconds, np.ones(n)) >= best - 1e-9
+
+
+def test_a_request_that_makes_few_tokens_is_not_left_behind() -> None:
+    survival, caps, cost = make_survival([[0.9] * 4, [0.3, 0.0, 0.0, 0.0]]), np.array([4, 4]), DraftCost(10.0, 1.9)
+    # Of this step alone, tokens over time are more without the second request's draft.
+    tokens = 2 + survival[0, :3].sum()
+    assert tokens / (10 + 1.9 * 3) > (tokens + 0.3) / (10 + 1.9 * 4)
+    # But each of its tokens is a larger part of its way.
+    assert choose_lengths(survival, caps, cost).lengths.tolist() == [3, 1]
 
 
 def test_a_batch_beyond_the_largest_size_is_not_padded() -> None:

@@ -44,13 +44,14 @@ class AcceptanceModel:
         request_memory: float = 0.9,
         shared_memory: float = 0.97,
         idle_memory: float = 0.97,
+        untried_memory: float = 0.995,
     ) -> None:
         """k_max: longest draft. initial: chance before anything was seen.
 
         shared_strength: trials that the chance over all positions counts for at one position; how many the chance of
         all requests counts for in one request is learned from how much requests differ. request_memory, shared_memory:
         what a count keeps at each later observation; idle_memory: what a request's counts keep at each step without a
-        draft of its own.
+        draft of its own; untried_memory: what the counts of all requests keep of a position that a step did not try.
         Raises ValueError for a k_max below 1.
         """
         if k_max < 1:
@@ -61,6 +62,7 @@ class AcceptanceModel:
         #: Variance of requests' chances around the chance of all: between the two of the prior's bounds at first.
         self._spread = 0.04
         self._request_memory, self._shared_memory, self._idle_memory = request_memory, shared_memory, idle_memory
+        self._untried_memory = untried_memory
         self._change = ChangeDetector()
         self._slots: dict[Hashable, int] = {}
         self._free: list[int] = []
@@ -110,11 +112,11 @@ class AcceptanceModel:
         memory = np.where(drafted > 0, self._request_memory, self._idle_memory)[:, None]
         self._successes[slots] = self._successes[slots] * memory + succeeded
         self._trials[slots] = self._trials[slots] * memory + tried
+        # What is known of a position that nobody tried fades slowly: it is tried again some time.
+        memory = np.where(tried.any(axis=0), self._shared_memory, self._untried_memory)
+        self._shared_successes = self._shared_successes * memory + succeeded.mean(axis=0)
+        self._shared_trials = self._shared_trials * memory + tried.mean(axis=0)
         if tried.any():
-            # A position that nobody tried keeps what is known of it.
-            memory = np.where(tried.any(axis=0), self._shared_memory, 1.0)
-            self._shared_successes = self._shared_successes * memory + succeeded.mean(axis=0)
-            self._shared_trials = self._shared_trials * memory + tried.mean(axis=0)
             self._learn_spread(slots)
 
     def predict_survival(self, slots: np.ndarray) -> np.ndarray:

@@ -12,11 +12,11 @@ from vllm_ext.speculation.acceptance import AcceptanceModel
 from vllm_ext.speculation.goodput import Choice, DraftCost, choose_lengths, choose_padded, choose_uniform
 from vllm_ext.speculation.step_time import StepFeatures, StepTimeModel
 
-#: Steps between two probes while nothing is speculated: at first, at most while probes tell nothing new, and after one
-#: that was accepted more than expected.
-PROBE_EVERY, PROBE_AT_MOST, PROBE_AGAIN = 8, 40, 1
-#: A probe drafts for one of so many requests.
-PROBE_SHARE = 6
+#: Steps between two probes while nothing is speculated: at first, wanted while probes tell nothing new, at most, and
+#: after one that was accepted more than expected.
+PROBE_EVERY, PROBE_WANTED, PROBE_AT_MOST, PROBE_AGAIN = 8, 16, 64, 1
+#: What probes may cost, as a share of the time. As many requests are probed as that allows.
+PROBE_SHARE = 0.008
 #: While requests speculate, one step in so many drafts one more or one less: lengths that never change do not tell what
 #: a draft costs. Often at first, then seldom.
 EXPLORE_EVERY, EXPLORE_SELDOM, EXPLORE_AT_FIRST = 12, 96, 300
@@ -53,9 +53,9 @@ class GoodputController:
     trim_drafts   how much of given drafts to verify: drafting is paid already
     observe       what a step drafted, accepted and took
 
-    k = 0 is never for ever: when no request has speculated for a while, a few are given a short draft now and then,
-    less often while that changes nothing. Lengths depend on past outcomes only, never
-    on the drafts themselves, so the tokens that come out are those of the target model.
+    k = 0 is never for ever: when no request has speculated for a while, some are given a short draft now and then,
+    less often while that changes nothing, and for a fixed small part of the time. Lengths depend on past outcomes
+    only, never on the drafts themselves, so the tokens that come out are those of the target model.
 
     Source: SmartSpec (arXiv:2406.14066), sections 4.1 to 4.4; per-request lengths, hazards by position, the online
     fit and the probes are ours.
@@ -115,11 +115,13 @@ class GoodputController:
         self._since_draft += 1
         if self._since_draft >= self._probe_interval and caps.max(initial=0) > 0:
             self._since_draft = 0
-            self._probe_interval = min(2 * self._probe_interval, max(PROBE_AT_MOST, self._probe_every))
-            lengths = self._make_probe(caps)
+            lengths = self._make_probe(caps, cost)
             tokens = choice.tokens + float((survival * (np.arange(self.k_max) < lengths[:, None])).sum())
-            passes = int(lengths.max())
-            time = cost.fixed + cost.per_token * int(lengths.sum()) + cost.per_pass * passes
+            time = cost.fixed + cost.per_token * int(lengths.sum()) + cost.per_pass * int(lengths.max())
+            # Less often while that changes nothing, and never for more than their share of the time.
+            longest = (time / cost.fixed - 1) / PROBE_SHARE
+            longest = min(max(longest, PROBE_WANTED, self._probe_every), max(PROBE_AT_MOST, self._probe_every))
+            self._probe_interval = min(2 * self._probe_interval, int(longest))
             return Decision(lengths, tokens, time, True)
         return Decision(choice.lengths, choice.tokens, choice.milliseconds, False)
 
@@ -201,12 +203,13 @@ class GoodputController:
         change = 1 if (self._steps // every) % 2 else -1
         return np.where(lengths > 0, np.clip(lengths + change, 0, caps), 0)
 
-    def _make_probe(self, caps: np.ndarray) -> np.ndarray:
+    def _make_probe(self, caps: np.ndarray, cost: DraftCost) -> np.ndarray:
         if self._uniform is not None:
             return np.minimum(caps, next(length for length in self._uniform if length))
-        # A few requests at a time, in turn: they tell about the others, and cost less than all.
+        # As many requests as the budget of one interval pays for, in turn: they tell about the others.
         count = len(caps)
-        width = count if self._is_surprised else -(-count // PROBE_SHARE)
+        budget = PROBE_SHARE * PROBE_WANTED * cost.fixed - cost.per_pass
+        width = count if self._is_surprised else min(count, max(1, int(budget / max(cost.per_token, 1e-9))))
         self._is_surprised = False
         self._turn = (self._turn + width) % count
         lengths = np.zeros(count, np.int64)

@@ -1,22 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The draft lengths with the most expected tokens per millisecond.
+"""The draft lengths with which requests are done soonest.
 
-    goodput(k) = sum_i weight_i * (1 + sum_{j <= k_i} survival[i, j])  /  time(k)
-    time(k)    = fixed + per_token * sum_i k_i + per_pass * max_i k_i
+    maximize  sum_i weight_i * log(tokens_i(k_i))  -  sum_i weight_i * log(time(k))
+    tokens_i(k) = 1 + sum_{j <= k} survival[i, j]
+    time(k)     = fixed + per_token * sum_i k_i + per_pass * max_i k_i
 
 survival[i, j], the chance that the first j drafts of request i are all accepted, falls along j, so taking every draft
 worth more than a price takes a prefix of each request's draft.
+
+Why logarithms: SmartSpec maximizes the tokens of this step over its time. Where a batch has requests whose drafts
+pass and others whose drafts do not, that gives the time to the former; they finish, and the batch fills with the
+latter. A request of L tokens takes L / tokens_i steps, so what a share of progress is worth is the same for every
+request: of all steady ways to work through a queue, the one above serves the most tokens per second (the condition
+is d tokens_i / tokens_i = d time / time). It is proportional fairness (Kelly 1997). Where requests are alike it is the
+same as tokens over time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-#: The ratio below converges in three or four rounds; more would mean numbers that do not compare.
-MAX_ROUNDS = 30
+#: (numbers of drafts, passes) -> milliseconds of the step.
+_MeasureTimes = Callable[[np.ndarray, int], np.ndarray]
 
 
 class DraftCost(NamedTuple):
@@ -29,7 +37,7 @@ class DraftCost(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """lengths int64 [n]; expected tokens of the step (weights applied), its milliseconds, and their ratio."""
+    """lengths int64 [n]; expected tokens of the step, its milliseconds, and their ratio."""
 
     lengths: np.ndarray
     tokens: float
@@ -37,7 +45,7 @@ class Choice(NamedTuple):
 
     @property
     def goodput(self) -> float:
-        """Expected tokens per millisecond."""
+        """Expected tokens per millisecond of this step."""
         return self.tokens / self.milliseconds
 
 
@@ -47,38 +55,18 @@ def choose_lengths(
     """The best length for every request, exactly.
 
     survival: float64 [n, k_max], falling along k_max. caps: int [n], the longest draft of each request. weights:
-    float64 [n], what a token of each request is worth; None for 1.
+    float64 [n], what progress of each request is worth; None for 1.
     Raises ValueError for a fixed cost that is not positive, or negative costs.
 
-    Source: SmartSpec (arXiv:2406.14066, section 4) tries every length for the whole batch until goodput falls. Here
-    lengths differ, which makes the same maximum a linear fractional program: Dinkelbach's iteration prices a
-    millisecond at the best goodput known, takes the drafts that are worth their price for the best number of passes,
-    and prices again with what that earns.
+    Source: SmartSpec (arXiv:2406.14066, section 4) tries every length for the whole batch until tokens over time fall.
+    Here lengths differ: for each number of passes, the drafts worth most are taken in order of their worth, and every
+    number of them is tried.
     """
-    if not cost.fixed > 0 or cost.per_token < 0 or cost.per_pass < 0:
-        raise ValueError(f"times must be positive, got {cost}")
-    num_requests, k_max = survival.shape
-    value = survival if weights is None else survival * weights[:, None]
-    value = np.where(np.arange(k_max) < caps[:, None], value, 0.0)
-    base = float(num_requests if weights is None else weights.sum())
-    tokens, time = base, cost.fixed
-    lengths = np.zeros(num_requests, np.int64)
-    for _ in range(MAX_ROUNDS):
-        price = tokens / time
-        # What each pass earns above its price, for every number of passes.
-        profit = np.maximum(value - price * cost.per_token, 0.0).sum(axis=0) - price * cost.per_pass
-        totals = np.cumsum(profit)
-        passes = int(totals.argmax()) + 1
-        if totals[passes - 1] <= 1e-12 * base:
-            break
-        taken = value[:, :passes] > price * cost.per_token
-        lengths = taken.sum(axis=1)
-        tokens = base + float(value[:, :passes][taken].sum())
-        passes_used = int(lengths.max())
-        time = cost.fixed + cost.per_token * int(lengths.sum()) + cost.per_pass * passes_used
-        if tokens / time <= price * (1 + 1e-12):
-            break
-    return Choice(lengths, tokens, time)
+
+    def measure(drafts: np.ndarray, passes: int) -> np.ndarray:
+        return (cost.fixed + cost.per_pass * passes) + cost.per_token * drafts
+
+    return _choose(survival, caps, cost, weights, measure)
 
 
 def choose_padded(
@@ -93,37 +81,19 @@ def choose_padded(
     """The best lengths where a forward pass costs as much as the next of `sizes` tokens, as captured CUDA graphs do.
 
     Arguments as `choose_lengths`; cost.fixed is that of `base_tokens`, without padding; padding: milliseconds of a
-    token that is only padding. Every number of drafts, the most likely accepted ones, is tried with every number of
-    passes.
-    Batches beyond the largest size are not padded.
+    token that is only padding. Batches beyond the largest size are not padded.
     """
-    value = survival if weights is None else survival * weights[:, None]
-    value = np.where(np.arange(value.shape[1]) < caps[:, None], value, 0.0)
-    base = float(len(survival) if weights is None else weights.sum())
     ladder = np.array(sorted(sizes), np.int64)
     if not len(ladder) or ladder[-1] < base_tokens:
         return choose_lengths(survival, caps, cost, weights)
-    best: Choice | None = None
-    for passes in range(value.shape[1] + 1):
-        order = np.sort(value[:, :passes], axis=None)[::-1]
-        gained = np.concatenate([[0.0], np.cumsum(order[order > 0])])
-        drafts = np.arange(len(gained))
+
+    def measure(drafts: np.ndarray, passes: int) -> np.ndarray:
         tokens = base_tokens + drafts
-        steps = np.minimum(np.searchsorted(ladder, tokens), len(ladder) - 1)
-        padded = np.maximum(ladder[steps], tokens)
-        times = cost.fixed + padding * (padded - base_tokens) + (cost.per_token - padding) * drafts
-        times += cost.per_pass * passes
-        count = int(((base + gained) / times).argmax())
-        time = float(times[count])
-        if best is None or (base + gained[count]) / time > best.goodput:
-            taken = np.zeros(value.shape, bool)
-            if count:
-                # Of equal drafts the earlier positions: a stable order of what is above and at the last one taken.
-                flat = np.argsort(-value[:, :passes], axis=None, kind="stable")[:count]
-                taken[np.unravel_index(flat, (len(value), passes))] = True
-            best = Choice(taken.sum(axis=1), base + float(gained[count]), time)
-    assert best is not None
-    return best
+        padded = np.maximum(ladder[np.minimum(np.searchsorted(ladder, tokens), len(ladder) - 1)], tokens)
+        padded_time = padding * (padded - base_tokens) + (cost.per_token - padding) * drafts
+        return cost.fixed + padded_time + cost.per_pass * passes
+
+    return _choose(survival, caps, cost, weights, measure)
 
 
 def choose_uniform(
@@ -139,9 +109,52 @@ def choose_uniform(
     """
     if len(lengths) != len(costs) or not lengths or max(lengths) > survival.shape[1]:
         raise ValueError(f"lengths {list(lengths)} do not fit {len(costs)} costs and k_max {survival.shape[1]}")
-    value = survival if weights is None else survival * weights[:, None]
-    base = float(len(survival) if weights is None else weights.sum())
-    gained = np.concatenate([[0.0], np.cumsum(value.sum(axis=0))])
-    best = max(range(len(lengths)), key=lambda index: (base + gained[lengths[index]]) / costs[index])
-    chosen = np.full(len(survival), lengths[best], np.int64)
-    return Choice(chosen, float(base + gained[lengths[best]]), float(costs[best]))
+    total = float(len(survival) if weights is None else weights.sum())
+    made = 1.0 + np.cumsum(survival, axis=1)
+    progress = np.log(made) if weights is None else np.log(made) * weights[:, None]
+    gained = np.concatenate([[0.0], progress.sum(axis=0)])
+    best = max(range(len(lengths)), key=lambda index: gained[lengths[index]] - total * np.log(costs[index]))
+    length = lengths[best]
+    tokens = float(made[:, length - 1].sum()) if length else float(len(survival))
+    return Choice(np.full(len(survival), length, np.int64), tokens, float(costs[best]))
+
+
+def _choose(
+    survival: np.ndarray, caps: np.ndarray, cost: DraftCost, weights: np.ndarray | None, measure: _MeasureTimes
+) -> Choice:
+    if not cost.fixed > 0 or cost.per_token < 0 or cost.per_pass < 0:
+        raise ValueError(f"times must be positive, got {cost}")
+    num_requests, k_max = survival.shape
+    total = float(num_requests if weights is None else weights.sum())
+    # Positions first: sums along a draft are then sums of whole rows.
+    survival = np.where(np.arange(k_max)[:, None] < caps, survival.T, 0.0)
+    made = np.add.accumulate(survival, axis=0)
+    # What each draft adds to its request's logarithm; falls along a draft, so the best drafts are prefixes.
+    value = np.log1p(survival / (1.0 + made - survival))
+    if weights is not None:
+        value *= weights
+    # Without passes to pay for, more positions to choose from are never worse.
+    candidates = range(1, k_max + 1) if cost.per_pass else (k_max,)
+    best = (-total * float(np.log(measure(np.zeros(1, np.int64), 0)[0])), 0, 0)
+    for passes in candidates:
+        order = np.sort(value[:passes], axis=None)[::-1]
+        drafts = np.arange(1, int(np.count_nonzero(order)) + 1)
+        if len(drafts):
+            progress = np.cumsum(order[: len(drafts)]) - total * np.log(measure(drafts, passes))
+            count = int(progress.argmax())
+            best = max(best, (float(progress[count]), passes, count + 1))
+    _, passes, count = best
+    lengths = _take_most_valuable(value[:passes], count) if count else np.zeros(num_requests, np.int64)
+    tokens = num_requests + float(survival[np.arange(k_max)[:, None] < lengths].sum())
+    return Choice(lengths, tokens, float(measure(np.array([count]), passes)[0]))
+
+
+def _take_most_valuable(value: np.ndarray, count: int) -> np.ndarray:
+    """How many of each request's drafts are among the `count` most valuable; of equal ones, earlier positions."""
+    flat = value.ravel()
+    threshold = np.partition(flat, len(flat) - count)[len(flat) - count]
+    taken = flat >= threshold
+    surplus = int(taken.sum()) - count
+    if surplus:
+        taken[np.flatnonzero(flat == threshold)[-surplus:]] = False
+    return taken.reshape(value.shape).sum(axis=0)

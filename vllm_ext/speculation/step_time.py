@@ -24,6 +24,10 @@ RECENT_STEPS = 24
 #: ... and older ones are forgotten where these differ from the fit by more than this factor: the machine, the model's
 #: neighbours or the load have changed.
 CHANGE = 1.4
+#: What the prior weighs: the noise of a step's time, about 6 %, over the prior's error, about 40 %, squared.
+RIDGE = (0.06 / 0.4) ** 2
+#: A coefficient is held no tighter than one that makes this share of a step.
+SMALLEST_SHARE = 0.05
 
 
 class StepFeatures(NamedTuple):
@@ -56,9 +60,10 @@ class StepTimeModel:
         *,
         window: int = 192,
         refit_every: int = 16,
-        ridge: float = 0.3,
+        ridge: float = RIDGE,
     ) -> None:
-        """prior: milliseconds by name of `COEFFICIENTS`; ridge: what the prior weighs, in steps.
+        """prior: milliseconds by name of `COEFFICIENTS`; ridge: squared noise of a step over squared error of
+        the prior, both relative.
 
         Raises ValueError for an unknown or negative coefficient.
         """
@@ -144,8 +149,9 @@ class StepTimeModel:
         # The prior as one row for each coefficient, in units of a typical step, as the measured rows are. Its shape
         # counts, not its size: a machine ten times slower is so in everything first.
         prior = self._prior * typical / float(np.median(self._rows[self._select(self._window)] @ self._prior))
-        pull = np.sqrt(self._ridge) / typical
-        matrix = np.concatenate([rows, pull * np.eye(len(COEFFICIENTS))])
+        # A prior is off by a part of itself, so small coefficients are held in proportion.
+        pull = np.sqrt(self._ridge) / np.maximum(prior, SMALLEST_SHARE * typical)
+        matrix = np.concatenate([rows, np.diag(pull)])
         target = np.concatenate([times, pull * prior])
         # The same minimum from the normal equations' Cholesky factor: six rows instead of a window of them.
         factor = np.linalg.cholesky(matrix.T @ matrix + 1e-12 * np.eye(len(COEFFICIENTS)))
