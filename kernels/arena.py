@@ -19,6 +19,9 @@ cache line, one AVX-512 register, and more than any GPU vector load asks for):
        | kernels/packing.py    |  | -1 = K            |  | zero 2**(bits-1) |  |
        +-----------------------+--+-------------------+--+------------------+--+
 
+    layout PLAIN_TERNARY  the same for ternary weights: codes of WEIGHT_BITS 2, symmetric, of which a row is packed five
+    to a byte (ternary.py).
+
     layouts PLAIN_BF16, PLAIN_FP16, PLAIN_FP32: the weight itself, [N, K] row-major at codes_offset; no scales.
 
     layout CPU_RECORD: records of 16 rows and 128 columns with their scales and zero points, one section at
@@ -34,6 +37,7 @@ from typing import NamedTuple
 
 import torch
 
+from . import ternary
 from .native import layout as records
 from .native.load import find_ops
 from .packing import pack_codes, packed_size, unpack_codes
@@ -68,7 +72,11 @@ class Layout(IntEnum):
     PLAIN_FP16 = 2
     PLAIN_FP32 = 3
     CPU_RECORD = 4
+    PLAIN_TERNARY = 5
 
+
+#: Layouts in which checkpoints bring codes.
+STORED_CODES = (Layout.PLAIN_CODES, Layout.PLAIN_TERNARY)
 
 #: Layouts that hold the weight itself, with its element type.
 FULL_PRECISION_DTYPES = {
@@ -86,6 +94,11 @@ class BlockFormat(NamedTuple):
     group_size: int = -1
     symmetric: bool = False
     layout: Layout = Layout.PLAIN_CODES
+
+    @classmethod
+    def ternary(cls, act_bits: int = 16, group_size: int = -1) -> BlockFormat:
+        """A block of ternary codes: 2-bit ones once they are unpacked."""
+        return cls(ternary.CODE_BITS, act_bits, group_size, symmetric=True, layout=Layout.PLAIN_TERNARY)
 
     @classmethod
     def full_precision(cls, dtype: torch.dtype) -> BlockFormat:
@@ -117,7 +130,8 @@ def section_bytes(block: BlockFormat, N: int, K: int, gate_up: bool = False) -> 
     if block.layout == Layout.CPU_RECORD:
         num_records = math.prod(records.count_records(N, K, gate_up))
         return num_records * records.record_bytes(block.weight_bits, block.group_size), 0, 0
-    return N * packed_size(K, block.weight_bits), 2 * N * groups, 0 if block.symmetric else N * groups
+    zeros = 0 if block.symmetric else N * groups
+    return N * _packed_size(block.layout, block.weight_bits, block.group_size, K), 2 * N * groups, zeros
 
 
 def place_block(block: BlockFormat, N: int, K: int, start: int, gate_up: bool = False) -> tuple[list[int], int]:
@@ -137,7 +151,7 @@ def view_block(
 ) -> dict[str, torch.Tensor]:
     """Views of the arena that hold a weight [N, K], by the names its tensors have in checkpoints.
 
-    "qweight" uint8 [N, K*bits/8], "scales" fp16 [N, K/g] and, for an asymmetric block, "zeros" uint8 [N, K/g];
+    "qweight" uint8 [N, bytes of K codes], "scales" fp16 [N, K/g] and, for an asymmetric block, "zeros" uint8 [N, K/g];
     or "weight" [N, K] of the layout's element type; or "records" uint8 [row blocks, records along K, bytes], which
     no checkpoint has. Raises ValueError for a row that points past the arena's end, for unknown widths and layouts,
     and for sections that do not lie as those of a weight [N, K] do. gate_up: as in `section_bytes`.
@@ -149,13 +163,14 @@ def view_block(
         size = records.record_bytes(row[Field.WEIGHT_BITS], row[Field.GROUP_SIZE])
         shape = (*records.count_records(N, K, gate_up), size)
         return {"records": _section(arena, row[Field.CODES_OFFSET], math.prod(shape)).view(shape)}
-    if row[Field.LAYOUT] != Layout.PLAIN_CODES:
+    if row[Field.LAYOUT] not in STORED_CODES:
         dtype = _full_precision_dtype(row)
         weight = _section(arena, row[Field.CODES_OFFSET], N * K * dtype.itemsize)
         return {"weight": weight.view(dtype).view(N, K)}
-    groups, size = num_groups(K, row[Field.GROUP_SIZE]), packed_size(K, row[Field.WEIGHT_BITS])
+    layout, groups = Layout(row[Field.LAYOUT]), num_groups(K, row[Field.GROUP_SIZE])
+    size = _packed_size(layout, row[Field.WEIGHT_BITS], row[Field.GROUP_SIZE], K)
     widths = row[Field.WEIGHT_BITS], row[Field.ACT_BITS], row[Field.GROUP_SIZE]
-    block = BlockFormat(*widths, symmetric=row[Field.ZEROS_OFFSET] < 0)
+    block = BlockFormat(*widths, symmetric=row[Field.ZEROS_OFFSET] < 0, layout=layout)
     if place_block(block, N, K, row[Field.CODES_OFFSET])[0] != list(row[:NUM_FIELDS]):
         raise ValueError(f"the table's row {list(row)} does not describe a weight [{N}, {K}]: table and shapes differ")
     scales = _section(arena, row[Field.SCALES_OFFSET], 2 * N * groups)
@@ -185,12 +200,16 @@ def write_codes(
     if row[Field.LAYOUT] == Layout.CPU_RECORD:
         _write_records(arena, row, codes, scales, zeros, gate_up)
         return
-    if row[Field.LAYOUT] != Layout.PLAIN_CODES:
+    if row[Field.LAYOUT] not in STORED_CODES:
         raise ValueError(f"layout {row[Field.LAYOUT]} does not hold codes")
     views = view_block(arena, row, *codes.shape)
     if (zeros is None) != ("zeros" not in views):
         raise ValueError("zeros are given exactly for asymmetric blocks")
-    tensors = {"qweight": pack_codes(codes, row[Field.WEIGHT_BITS]), "scales": scales, "zeros": zeros}
+    if row[Field.LAYOUT] == Layout.PLAIN_TERNARY:
+        packed = ternary.pack_codes(codes, row[Field.GROUP_SIZE])
+    else:
+        packed = pack_codes(codes, row[Field.WEIGHT_BITS])
+    tensors = {"qweight": packed, "scales": scales, "zeros": zeros}
     for name, view in views.items():
         tensor = tensors[name]
         assert tensor is not None
@@ -240,7 +259,11 @@ def read_codes(
     if "records" in views:
         widths = row[Field.WEIGHT_BITS], row[Field.GROUP_SIZE]
         return records.unpack_records(views["records"], *widths, N, K, gate_up)
-    return unpack_codes(views["qweight"], row[Field.WEIGHT_BITS], K), views["scales"], views.get("zeros")
+    if row[Field.LAYOUT] == Layout.PLAIN_TERNARY:
+        codes = ternary.unpack_codes(views["qweight"], row[Field.GROUP_SIZE], K)
+    else:
+        codes = unpack_codes(views["qweight"], row[Field.WEIGHT_BITS], K)
+    return codes, views["scales"], views.get("zeros")
 
 
 def write_full_precision(arena: torch.Tensor, row: Sequence[int], weight: torch.Tensor) -> None:
@@ -285,6 +308,15 @@ def dequantize_block(arena: torch.Tensor, row: Sequence[int], N: int, K: int, ga
     centred = codes.view(N, groups, K // groups).float()
     centred -= 2 ** (row[Field.WEIGHT_BITS] - 1) if zeros is None else zeros.float().unsqueeze(-1)
     return (centred * scales.float().unsqueeze(-1)).view(N, K)
+
+
+def _packed_size(layout: Layout, bits: int, group_size: int, K: int) -> int:
+    """Bytes of a row of stored codes. Raises ValueError for a width that the layout does not have."""
+    if layout != Layout.PLAIN_TERNARY:
+        return packed_size(K, bits)
+    if bits != ternary.CODE_BITS:
+        raise ValueError(f"ternary codes are codes of {ternary.CODE_BITS} bits, got {bits}")
+    return ternary.packed_size(K, group_size)
 
 
 def _full_precision_dtype(row: Sequence[int]) -> torch.dtype:

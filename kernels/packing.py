@@ -15,7 +15,7 @@ import math
 
 import torch
 
-#: Widths a code can have. Ternary weights (five to a byte) are another encoding.
+#: Widths a code can have. Ternary weights, five to a byte, are another encoding: ternary.py.
 CODE_BITS = (2, 3, 4, 5, 6, 8)
 
 

@@ -79,6 +79,43 @@ RECORDS: tuple[PatchRecord, ...] = (
         removal="vLLM gives schedulers measured step times, or plugins a callback after warm-up",
         apply="vllm_ext.patches.speculation:wrap_compile_or_warm_up_model",
     ),
+    PatchRecord(
+        name="cpu_sampling",
+        feature="smartspec",
+        process="engine",
+        symbols=(Symbol("vllm.v1.sample.rejection_sampler:expand_batch_to_tokens", "be07f15b2a59"),),
+        reason="on the CPU vLLM 0.32 divides the logits of drafted tokens by a temperature that nobody wrote, so that "
+        "speculation changes what is sampled",
+        change="expands values of requests to their tokens in plain torch on the CPU; other devices pass through",
+        without="requests that are not greedy get tokens of another distribution where they speculate on a CPU",
+        removal="vLLM's CPU kernel writes its result",
+        apply="vllm_ext.patches.cpu_sampling:wrap_expand_batch_to_tokens",
+    ),
+    PatchRecord(
+        name="kv_cache_dtypes",
+        feature="kv_cache",
+        process="every",
+        symbols=(Symbol("vllm.utils.torch_utils:kv_cache_dtype_str_to_dtype", "0b7ab713717d"),),
+        reason="the names of --kv-cache-dtype are a closed list in vLLM, and the command line is parsed before any "
+        "configuration is known",
+        change="adds the pack's names to that list, as bytes; vLLM's own names keep their meaning",
+        without="--kv-cache-dtype knows vLLM's own names only",
+        removal="vLLM lets plugins register KV-cache dtypes",
+        apply="vllm_ext.patches.kv_cache:add_cache_dtypes",
+    ),
+    PatchRecord(
+        name="kv_cache_attention",
+        feature="kv_cache",
+        process="engine",
+        symbols=(Symbol("vllm.model_executor.layers.attention.attention:Attention.__init__", "e4d681373112"),),
+        reason="vLLM chooses backends by platform, not by a layer's dtype, tells an implementation neither its layer "
+        "nor its neighbours, and CPUs ignore chosen backends",
+        change="layers whose KV-cache dtype is ours get our backend and a layer beside that owns the pages of their "
+        "window; other layers pass through",
+        without="engines with a KV-cache dtype of the pack are refused",
+        removal="vLLM passes layer names to backends and asks plugins for a layer's backend",
+        apply="vllm_ext.patches.kv_cache:wrap_attention",
+    ),
 )
 
 

@@ -23,6 +23,14 @@ STOCK = {
     "scheduler_cls": None,
     "worker_cls": "auto",
     "distributed_executor_backend": "mp",
+    "kv_cache_dtype": "auto",
+    "disable_hybrid_kv_cache_manager": None,
+    "kv_transfer_config": None,
+    "kv_offloading_size": None,
+    "kv_cache_dtype_skip_layers": [],
+    "kv_sharing_fast_prefill": False,
+    "decode_context_parallel_size": 1,
+    "prefill_context_parallel_size": 1,
 }
 
 
@@ -90,6 +98,8 @@ def test_features_in_use() -> None:
     assert config.find_features(config.parse(None), "MxMoE") == ("mxmoe",)
     assert config.find_features(config.parse({"semipd": {}, "smartspec": {}}), "fp8") == ("smartspec", "semipd")
     assert config.find_features(config.parse({"semipd": {"enabled": False}}), None) == ()
+    assert config.find_features(config.parse(None), "mxmoe", "kv4") == ("mxmoe", "kv_cache")
+    assert config.find_features(config.parse(None), None, "fp8") == ()
 
 
 @pytest.mark.parametrize(

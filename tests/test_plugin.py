@@ -10,7 +10,7 @@ import pytest
 
 from tests.child import ChildResult, run_child
 from tests.warm_child import WarmChildren, start_warm_children
-from vllm_ext import activation
+from vllm_ext import activation, config
 
 LIGHT = """
 import json, sys, time
@@ -68,6 +68,7 @@ print(json.dumps({
         # attributes of modules that register() imports for the first time are not changes
         if before.get(name) != after.get(name) and name.split(":")[0] in modules
     ),
+    "dtypes": list(vllm.config.cache.CacheDType.__args__[-5:]),
     "methods": [name for name in quantization.QUANTIZATION_METHODS if name == "mxmoe"],
     "imported": sorted(name for name in set(sys.modules) - modules if name.startswith("vllm_ext")),
     "cuda": torch.cuda.is_initialized(),
@@ -119,15 +120,21 @@ def test_import_is_light() -> None:
 def test_register_changes_exactly_the_fixed_list(warm: WarmChildren) -> None:
     result = warm.run(CHANGES, VLLM_PLUGINS="vllm_ext", VLLM_EXT_ACTIVE=None)
     assert result.value is not None, result.stderr
-    # The two entries of ALWAYS_ON, in vLLM's own names; plugins_loaded is vLLM's.
+    # The entries of ALWAYS_ON, in vLLM's own names; plugins_loaded is vLLM's.
     quantization = "vllm.model_executor.layers.quantization"
-    assert result.value["changed"] == [
+    # What pydantic makes of the names when it builds the class again: validator, fields, signature.
+    made = "vllm.config.cache:CacheConfig.__"
+    assert any(name.startswith(made) for name in result.value["changed"])
+    assert result.value["dtypes"] == list(config.KV_CACHE_DTYPES)
+    assert [name for name in result.value["changed"] if not name.startswith(made)] == [
         "vllm.engine.arg_utils:EngineArgs.create_engine_config",
         f"{quantization}:QUANTIZATION_METHODS",
         f"{quantization}:_CUSTOMIZED_METHOD_TO_QUANT_CONFIG",
         "vllm.plugins:plugins_loaded",
+        "vllm.utils.torch_utils:STR_DTYPE_TO_TORCH_DTYPE",
+        "vllm.v1.metrics.perf:STR_DTYPE_TO_TORCH_DTYPE",  # the same dictionary
     ]
-    assert len(activation.ALWAYS_ON) == 2
+    assert len(activation.ALWAYS_ON) == 3
     assert result.value["methods"] == ["mxmoe"]
     assert result.value["cuda"] is False
     heavy = (

@@ -31,6 +31,7 @@ KERNEL_ENVS = ("VLLM_EXT_CACHE_DIR", "VLLM_EXT_CPU_ISA")
 #: and after with this list; docs/activation.md shows it.
 ALWAYS_ON = (
     "register quantization method mxmoe",
+    "add the KV-cache dtypes " + ", ".join(config.KV_CACHE_DTYPES),
     "wrap vllm.engine.arg_utils:EngineArgs.create_engine_config",
 )
 
@@ -47,7 +48,7 @@ def activate() -> list[str]:
         logger.warning("%s", message)
         register_stub(message)
         return []
-    changes = [register_quantization(), install_hook()]
+    changes = [register_quantization(), register_cache_dtypes(), install_hook()]
     announce_environment()
     apply_patches(active_features(), process="engine")
     return [change for change in changes if change is not None]
@@ -66,6 +67,13 @@ def register_quantization() -> str | None:
         return None
     register_quantization_config("mxmoe")(MxMoEConfig)
     return ALWAYS_ON[0]
+
+
+def register_cache_dtypes() -> str | None:
+    """Add the pack's names to those of `--kv-cache-dtype`; None where vLLM's list is not what it was."""
+    from vllm_ext.patches import registry
+
+    return ALWAYS_ON[1] if registry.apply_record("kv_cache_dtypes") else None
 
 
 def describe_broken_import(error: ImportError) -> str:
@@ -104,10 +112,10 @@ def register_stub(message: str) -> None:
 
 
 def install_hook() -> str | None:
-    """Wrap `EngineArgs.create_engine_config`, the one always-on patch; None where its signature has changed."""
+    """Wrap `EngineArgs.create_engine_config`, the one always-on hook; None where its signature has changed."""
     from vllm_ext.patches import registry
 
-    return ALWAYS_ON[1] if registry.apply_record("engine_config") else None
+    return ALWAYS_ON[2] if registry.apply_record("engine_config") else None
 
 
 def configure_engine(original: Callable[..., Any], engine_args: Any, *args: Any, **kwargs: Any) -> Any:
@@ -119,16 +127,17 @@ def configure_engine(original: Callable[..., Any], engine_args: Any, *args: Any,
     withdraw_state()
     block = config.find_block(engine_args.additional_config)
     features: tuple[str, ...] = ()
-    if block is not None or config.names_ours(engine_args.quantization):
+    cache_dtype = engine_args.kv_cache_dtype
+    if block is not None or config.names_ours(engine_args.quantization) or config.names_our_cache(cache_dtype):
         settings = config.parse(block)
-        features = config.find_features(settings, engine_args.quantization)
+        features = config.find_features(settings, engine_args.quantization, cache_dtype)
         prepare_features(features, engine_args)
     try:
         vllm_config = original(engine_args, *args, **kwargs)
         # A packed checkpoint names its method in its own config.json, which only the original reads.
         quantization = vllm_config.model_config.quantization
         if config.names_ours(quantization) and not config.names_ours(engine_args.quantization):
-            features = config.find_features(config.parse(block), quantization)
+            features = config.find_features(config.parse(block), quantization, cache_dtype)
             prepare_features(features, engine_args)
         if features or block is not None:
             start_features(features, vllm_config)
@@ -158,6 +167,10 @@ def start_features(features: tuple[str, ...], vllm_config: Any) -> None:
         from vllm_ext.scheduling import goodput_setup
 
         goodput_setup.check_engine(vllm_config)
+    if "kv_cache" in features:
+        from vllm_ext.kv_cache import engine_setup
+
+        engine_setup.check_engine(vllm_config)
     take_seats(features, vllm_config)
     apply_patches(features, process="api")
     # EngineCore may run in this process, or be forked from it with vLLM's plugins already loaded.

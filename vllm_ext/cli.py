@@ -67,6 +67,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="write PREFIX.json and PREFIX.png: how often experts are used (needs --calibration)",
     )  # fmt: skip
 
+    calibrate = commands.add_parser("calibrate-kv", help="calibrate a KV-cache preset, or choose its bits by layer")
+    _add_calibrate_arguments(calibrate)
+
     evaluate = commands.add_parser("eval", help="held-out perplexity of a model directory, through vLLM")
     evaluate.add_argument("model", type=Path, metavar="MODEL", help="model directory, packed or not")
     evaluate.add_argument("--text", required=True, type=Path, metavar="FILE", help="held-out text, or JSONL with text")
@@ -82,7 +85,10 @@ def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help="directory of an unquantized Hugging Face model")
     parser.add_argument("--method", choices=("mxmoe",), default="mxmoe")
     parser.add_argument(
-        "--bits", type=_parse_bits, metavar="B", help="true bits per expert weight, scales and zero points included"
+        "--bits",
+        type=_parse_bits,
+        metavar="B",
+        help="true bits, scales and zero points included, per expert weight; in a dense model per weight of its layers",
     )
     parser.add_argument("--uniform", action="store_true", help="one scheme for all, the best within --bits")
     parser.add_argument(
@@ -127,6 +133,33 @@ def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--force-mixed", action="store_true", help="keep the mixed plan even where the uniform one is better"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object on the last line of stdout")
+
+
+def _add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL", help="directory of a Hugging Face model")
+    parser.add_argument(
+        "--preset", required=True, metavar="P",
+        help="a name of --kv-cache-dtype, such as skvq_k2v2; with kvplan, only bits by layer are chosen",
+    )  # fmt: skip
+    parser.add_argument(
+        "--calibration", action="append", required=True, metavar="FILE",
+        help="text or JSONL like that the model will see, or 'random'; may be repeated. A quarter is held out",
+    )  # fmt: skip
+    parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="*.safetensors for kv_cache.calibration")
+    parser.add_argument(
+        "--bits", type=_parse_bits, metavar="B", help="choose bits by layer: true bits of an element, mean"
+    )
+    parser.add_argument("--plan", type=Path, metavar="FILE", help="with --bits: write kv_cache.layer_bits as JSON")
+    parser.add_argument(
+        "--pareto", type=Path, metavar="PREFIX", help="with --bits: write PREFIX.csv and PREFIX.png for all budgets"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the text that is drawn, and of k-means")
+    parser.add_argument("--windows", type=int, metavar="N", help="windows of text, from all files (default 32)")
+    parser.add_argument("--context", type=int, metavar="N", help="tokens of a window (default 512)")
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="the model runs in; auto: its own"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line of stdout")
 
@@ -200,6 +233,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from vllm_ext.compress import command
 
         return command.run_quantize(options) if options.command == "quantize" else command.run_plan(options)
+    if options.command == "calibrate-kv":
+        for name in ("windows", "context"):
+            value = getattr(options, name)
+            if value is not None and value < 1:
+                parser.error(f"--{name} must be at least 1, got {value}")
+        if options.seed < 0:
+            parser.error(f"--seed must not be negative, got {options.seed}")
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        from vllm_ext.kv_cache import calibrate_command
+
+        return calibrate_command.run(options)
     if options.command == "eval":
         from vllm_ext import evaluate
 

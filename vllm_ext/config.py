@@ -34,7 +34,7 @@ class SmartSpecSettings:
     drafter: Literal["carrier", "trie"] = "carrier"
     k_max: int | None = None
     probe_every: int | None = None
-    policy: str | None = None
+    policy: Literal["equal", "priority", "deadline", "priority+deadline"] = "equal"
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ class SemiPDSettings:
 
 @dataclass(frozen=True)
 class KVCacheSettings:
-    """KV-cache quantizers: full-precision window and sinks in tokens, calibration file, per-layer bits."""
+    """KV-cache quantizers: full-precision window and sinks in tokens, calibration file, per-layer bits; check: compare
+    the window with the pages in every step, which is slow.
+    """
 
     enabled: bool = True
     window: int | None = None
@@ -75,6 +77,7 @@ class KVCacheSettings:
     clip: float | None = None
     calibration: str | None = None
     layer_bits: dict | None = None
+    check: bool = False
 
 
 @dataclass(frozen=True)
@@ -199,13 +202,16 @@ FEATURES: Mapping[str, Feature] = {
             False,
             ("scheduler_cls", "worker_cls", "distributed_executor_backend"),
         ),
-        Feature("kv_cache", "KV-cache quantizers", "kv_cache", False),
+        Feature("kv_cache", "KV-cache quantizers", "--kv-cache-dtype"),
         Feature("nested", "nested-precision experts", "nested", False),
     )
 }
 
 #: Values of `--quantization` that are ours, and the feature each one switches on.
 QUANTIZATION_FEATURES = {"mxmoe": "mxmoe"}
+
+#: Values of `--kv-cache-dtype` that are ours; vllm_ext/kv_cache/presets.py says what each stands for.
+KV_CACHE_DTYPES = ("skvq_k2v2", "skvq_k2v15", "kivi_k2v2", "kivi_k4v4", "kv4")
 
 
 @dataclass(frozen=True)
@@ -225,10 +231,22 @@ def _is_cuda() -> bool:
     return bool(current_platform.is_cuda())
 
 
+def _is_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
 def _is_class_given(name: str) -> Callable[[Any], bool]:
     """Whether the user chose this class: vLLM's defaults are None, "auto" and the names of its own executors."""
     stock = (None, "auto", "mp", "ray", "uni", "external_launcher")
     return lambda engine_args: getattr(engine_args, name) not in stock
+
+
+def _drafts_with_a_model(speculative_config: Any) -> bool:
+    """Whether drafts come from layers that need a KV cache; n-grams and suffixes are lists of tokens."""
+    given = speculative_config or {}
+    return bool(given) and (given.get("method") or given.get("model")) not in ("ngram", "[ngram]", "suffix")
 
 
 REFUSALS: tuple[Refusal, ...] = (
@@ -299,7 +317,77 @@ REFUSALS: tuple[Refusal, ...] = (
         "adapters change acceptance and step time, which is not tested yet",
         "drop --enable-lora, or switch smartspec off",
     ),
+    Refusal(
+        "kv_cache",
+        "a --kv-cache-dtype of vLLM's own",
+        lambda engine_args: not names_our_cache(engine_args.kv_cache_dtype),
+        "the block tunes a quantizer of the pack, and none is chosen",
+        f"add --kv-cache-dtype with one of {', '.join(KV_CACHE_DTYPES)}, or drop the block",
+    ),
+    Refusal(
+        "kv_cache",
+        "GPUs",
+        lambda engine_args: not _is_cpu(),
+        "in this release its backend runs on CPUs only",
+        "use --kv-cache-dtype fp8 or turboquant_k8v4, which vLLM has for GPUs",
+    ),
+    Refusal(
+        "kv_cache",
+        "--disable-hybrid-kv-cache-manager",
+        lambda engine_args: bool(engine_args.disable_hybrid_kv_cache_manager),
+        "without it the pages of the window in full precision would be kept for every token",
+        "drop --disable-hybrid-kv-cache-manager",
+    ),
+    Refusal(
+        "kv_cache",
+        "--kv-transfer-config and --kv-offloading-size",
+        lambda engine_args: bool(engine_args.kv_transfer_config or engine_args.kv_offloading_size),
+        "connectors move or read pages as they know them, and know neither sinks nor quantized cells",
+        "drop the connector, or use a --kv-cache-dtype of vLLM's own",
+    ),
+    Refusal(
+        "kv_cache",
+        "--kv-cache-dtype-skip-layers",
+        lambda engine_args: bool(engine_args.kv_cache_dtype_skip_layers),
+        "one unquantized layer would pad the pages of all others to its size",
+        "drop --kv-cache-dtype-skip-layers",
+    ),
+    Refusal(
+        "kv_cache",
+        "--kv-sharing-fast-prefill",
+        lambda engine_args: bool(engine_args.kv_sharing_fast_prefill),
+        "layers that read another layer's pages are not supported",
+        "drop --kv-sharing-fast-prefill",
+    ),
+    Refusal(
+        "kv_cache",
+        "--decode-context-parallel-size or --prefill-context-parallel-size above 1",
+        lambda engine_args: (
+            max(engine_args.decode_context_parallel_size, engine_args.prefill_context_parallel_size) > 1
+        ),
+        "a context split over ranks has its window on one of them",
+        "use --tensor-parallel-size",
+    ),
+    Refusal(
+        "kv_cache",
+        "--pipeline-parallel-size above 1",
+        lambda engine_args: engine_args.pipeline_parallel_size > 1,
+        "calibration and pages of several stages are not tested yet",
+        "use --tensor-parallel-size",
+    ),
+    Refusal(
+        "kv_cache",
+        "drafters that have a KV cache of their own",
+        lambda engine_args: _drafts_with_a_model(engine_args.speculative_config),
+        "the drafter's layers would be quantized like the model's, which is not tested yet",
+        "use the method ngram or suffix, or smartspec with the trie drafter",
+    ),
 )
+
+
+def names_our_cache(kv_cache_dtype: str | None) -> bool:
+    """Whether a value of `--kv-cache-dtype` is one of the pack's presets."""
+    return kv_cache_dtype in KV_CACHE_DTYPES
 
 
 def names_ours(quantization: str | None) -> bool:
@@ -307,9 +395,19 @@ def names_ours(quantization: str | None) -> bool:
     return quantization is not None and quantization.lower() in QUANTIZATION_FEATURES
 
 
-def find_features(settings: Settings, quantization: str | None) -> tuple[str, ...]:
-    """Names of the features in use, in the order of `FEATURES`; `quantization` as vLLM resolved or was given it."""
+def find_features(settings: Settings, quantization: str | None, kv_cache_dtype: str | None = None) -> tuple[str, ...]:
+    """Names of the features in use, in the order of `FEATURES`; `quantization` as vLLM resolved or was given it.
+
+    Raises ConfigError for a `kv_cache_dtype` of ours with its feature switched off.
+    """
     wanted = {QUANTIZATION_FEATURES.get((quantization or "").lower())}
+    if names_our_cache(kv_cache_dtype):
+        if settings.kv_cache is not None and not settings.kv_cache.enabled:
+            raise ConfigError(
+                f"--kv-cache-dtype {kv_cache_dtype} needs vllm_ext.kv_cache, which is switched off: "
+                "drop kv_cache.enabled, or use a --kv-cache-dtype of vLLM's own"
+            )
+        wanted.add("kv_cache")
     for name in FEATURES:
         block = getattr(settings, name, None)
         if block is not None and block.enabled:

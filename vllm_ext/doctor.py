@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import typing
 import urllib.error
 import urllib.request
 from dataclasses import asdict
@@ -22,8 +23,9 @@ from vllm_ext import __version__, compat, config
 
 PROBE_TIMEOUT_SECONDS = 180
 
-#: What the child process reports when nothing of ours is there: class behind mxmoe, hook, why mxmoe cannot run.
-NOT_REGISTERED: dict[str, Any] = {"mxmoe": None, "hook": False, "broken": None}
+#: What the child process reports when nothing of ours is there: class behind mxmoe, hook, why mxmoe cannot run, and
+#: names of KV-cache dtypes that vLLM knows.
+NOT_REGISTERED: dict[str, Any] = {"mxmoe": None, "hook": False, "broken": None, "cache_dtypes": []}
 #: First word of the child's result line; libraries print other lines.
 _RESULT_MARK = "vllm-ext-registration "
 
@@ -140,6 +142,7 @@ def report_registration() -> None:
 
     The modules a quantized model needs are imported too: `register()` leaves them alone.
     """
+    from vllm.config.cache import CacheDType
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.layers import quantization
     from vllm.plugins import load_general_plugins
@@ -154,7 +157,8 @@ def report_registration() -> None:
         import vllm_ext.quantization.online  # noqa: F401
     except ImportError as error:
         broken = activation.describe_broken_import(error)
-    found = {"mxmoe": method.__name__ if method else None, "hook": hook, "broken": broken}
+    dtypes = [name for name in config.KV_CACHE_DTYPES if name in typing.get_args(CacheDType)]
+    found = {"mxmoe": method.__name__ if method else None, "hook": hook, "broken": broken, "cache_dtypes": dtypes}
     print(_RESULT_MARK + json.dumps(found))
 
 
@@ -199,6 +203,8 @@ def _describe_features(probe: dict[str, Any], patches: list[dict[str, str]]) -> 
             status, reason = "off", "the plugin is not loaded"
         elif feature.name == "mxmoe" and (probe["mxmoe"] != "MxMoEConfig" or probe["broken"]):
             status, reason = "off", "its code does not load; see the problems"
+        elif feature.name == "kv_cache" and set(probe.get("cache_dtypes", ())) != set(config.KV_CACHE_DTYPES):
+            status, reason = "off", "its names are not among those of --kv-cache-dtype"
         elif broken:
             status, reason = "off", f"{broken[0]['target']}: {broken[0]['status']}"
         described[feature.name] = {"status": status, "reason": reason, "switch": feature.switch}

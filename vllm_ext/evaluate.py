@@ -124,7 +124,7 @@ def measure_checkpoint(directory: Path) -> tuple[float | None, int, int]:
             if scheme.is_quantized:
                 stored += sum(infos[f"{path}.{suffix}"].num_bytes for suffix in scheme.tensors)
                 rows, packed = infos[f"{path}.qweight"].shape
-                weights += rows * packed * 8 // scheme.weight_bits
+                weights += rows * scheme.count_inputs(packed)
     return (8 * stored / weights if weights else None), stored, total_bytes
 
 

@@ -61,9 +61,35 @@ METRICS: tuple[Metric, ...] = (
         "Bytes of those layers' experts in memory, in the layout that the kernels read.",
     ),
     Metric(
+        "vllm_ext:mxmoe_linear_weight_bytes",
+        "gauge",
+        "Stored bytes of quantized linear layers outside of the experts: codes, scales, zero points and alignment.",
+    ),
+    Metric("vllm_ext:mxmoe_linear_weight_count", "gauge", "Weights of those linear layers."),
+    Metric(
+        "vllm_ext:mxmoe_linear_resident_bytes",
+        "gauge",
+        "Bytes of those linear layers in memory, in the layout that the kernels read.",
+    ),
+    Metric(
         "vllm_ext:mxmoe_routed_pairs_total",
         "counter",
         "(token, expert) pairs computed by the CPU path of vllm_ext::mixed_moe, over all layers and ranks.",
+    ),
+    Metric("vllm_ext:kv_cache_layer_count", "gauge", "Attention layers whose KV cache is quantized."),
+    Metric(
+        "vllm_ext:kv_cache_token_bytes",
+        "gauge",
+        "Bytes of a token in the quantized pages of those layers: codes, scales and lows.",
+    ),
+    Metric("vllm_ext:kv_cache_token_elements", "gauge", "Elements of K and V of a token in those layers."),
+    Metric(
+        "vllm_ext:kv_cache_stored_tokens_total", "counter", "(token, layer) pairs quantized, over all layers and ranks."
+    ),
+    Metric(
+        "vllm_ext:kv_cache_attended_tokens_total",
+        "counter",
+        "(query token, layer) pairs whose attention read quantized pages, over all layers and ranks.",
     ),
     Metric("vllm_ext:smartspec_draft_length", "gauge", "Drafts asked for the next step, mean over its requests."),
     Metric(
@@ -75,6 +101,17 @@ METRICS: tuple[Metric, ...] = (
     Metric("vllm_ext:smartspec_verified_tokens_total", "counter", "Drafts verified, padding left out."),
     Metric("vllm_ext:smartspec_accepted_tokens_total", "counter", "Drafts accepted."),
     Metric("vllm_ext:smartspec_probe_steps_total", "counter", "Steps that drafted only to learn if it pays again."),
+    Metric(
+        "vllm_ext:smartspec_trie_stored_tokens",
+        "gauge",
+        "Tokens that the trie drafter holds: of running requests, and of the trie over finished ones.",
+    ),
+    Metric("vllm_ext:smartspec_trie_node_count", "gauge", "Nodes in use by all tries."),
+    Metric("vllm_ext:smartspec_trie_inserted_tokens_total", "counter", "Tokens put into tries."),
+    Metric("vllm_ext:smartspec_trie_searched_rows_total", "counter", "Requests of a step that tries were asked about."),
+    Metric("vllm_ext:smartspec_trie_matched_rows_total", "counter", "Of these, requests for which drafts were found."),
+    Metric("vllm_ext:smartspec_trie_drafted_tokens_total", "counter", "Drafts found in tries."),
+    Metric("vllm_ext:smartspec_trie_prunes_total", "counter", "Times that a trie was cut to make room."),
 )
 
 _INDEX = {metric.name: position for position, metric in enumerate(METRICS)}

@@ -57,9 +57,7 @@ def choose_schemes() -> list[Scheme]:
 
 def plan_layer() -> ArenaPlan:
     """Where the packed experts lie."""
-    formats = [
-        BlockFormat(scheme.weight_bits, scheme.act_bits, scheme.group_size, False) for scheme in choose_schemes()
-    ]
+    formats = [BlockFormat(scheme.code_bits, scheme.act_bits, scheme.group_size, False) for scheme in choose_schemes()]
     return plan_arena([(block_format, block_format) for block_format in formats], HIDDEN, INTERMEDIATE)
 
 

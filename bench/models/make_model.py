@@ -46,12 +46,19 @@ OVERRIDES = {
     "kv_heads": ("num_key_value_heads", "key and value heads"),
     "head_dim": ("head_dim", "size of an attention head"),
     "intermediate": ("intermediate_size", "intermediate size of dense layers"),
-    "experts": ("num_experts", "experts of a layer"),
+    "experts": ("num_experts", "routed experts of a layer"),
     "experts_per_token": ("num_experts_per_tok", "experts a token is routed to"),
     "moe_intermediate": ("moe_intermediate_size", "intermediate size of an expert"),
     "shared_intermediate": ("shared_expert_intermediate_size", "intermediate size of the shared expert"),
     "vocab": ("vocab_size", "vocabulary"),
     "context": ("max_position_embeddings", "longest context"),
+}
+
+
+#: What other configuration classes call an attribute of OVERRIDES.
+OTHER_NAMES = {
+    "num_experts": ("num_local_experts", "n_routed_experts"),
+    "moe_intermediate_size": ("intermediate_size",),
 }
 
 
@@ -75,7 +82,29 @@ _TINY = {
     "head_dim": 64,
     "max_position_embeddings": 2048,
 }
+#: The same without a size of heads of its own: for classes that derive it.
+_TINY_DERIVED = {key: value for key, value in _TINY.items() if key != "head_dim"}
 _TINY_LLAMA = Preset("LlamaConfig", "LlamaForCausalLM", _TINY)
+
+_TINY_DEEPSEEK = {
+    **_TINY_DERIVED,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 512,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 64,
+    "routed_scaling_factor": 1.5,
+    "topk_method": "greedy",
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": False,
+}
 
 PRESETS: dict[str, Preset] = {
     "tiny-llama": _TINY_LLAMA,
@@ -85,6 +114,41 @@ PRESETS: dict[str, Preset] = {
         "Qwen3MoeConfig",
         "Qwen3MoeForCausalLM",
         {**_TINY, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True},
+    ),
+    # q, k and v have biases here, and heads no norms.
+    "tiny-qwen2": Preset("Qwen2Config", "Qwen2ForCausalLM", _TINY_DERIVED),
+    # The first layer dense; a shared expert with a gate of its own.
+    "tiny-qwen2-moe": Preset(
+        "Qwen2MoeConfig",
+        "Qwen2MoeForCausalLM",
+        {
+            **_TINY_DERIVED,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 128,
+            "shared_expert_intermediate_size": 256,
+            "mlp_only_layers": [0],
+            "norm_topk_prob": False,
+        },
+    ),
+    "tiny-mixtral": Preset(
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        {**_TINY_DERIVED, "intermediate_size": 256, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    # Norms over all heads of q and of k together.
+    "tiny-olmoe": Preset(
+        "OlmoeConfig",
+        "OlmoeForCausalLM",
+        {**_TINY_DERIVED, "intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2},
+    ),
+    # Latent attention at the sizes that kernels are made for, a dense first layer, two shared experts.
+    "tiny-deepseek-v2": Preset("DeepseekV2Config", "DeepseekV2ForCausalLM", _TINY_DEEPSEEK),
+    # With the low-rank queries and the grouped choice of experts of the large DeepSeek-V2.
+    "tiny-deepseek-v2-grouped": Preset(
+        "DeepseekV2Config",
+        "DeepseekV2ForCausalLM",
+        {**_TINY_DEEPSEEK, "q_lora_rank": 128, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
     ),
     # Values of the config.json of Qwen/Qwen3-30B-A3B.
     "qwen3-30b-a3b": Preset(
@@ -226,7 +290,7 @@ def _apply_overrides(name: str, values: Mapping[str, Any], overrides: Mapping[st
     for key, value in overrides.items():
         if key not in OVERRIDES:
             raise ValueError(f"unknown override {key!r}{_nearest(key, OVERRIDES)}; known: {', '.join(OVERRIDES)}")
-        attribute = OVERRIDES[key][0]
+        attribute = _find_attribute(OVERRIDES[key][0], values)
         # head_dim follows from hidden and heads where a preset does not give it.
         if attribute not in values and attribute != "head_dim":
             raise ValueError(f"{name} has no {key} ({attribute}); leave it out")
@@ -238,10 +302,18 @@ def _apply_overrides(name: str, values: Mapping[str, Any], overrides: Mapping[st
         raise ValueError(f"heads ({heads}) must be a multiple of kv_heads ({kv_heads})")
     if "head_dim" not in result and result["hidden_size"] % heads:
         raise ValueError(f"hidden ({result['hidden_size']}) must be a multiple of heads ({heads}), or give head_dim")
-    experts, chosen = result.get("num_experts", 0), result.get("num_experts_per_tok", 0)
+    experts = result.get(_find_attribute("num_experts", result), 0)
+    chosen = result.get("num_experts_per_tok", 0)
     if chosen > experts:
         raise ValueError(f"experts_per_token ({chosen}) is more than experts ({experts})")
     return result
+
+
+def _find_attribute(attribute: str, values: Mapping[str, Any]) -> str:
+    """What this configuration calls an attribute of OVERRIDES."""
+    if attribute in values or "num_experts_per_tok" not in values:
+        return attribute
+    return next((other for other in OTHER_NAMES.get(attribute, ()) if other in values), attribute)
 
 
 def _check_gptq_shapes(config: Any, group_size: int) -> None:

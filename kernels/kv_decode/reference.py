@@ -126,6 +126,8 @@ def attend(
     )  # fmt: skip
     mask = (position <= query_position.unsqueeze(-1)) & is_query.unsqueeze(-1)
     full = is_full_precision(query_position, position, window, sinks, group_tokens) & kept.unsqueeze(-2)
+    # A table still names pages that left the window; they may hold anything by now, NaN included.
+    raw = raw.masked_fill(~(mask & full).any(1)[..., None, None], 0.0)
     # Cells past a request's end, and of groups not complete yet, hold anything, NaN included.
     coded = position < (lens // group_tokens * group_tokens)[:, None]
     if bool((mask & ~full & ~coded.unsqueeze(-2)).any()):

@@ -136,4 +136,7 @@ def _write(cache: torch.Tensor, section: Section, block: torch.Tensor, row: torc
 
 
 def _as_bytes(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous().view(torch.uint8) if x.numel() else x.new_empty(x.shape, dtype=torch.uint8)
+    if x.numel():
+        return x.contiguous().view(torch.uint8)
+    # Nothing to look at, in the shape that its bytes would have.
+    return x.new_empty((*x.shape[:-1], x.shape[-1] * x.itemsize), dtype=torch.uint8)

@@ -76,6 +76,22 @@ def test_real_shapes_with_fewer_of_them(tmp_path: Path) -> None:
     assert shapes["model.layers.0.self_attn.q_proj.bias"][0] == [256]
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor", "shape"),
+    [
+        ("tiny-mixtral", "block_sparse_moe.experts.2.w2", [64, 48]),
+        ("tiny-olmoe", "mlp.experts.2.down_proj", [64, 48]),
+        ("tiny-qwen2-moe", "mlp.experts.2.down_proj", [64, 48]),
+        ("tiny-deepseek-v2", "mlp.experts.2.down_proj", [64, 48]),
+    ],
+)
+def test_overrides_have_one_name_in_every_family(tmp_path: Path, name: str, tensor: str, shape: list[int]) -> None:
+    make_model(name, tmp_path, **{**SMALL, "layers": 2, "kv_heads": 2}, experts=3, moe_intermediate=48)
+    shapes = read_shapes(tmp_path)
+    assert shapes[f"model.layers.1.{tensor}.weight"][0] == shape
+    assert not any(".experts.3." in path for path in shapes)
+
+
 def test_tokenizer_covers_the_vocabulary(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

@@ -59,9 +59,9 @@ def test_unknown_family_lists_the_known_ones() -> None:
     assert find_family({"model_type": "qwen3_moe"}) is FAMILIES[0]
 
 
-def test_fused_experts_name_the_way_out(tmp_path: Path) -> None:
+def test_fused_experts_of_another_shape_name_the_way_out(tmp_path: Path) -> None:
     tensors = {"model.layers.0.mlp.experts.gate_up_proj": torch.zeros(4, 8, 8)}
-    with pytest.raises(CheckpointError, match=r"experts fused into one tensor; save the model with transformers'"):
+    with pytest.raises(CheckpointError, match=r"of which \[4, 128, 128\] is known: save the model with"):
         open_source(write_model(tmp_path / "fused", tensors))
 
 
@@ -116,6 +116,28 @@ def test_sizes_that_are_none(tmp_path: Path, key: str, value: object) -> None:
 def test_a_layer_that_is_not_there(tmp_path: Path, part: str) -> None:
     tensors = {name: tensor for name, tensor in make_tensors().items() if f"layers.1.{part}" not in name}
     with pytest.raises(CheckpointError, match=rf"says 2 layers, but .* no weight of model\.layers\.1\.{part}"):
+        open_source(write_model(tmp_path / "model", tensors))
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (".mlp.experts.", r"says 2 layers, but .* no weight of model\.layers\.1\.mlp\.experts: copy it again"),
+        (".mlp.gate.", r"says 2 layers, but .* no weight of model\.layers\.\d\.mlp\.gate: copy it again"),
+        (".self_attn.k_proj.", r"model\.layers\.1\.self_attn\.k_proj\.weight is missing, which other layers have"),
+        (".input_layernorm.", r"model\.layers\.1\.input_layernorm\.weight is missing, which other layers have"),
+    ],
+)
+def test_a_layer_that_is_not_complete(tmp_path: Path, part: str, message: str) -> None:
+    """vLLM does not miss tensors of quantized models: it would serve what its memory happened to hold."""
+    tensors = make_tensors()
+    layer = "" if part == ".mlp.gate." else "layers.1"
+    if part == ".mlp.gate.":
+        # Of all layers, which have something else beside their experts, as Qwen2-MoE has.
+        for number in (0, 1):
+            tensors[f"model.layers.{number}.mlp.down_proj.weight"] = torch.zeros(HIDDEN, CONFIG["intermediate_size"])
+    tensors = {name: tensor for name, tensor in tensors.items() if f"{layer}{part}" not in name}
+    with pytest.raises(CheckpointError, match=message):
         open_source(write_model(tmp_path / "model", tensors))
 
 

@@ -14,7 +14,10 @@ from vllm_ext.quantization.checkpoint import pack_weight
 from vllm_ext.quantization.scheme import Scheme
 
 EXPERTS, N, K, TOKENS = 3, 16, 128, 600
-SCHEMES = [Scheme(bits, 16, g, sym) for bits, g, sym in [(2, 32, False), (3, 64, True), (4, 128, False), (8, -1, True)]]
+SCHEMES = [
+    Scheme(bits, 16, g, sym)
+    for bits, g, sym in [(2, 32, False), (3, 64, True), (4, 128, False), (8, -1, True), (1.6, 64, True)]
+]
 
 
 def draw(seed: int = 0, tokens: int = TOKENS) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -58,7 +61,7 @@ def test_smaller_output_error_than_rounding_to_nearest(scheme: Scheme, dtype: to
         assert bool((drifted[1] < drifted[0]).all())
     for one in (*plain, *aware):
         assert one.codes.shape == (N, K)
-        assert int(one.codes.max()) < 2**scheme.weight_bits
+        assert scheme.lowest_code <= int(one.codes.min()) <= int(one.codes.max()) <= scheme.highest_code
         shapes = {name: spec.shape(N, K) for name, spec in scheme.tensors.items()}
         assert {name: tuple(part.shape) for name, part in pack_weight(*one, scheme).items()} == shapes
 
@@ -72,7 +75,8 @@ def round_by_the_book(weight: torch.Tensor, hessian: torch.Tensor, scheme: Schem
     order = torch.diagonal(hessian).argsort(descending=True, stable=True) if act_order else torch.arange(K)
     left, codes = weight.double().clone(), torch.zeros(N, K)
     for place, column in enumerate(order.tolist()):
-        code = (left[:, column] / scales[:, column]).round().add(zeros[:, column]).clamp(0, 2**scheme.weight_bits - 1)
+        code = (left[:, column] / scales[:, column]).round().add(zeros[:, column])
+        code = code.clamp(scheme.lowest_code, scheme.highest_code)
         codes[:, column] = code
         change = (code - zeros[:, column]) * scales[:, column] - left[:, column]
         rest = order[place + 1 :]

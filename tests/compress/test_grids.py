@@ -16,7 +16,7 @@ def measure(weights: torch.Tensor, grid: Grid, scheme: Scheme, importance: torch
     """Weighted squared error per group, written apart from the code under test."""
     groups = weights.unflatten(-1, (grid.scales.shape[-1], -1))
     scales, zeros = grid.scales.float().unsqueeze(-1), grid.zeros.unsqueeze(-1)
-    levels = torch.arange(2**scheme.weight_bits)
+    levels = torch.arange(scheme.lowest_code, scheme.highest_code + 1)
     values = (levels - zeros) * scales
     nearest = (groups.unsqueeze(-1) - values.unsqueeze(-2)).abs().amin(-1)
     counts = 1.0 if importance is None else importance.unflatten(-1, (grid.scales.shape[-1], -1)).unsqueeze(-3)
@@ -24,17 +24,17 @@ def measure(weights: torch.Tensor, grid: Grid, scheme: Scheme, importance: torch
 
 
 @given(
-    seed=st.integers(0, 2**16), bits=st.sampled_from([2, 3, 4, 5]), group_size=st.sampled_from([32, 64, -1]),
+    seed=st.integers(0, 2**16), bits=st.sampled_from([1.6, 2, 3, 4, 5]), group_size=st.sampled_from([32, 64, -1]),
     symmetric=st.booleans(), weighted=st.booleans(), scale=st.sampled_from([1e-6, 1.0, 1e2]),
 )  # fmt: skip
 @settings(deadline=None, max_examples=40)
 def test_never_worse_than_the_whole_range(
-    seed: int, bits: int, group_size: int, symmetric: bool, weighted: bool, scale: float
+    seed: int, bits: float, group_size: int, symmetric: bool, weighted: bool, scale: float
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randn(2, 3, 128, generator=generator) ** 3 * scale
     importance = torch.rand(2, 128, generator=generator) if weighted else None
-    scheme = Scheme(bits, 16, group_size, symmetric)
+    scheme = Scheme(bits, 16, group_size, symmetric or bits == 1.6)
     found = search_grid(weights, scheme, importance)
     groups = weights.unflatten(-1, (scheme.num_groups(128), -1))
     whole = make_grid(groups.amin(-1).clamp_max(0.0), groups.amax(-1).clamp_min(0.0), scheme)
@@ -44,7 +44,7 @@ def test_never_worse_than_the_whole_range(
     assert found.scales.dtype == torch.float16
     assert bool((found.scales > 0).all())
     assert torch.equal(found.zeros, found.zeros.round())
-    assert bool(((found.zeros >= 0) & (found.zeros < 2**bits)).all())
+    assert bool(((found.zeros >= 0) & (found.zeros <= scheme.highest_code)).all())
 
 
 def test_two_bits_of_gaussian_weights() -> None:
@@ -72,6 +72,20 @@ def test_columns_that_matter_decide() -> None:
     assert top[1] == pytest.approx(12, rel=0.1)
 
 
+def test_ternary_scales_are_the_best_by_importance() -> None:
+    """No scale of a fine grid does better by the weighted error; and another importance gives another scale."""
+    generator = torch.Generator().manual_seed(0)
+    weights, scheme = torch.randn(2, 4, 128, generator=generator), Scheme(1.6, 16, 64, symmetric=True)
+    importance = torch.rand(2, 128, generator=generator) ** 4
+    found = search_grid(weights, scheme, importance)
+    assert not torch.equal(found.scales, search_grid(weights, scheme).scales)
+    error = measure(weights, found, scheme, importance)
+    for share in torch.linspace(0.05, 1.0, 100):
+        largest = weights.unflatten(-1, (2, 64)).abs().amax(-1)
+        other = Grid((largest * share).half(), found.zeros)
+        assert bool((error <= measure(weights, other, scheme, importance) * (1 + 1e-3)).all())
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_small_weights_keep_their_digits(symmetric: bool) -> None:
     """At a deviation of 1e-5 four bits still give what they give at one: a tenth of the norm."""
@@ -89,7 +103,7 @@ def test_empty_and_one_sided_groups() -> None:
     assert grid.scales[0, 0].tolist() == [1, 1]
     assert grid.zeros[0, 1].tolist() == [0, 0]
     scales, zeros = (part.float().repeat_interleave(32, -1) for part in grid)
-    codes = round_to_grid(weights, scales, zeros, 8)
+    codes = round_to_grid(weights, scales, zeros, scheme)
     values = (codes - zeros) * scales
     assert bool((values[0, 0] == 0).all())
     assert float((values - weights).abs().max()) < 0.08

@@ -177,6 +177,13 @@ def test_a_killed_run_goes_on_with_the_same_result(
 
 
 def test_units_that_are_no_experts(source: SourceModel) -> None:
-    attention = source.modules["model.layers.0.self_attn.q_proj"]
-    with pytest.raises(ValueError, match=r"self_attn\.q_proj is not an expert"):
-        measure_sensitivities(source, list_units([attention], SCHEMES), TOKENS)
+    """They are measured where there are no others, as groups of linears."""
+    attention, expert = (source.modules[f"model.layers.0.{name}"] for name in ("self_attn.o_proj", "mlp.experts.1"))
+    with pytest.raises(ValueError, match=r"self_attn\.o_proj is not an expert"):
+        measure_sensitivities(source, list_units([expert, attention], SCHEMES), TOKENS)
+    found = measure_sensitivities(source, list_units([attention], SCHEMES), TOKENS)
+    assert found.loss is not None
+    assert found.layer.shape == found.loss.shape == (1, len(SCHEMES))
+    # Fewer bits change more, and what is left alone changes nothing.
+    for scheme, layer, loss in zip(SCHEMES, found.layer[0], found.loss[0], strict=True):
+        assert (layer > 0) == (loss > 0) == scheme.is_quantized

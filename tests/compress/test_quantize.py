@@ -75,6 +75,18 @@ def test_bits_are_true_bytes_below_the_budget(model: Path, tmp_path: Path, bits:
         assert damaged.down.weight_bits > other.down.weight_bits
 
 
+def test_ternary_blocks_take_the_mean_below_two_bits(model: Path, tmp_path: Path) -> None:
+    schemes = [Scheme.parse(name) for name in ("w1.6a16_g64_sym", "w1.6a16_g-1_sym", "w2a16_g64", "w3a16_g64")]
+    report = quantize_model(model, tmp_path / "out", bits=2.1, schemes=schemes)
+    plan = validate_checkpoint(tmp_path / "out").plan
+    chosen = {str(scheme) for pair in plan.modules.values() for scheme in pair}  # type: ignore[union-attr]
+    assert any(name.startswith("w1.6") for name in chosen)
+    assert any(not name.startswith("w1.6") for name in chosen)
+    weights = LAYERS * EXPERTS * 3 * 64 * HIDDEN
+    assert 2.0 < 8 * stored_bytes(tmp_path / "out") / weights <= 2.1
+    assert measure_checkpoint(tmp_path / "out")[:2] == (report.planned.bits_per_weight, report.planned.quantized_bytes)
+
+
 def test_values_are_those_of_round_to_nearest_and_the_rest_is_copied(model: Path, tmp_path: Path) -> None:
     quantize_model(model, tmp_path / "out", bits=3.5, plan=Plan.parse(ATTENTION))
     checkpoint = validate_checkpoint(tmp_path / "out")

@@ -14,18 +14,19 @@ from vllm_ext.compress.rounding import QuantizedWeight, dequantize, round_to_nea
 from vllm_ext.quantization.scheme import Scheme, list_schemes
 
 QUANTIZED = [scheme for scheme in map(Scheme.parse, list_schemes()) if scheme.is_quantized]
-SCHEMES = [scheme for scheme in QUANTIZED if scheme.act_bits == 16]
+SCHEMES = [scheme for scheme in QUANTIZED if scheme.act_bits == 16 and not scheme.is_ternary]
+TERNARY = [scheme for scheme in QUANTIZED if scheme.act_bits == 16 and scheme.is_ternary]
 
 
 def check_half_step(weight: torch.Tensor, scheme: Scheme) -> QuantizedWeight:
     quantized = round_to_nearest(weight, scheme)
     assert quantized.codes.dtype == torch.uint8
     assert quantized.scales.dtype == torch.float16
-    assert int(quantized.codes.max()) < 2**scheme.weight_bits
+    assert int(quantized.codes.max()) < 2**scheme.code_bits
     assert (quantized.zeros is None) == scheme.symmetric
     if quantized.zeros is not None:
         assert quantized.zeros.dtype == torch.uint8
-        assert int(quantized.zeros.max()) < 2**scheme.weight_bits
+        assert int(quantized.zeros.max()) < 2**scheme.code_bits
     groups = scheme.num_groups(weight.shape[1])
     step = quantized.scales.double().repeat_interleave(weight.shape[1] // groups, dim=1)
     error = (dequantize(quantized, scheme).double() - weight.double()).abs()
@@ -60,16 +61,61 @@ def test_half_step_holds_for_any_weights(weight: np.ndarray, scheme: Scheme) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("scheme", SCHEMES[:4], ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES[:4], *TERNARY], ids=str)
 def test_checkpoint_dtypes_give_the_codes_of_their_float32_values(dtype: torch.dtype, scheme: Scheme) -> None:
     weight = torch.randn(16, 128).to(dtype)
     for got, want in zip(round_to_nearest(weight, scheme), round_to_nearest(weight.float(), scheme), strict=True):
         assert (got is None and want is None) or torch.equal(got, want)
 
 
+@pytest.mark.parametrize("scheme", TERNARY, ids=str)
+@pytest.mark.parametrize("magnitude", [1e-4, 1.0, 1e2])
+def test_ternary_weights_take_the_scale_of_least_error(scheme: Scheme, magnitude: float) -> None:
+    """No scale of a fine grid does better, whichever weights it rounds to zero."""
+    torch.manual_seed(0)
+    weight = torch.randn(4, 128) ** 3 * magnitude
+    quantized = round_to_nearest(weight, scheme)
+    assert quantized.zeros is None
+    assert set(quantized.codes.unique().tolist()) == {1, 2, 3}
+    groups = weight.unflatten(1, (scheme.num_groups(128), -1))
+    found = (dequantize(quantized, scheme).view_as(groups) - groups).square().sum(-1)
+    scales = groups.abs().amax(-1, keepdim=True) * torch.linspace(0.01, 1, 500)
+    best = torch.full_like(found, torch.inf)
+    for scale in scales.unbind(-1):
+        step = scale.unsqueeze(-1)
+        rounded = (groups / step).round().clamp(-1, 1) * step
+        best = torch.minimum(best, (rounded - groups).square().sum(-1))
+    assert bool((found <= best * (1 + 1e-4)).all())
+
+
+def test_ternary_gaussian_weights() -> None:
+    """The least error of three levels on a normal distribution is known: 0.1902 of its variance."""
+    weight = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0))
+    scheme = Scheme.parse("w1.6a16_g-1_sym")
+    error = float((dequantize(round_to_nearest(weight, scheme), scheme) - weight).square().mean())
+    assert error == pytest.approx(0.1902, rel=0.01)
+
+
+@given(
+    hnp.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 3), st.sampled_from((64, 192))),
+        elements=st.floats(-60000, 60000, width=32) | st.sampled_from((0.0, 1e-30, -1e-9, 6e-8)),
+    ),
+    st.sampled_from([scheme for scheme in TERNARY if scheme.group_size != 128]),
+)
+def test_ternary_error_is_never_above_that_of_zeros(weight: np.ndarray, scheme: Scheme) -> None:
+    quantized = round_to_nearest(torch.from_numpy(weight), scheme)
+    assert torch.isfinite(quantized.scales).all()
+    assert bool((quantized.scales > 0).all())
+    assert bool(((quantized.codes >= 1) & (quantized.codes <= 3)).all())
+    error = (dequantize(quantized, scheme).double().numpy() - weight) ** 2
+    assert error.sum() <= (weight.astype(np.float64) ** 2).sum() * (1 + 1e-6)
+
+
 def test_zero_groups_come_back_as_exact_zeros() -> None:
     weight = torch.zeros(4, 64)
-    for scheme in SCHEMES:
+    for scheme in (*SCHEMES, *TERNARY):
         if scheme.group_size in (32, 64, -1):
             quantized = round_to_nearest(weight, scheme)
             assert torch.isfinite(quantized.scales).all()
@@ -109,6 +155,8 @@ def test_unusable_arguments_are_refused() -> None:
         round_to_nearest(torch.tensor([[0.0] * 32, [-1e7] * 32]), Scheme.parse("w4a16_g32"))
     with pytest.raises(ValueError, match="beyond fp16"):
         round_to_nearest(torch.tensor([[3e38, -3e38] * 16]), Scheme.parse("w2a16_g32"))
+    with pytest.raises(ValueError, match=r"row 0, group 0 spans -1e.*beyond fp16"):
+        round_to_nearest(torch.full((1, 32), -1e7), Scheme.parse("w1.6a16_g32_sym"))
     with pytest.raises(ValueError, match="group size 128 does not divide K=96"):
         round_to_nearest(torch.zeros(2, 96), Scheme.parse("w4a16_g128"))
     with pytest.raises(ValueError, match="w16a16 leaves a weight as it is"):

@@ -16,6 +16,7 @@ import torch
 from vllm_ext.kernels.arena import (
     FULL_PRECISION_DTYPES,
     BlockFormat,
+    Layout,
     num_groups,
     write_codes,
     write_full_precision,
@@ -67,7 +68,8 @@ def make_layer(
                 weights[-1].append(weight.double().numpy())
                 continue
             groups = num_groups(K, block_format.group_size)
-            codes = torch.randint(0, 2**bits, (N, K), generator=generator, dtype=torch.uint8)
+            lowest = 1 if block_format.layout == Layout.PLAIN_TERNARY else 0
+            codes = torch.randint(lowest, 2**bits, (N, K), generator=generator, dtype=torch.uint8)
             scales = torch.rand(N, groups, generator=generator).add(0.5).div(2 ** (bits - 2) * K**0.5).half()
             zeros = torch.randint(0, 2**bits, (N, groups), generator=generator, dtype=torch.uint8)
             if block_format.symmetric:

@@ -15,6 +15,7 @@ from vllm_ext.kernels import tolerances
 from vllm_ext.kernels.arena import (
     FULL_PRECISION_DTYPES,
     BlockFormat,
+    Layout,
     num_groups,
     write_codes,
     write_full_precision,
@@ -56,7 +57,8 @@ def make_linear(blocks: list[tuple[BlockFormat, int]], K: int, seed: int = 0) ->
             weights.append(weight.double().numpy())
             continue
         bits, groups = block_format.weight_bits, num_groups(K, block_format.group_size)
-        codes = torch.randint(0, 2**bits, (N, K), generator=generator, dtype=torch.uint8)
+        lowest = 1 if block_format.layout == Layout.PLAIN_TERNARY else 0
+        codes = torch.randint(lowest, 2**bits, (N, K), generator=generator, dtype=torch.uint8)
         scales = torch.rand(N, groups, generator=generator).add(0.5).div(2 ** (bits - 2) * K**0.5).half()
         zeros = torch.randint(0, 2**bits, (N, groups), generator=generator, dtype=torch.uint8)
         if block_format.symmetric:
@@ -95,6 +97,14 @@ def check(layer: Linear, x: torch.Tensor, bias: torch.Tensor | None = None) -> N
     exact = naive_linear(layer, x, bias)
     error = tolerances.relative_error(call(reference, layer, x.float(), bias), exact)
     assert error <= tolerances.MIXED_LINEAR_REFERENCE[act_bits].relative
+
+
+@pytest.mark.parametrize("act_bits", [8, 16])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ternary_blocks_are_the_formula(act_bits: int, dtype: torch.dtype) -> None:
+    for N, K, group_size in ((1, 64, 64), (37, 192, 32), (24, 128, -1)):
+        blocks = [(BlockFormat.ternary(act_bits, group_size), N), (BlockFormat(3, act_bits, group_size), 5)]
+        check(make_linear(blocks, K, seed=N), torch.randn(5, K, generator=torch.Generator().manual_seed(N)).to(dtype))
 
 
 @pytest.mark.parametrize("bits", CODE_BITS)

@@ -74,6 +74,19 @@ def test_cpu_agrees_at_every_width(bits: int, act_bits: int, dtype: torch.dtype,
         check_against_reference(layer, make_inputs(num_tokens, shape[0], 2, 3, dtype, seed=bits), act_bits)
 
 
+@pytest.mark.parametrize("act_bits", [8, 16])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ternary_blocks(act_bits: int, dtype: torch.dtype) -> None:
+    for group_size in (32, 64, -1):
+        ternary = BlockFormat.ternary(act_bits, group_size)
+        layer = make_layer([(ternary, ternary), (BlockFormat(3, act_bits, 32), ternary)], 192, 128)
+        inputs = make_inputs(9, 192, 2, 2, dtype)
+        check_against_reference(layer, inputs, act_bits)
+        in_float32 = Inputs(inputs.x.float(), inputs.topk_ids, inputs.topk_weights)
+        error = tolerances.relative_error(call(reference, layer, in_float32), naive_moe(layer, in_float32))
+        assert error <= tolerances.MIXED_MOE_REFERENCE[act_bits].relative
+
+
 @st.composite
 def mixed_cases(draw: st.DrawFn) -> tuple[Layer, Inputs, torch.Tensor | None, bool]:
     hidden, intermediate = draw(st.sampled_from(ODD_SHAPES))

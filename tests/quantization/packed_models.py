@@ -12,13 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vllm_ext.compress.rounding import dequantize, round_to_nearest
-from vllm_ext.kernels.packing import pack_codes
 from vllm_ext.quantization.plan import ExpertSchemes, Plan
 from vllm_ext.quantization.scheme import Scheme
 
 PRODUCER = {"name": "vllm-ext", "version": "test"}
 
-_EXPERT = re.compile(r"(.+\.experts\.\d+)\.(gate|up|down)_proj")
+_EXPERT = re.compile(r"(.+\.experts\.\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)")
 
 
 def find_scheme(plan: Plan, name: str) -> Scheme | None:
@@ -28,14 +27,14 @@ def find_scheme(plan: Plan, name: str) -> Scheme | None:
     schemes = plan.modules.get(match[1] if match else module)
     if isinstance(schemes, ExpertSchemes):
         assert match is not None
-        schemes = schemes.down if match[2] == "down" else schemes.gate_up
+        schemes = schemes.down if match[2] in ("down_proj", "w2") else schemes.gate_up
     return schemes if schemes is not None and schemes.is_quantized else None
 
 
 def pack_weight(weight: torch.Tensor, scheme: Scheme) -> dict[str, torch.Tensor]:
     """The scheme's tensors of one weight [N, K]."""
     codes, scales, zeros = round_to_nearest(weight, scheme)
-    tensors = {"qweight": pack_codes(codes, scheme.weight_bits), "scales": scales}
+    tensors = {"qweight": scheme.pack_codes(codes), "scales": scales}
     return tensors if zeros is None else tensors | {"zeros": zeros}
 
 

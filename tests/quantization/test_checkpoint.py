@@ -115,7 +115,7 @@ def test_round_trip_in_any_number_of_files(tmp_path: Path, shard_bytes: int) -> 
 )
 def test_every_scheme_round_trips_at_odd_shapes(name: str, N: int, groups: int, dtype: torch.dtype) -> None:
     scheme = Scheme.parse(name)
-    K = groups * (scheme.group_size if scheme.group_size > 0 else 8)
+    K = groups * (scheme.group_size if scheme.group_size > 0 else 64 if scheme.is_ternary else 8)
     weight = torch.randn(N, K, generator=torch.Generator().manual_seed(N * K)).to(dtype)
     packed, expected = {"weight": weight}, weight.float()
     if scheme.is_quantized:

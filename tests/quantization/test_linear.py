@@ -22,6 +22,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.model_loader.reload import layerwise
 
 from tests.quantization.packed_models import pack_weight
+from vllm_ext import observability
 from vllm_ext.compress.rounding import dequantize, round_to_nearest
 from vllm_ext.kernels import tolerances
 from vllm_ext.quantization.config import MxMoEConfig
@@ -94,7 +95,7 @@ def qkv_weights() -> dict[Any, torch.Tensor]:
     return {shard: random_weight(count, HIDDEN, seed) for seed, (shard, count) in enumerate(rows.items())}
 
 
-@pytest.mark.parametrize("scheme", ["w3a16_g32", "w6a16_g64_sym", "w5a16_g-1", "w2a16_g128", "w8a16_g-1_sym"])
+@pytest.mark.parametrize("scheme", ["w3a16_g32", "w6a16_g64_sym", "w5a16_g-1", "w2a16_g128", "w1.6a16_g64_sym"])
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
 def test_q_k_and_v_are_fused_and_split_by_vllm(scheme: str, tp_size: int, play_rank: Any) -> None:
     weights = qkv_weights()
@@ -144,7 +145,7 @@ def test_an_incomplete_checkpoint_is_not_rounded(play_rank: Any) -> None:
         layerwise.finalize_layerwise_processing(layer, SimpleNamespace(dtype=torch.float32))
 
 
-@pytest.mark.parametrize("scheme", ["w4a16_g32", "w3a16_g-1", "w6a16_g64_sym"])
+@pytest.mark.parametrize("scheme", ["w4a16_g32", "w3a16_g-1", "w1.6a16_g64_sym", "w1.6a16_g-1_sym"])
 def test_row_parallel_parts_add_up(scheme: str, play_rank: Any) -> None:
     weight = random_weight(24, HIDDEN, 7)
     x = torch.randn(3, 2, HIDDEN)
@@ -179,6 +180,33 @@ def test_gate_and_up_are_fused_with_bias_and_int8_activations(play_rank: Any) ->
     assert storage[prefix].bits_per_weight == 4 + 24 / 64
 
 
+def test_stored_and_resident_bytes_are_reported_once(
+    vllm_config: VllmConfig, play_rank: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported: list[tuple[str, float, int]] = []
+    monkeypatch.setattr(observability, "add", lambda *call: reported.append(call))
+    vllm_config.parallel_config.data_parallel_index = 3
+    layer = make_qkv("w1.6a16_g128_sym", params_dtype=torch.bfloat16)
+    layerwise.record_metadata_for_reloading(layer)
+    load(layer, qkv_weights())
+    layer.quant_method.process_weights_after_loading(layer)
+    weights = 256 * HIDDEN
+    stored = weights * 26 // 128 + weights // 128 * 2
+    assert layer.quant_method.storage is not None
+    resident = layer.quant_method.storage.resident_bytes
+    assert resident == layer.linear_arena.numel() >= stored
+    expected = [
+        ("vllm_ext:mxmoe_linear_weight_bytes", stored, 3),
+        ("vllm_ext:mxmoe_linear_weight_count", weights, 3),
+        ("vllm_ext:mxmoe_linear_resident_bytes", resident, 3),
+    ]
+    assert reported == expected
+    layerwise.initialize_layerwise_reload(layer)
+    load(layer, qkv_weights())
+    layerwise.finalize_layerwise_reload(layer, SimpleNamespace(dtype=torch.bfloat16))
+    assert reported == expected
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_online_equals_packed(dtype: torch.dtype, play_rank: Any) -> None:
     weights = {shard: weight.to(dtype) for shard, weight in qkv_weights().items()}
@@ -201,6 +229,26 @@ def test_online_equals_packed(dtype: torch.dtype, play_rank: Any) -> None:
     arena = online.linear_arena
     method.process_weights_after_loading(online)
     assert online.linear_arena is arena
+
+
+def test_a_bias_that_comes_before_the_weights_is_waited_for(play_rank: Any) -> None:
+    """As the names of a file sort: k_proj.bias, k_proj.weight, q_proj.bias, ..."""
+    weights = qkv_weights()
+    biases = {shard: torch.randn(len(weight)) for shard, weight in weights.items()}
+    online = make_qkv("w4a16_g32", is_packed=False, bias=True, params_dtype=torch.float32)
+    config = online.quant_config
+    assert isinstance(config, MxMoEConfig)
+    config.get_checkpoint_weight_mapper()
+    for shard in ("k", "q", "v"):
+        assert not hasattr(online, "linear_arena")
+        for target, tensor in ((online.bias, biases[shard]), (online.weight, weights[shard])):
+            target.weight_loader(target, tensor, shard)
+    # All of it is there, so vLLM has had it rounded at once.
+    assert online.linear_arena.numel() > 0
+    x = torch.randn(5, HIDDEN)
+    whole = torch.cat([round_weight(weight, "w4a16_g32") for weight in weights.values()])
+    expected = x @ whole.T + torch.cat(list(biases.values()))
+    assert tolerances.relative_error(online(x)[0], expected) < 1e-5
 
 
 @pytest.mark.parametrize("is_packed", [False, True])

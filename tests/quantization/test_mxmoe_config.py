@@ -182,6 +182,7 @@ def test_a_plan_must_agree_on_fused_parts() -> None:
         (GateLinear, "model.layers.3.mlp.gate", "names model.layers.3.mlp.gate, a router"),
         (ReplicatedLinear, "model.layers.3.mlp.shared_expert_gate", "shared_expert_gate, a router"),
         (ParallelLMHead, "lm_head", "the plan names lm_head, a ParallelLMHead"),
+        (LinearBase, "model.layers.3.self_attn.kv_b_proj", "kv_b_proj, which mxmoe leaves as it is, because vLLM's"),
     ],
 )
 def test_what_is_never_quantized_is_refused(kind: type, prefix: str, message: str) -> None:
@@ -201,6 +202,18 @@ def test_modules_without_a_layer_are_an_error_before_loading(vllm_config: Any) -
     method = MxMoEConfig.get_quant_method(config, make_linear(), f"{ATTENTION}.o_proj")
     with pytest.raises(PlanError, match=message):
         method.check_plan()
+
+
+@pytest.mark.parametrize(("model_type", "name"), [("gpt_oss", "GPT-OSS"), ("llama4_text", "Llama 4")])
+@pytest.mark.parametrize("plan", [None, Plan.parse({"model.layers.0.self_attn.o_proj": "w4a16_g64"})])
+def test_families_that_are_refused_are_named(model_type: str, name: str, plan: Plan | None) -> None:
+    """With a plan and without, the model itself or the text model inside of another."""
+    text = SimpleNamespace(model_type=model_type, num_local_experts=4)
+    text.get_text_config = lambda: text
+    outer = SimpleNamespace(model_type="some_vision_model", get_text_config=lambda: text)
+    for config in (text, outer):
+        with pytest.raises(ValueError, match=rf"does not support {name} .*; serve it without mxmoe"):
+            MxMoEConfig(plan).maybe_update_config("model", hf_config=config)
 
 
 def test_a_plan_follows_the_models_names_once() -> None:

@@ -38,6 +38,7 @@ PAIRS = [
     ("w2a16_g64", "w16a16"),
     ("w5a16_g-1", "w8a16_g-1_sym"),
 ]
+TERNARY_PAIRS = [("w1.6a16_g32_sym", "w1.6a16_g64_sym"), ("w1.6a8_g-1_sym", "w2a16_g64")]
 
 Weights = dict[str, torch.Tensor]
 
@@ -165,7 +166,7 @@ def test_experts_of_different_widths_are_loaded_and_computed() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_packed_equals_online(dtype: torch.dtype) -> None:
-    plan = make_plan([("w3a8_g32", "w4a8_g-1"), *PAIRS[1:]])
+    plan = make_plan([("w3a8_g32", "w4a8_g-1"), PAIRS[1], *TERNARY_PAIRS])
     weights = {name: weight.to(torch.bfloat16) for name, weight in random_weights().items()}
     packed = make_layer(plan, dtype=dtype)
     load(packed, pack(plan, weights))
@@ -183,7 +184,7 @@ def test_packed_equals_online(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("tp_size", [2, 4])
 def test_tensor_parallel_parts_add_up(tp_size: int) -> None:
-    plan = make_plan([("w3a16_g32", "w4a16_g64"), ("w16a16", "w6a16_g64_sym"), ("w2a16_g64", "w16a16"), PAIRS[3]])
+    plan = make_plan([("w3a16_g32", "w4a16_g64"), ("w16a16", "w6a16_g64_sym"), TERNARY_PAIRS[0], PAIRS[3]])
     weights, tokens = random_weights(), make_tokens()
     total = torch.zeros(7, HIDDEN)
     for rank in range(tp_size):
@@ -215,6 +216,8 @@ def test_expert_parallel_ranks_take_their_own_experts(placement: str) -> None:
         (("w4a16_g128", "w4a16_g128"), 256, 4, "1, down: .* over 4 ranks gives each 64 of the K=256 .* size 128"),
         (("w4a16_g128", "w3a16_g-1"), 24, 2, "1, down: .* each 12 of the K=24 inputs, whose 3-bit codes"),
         (("w4a16_g128", "w4a16_g64"), 96, 1, "1, down: .* group size 64 does not divide K=96"),
+        (("w4a16_g128", "w1.6a16_g-1_sym"), 192, 2, "1, down: .* each 96 of the K=192 inputs, whose 1.6-bit codes"),
+        (("w4a16_g128", "w1.6a16_g-1_sym"), 96, 1, "1, down: K=96 ternary codes .* multiple of 64"),
     ],
 )
 def test_sizes_a_scheme_cannot_take(

@@ -23,8 +23,9 @@ NUM_LAYERS, NUM_EXPERTS = 5, 16
 # K is 256 for gate_up, q, k, v and o, and 128 for down.
 MIXED = (
     "w2a16_g32", "w3a8_g64", "w4a16_g128", "w5a8_g-1", "w6a16_g64_sym", "w8a8_g128_sym", "w16a16", "w3a16_g32_sym",
+    "w1.6a16_g128_sym",
 )  # fmt: skip
-WEIGHT_ONLY = ("w4a16_g64", "w8a16_g-1_sym", "w3a16_g128", "w6a16_g32", "w5a16_g128_sym")
+WEIGHT_ONLY = ("w4a16_g64", "w8a16_g-1_sym", "w3a16_g128", "w1.6a16_g64_sym", "w6a16_g32", "w5a16_g128_sym")
 
 
 def make_plan(schemes: tuple[str, ...], linears: dict[str, str], left_out: str = "") -> Plan:

@@ -79,7 +79,7 @@ def test_online_packed_reloaded_and_on_torch(tiny_moe: str, tmp_path: Path, monk
     llm = start(directory)
     try:
         on_torch = score_with_vllm(llm, windows)
-        assert llm.apply_model(list_layouts) == [{Layout.PLAIN_CODES, Layout.PLAIN_BF16}]
+        assert llm.apply_model(list_layouts) == [{Layout.PLAIN_CODES, Layout.PLAIN_TERNARY, Layout.PLAIN_BF16}]
     finally:
         llm.llm_engine.engine_core.shutdown()
     expected = score_with_transformers(fake_quantize_model(tiny_moe, tmp_path / "rounded", PLAN), windows)

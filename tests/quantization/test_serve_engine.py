@@ -6,6 +6,7 @@ One server in float32 for all tests: at that precision its perplexity can be com
 
 from __future__ import annotations
 
+import json
 import re
 import sysconfig
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ pytestmark = pytest.mark.engine
 NAME = "packed"
 NUM_LAYERS, TOP_K, EXPERT_WEIGHTS = 5, 2, 5 * 16 * 3 * 256 * 128
 BITS = 3.25
+#: Scheme of one linear layer outside of the experts, and the bytes of its 256 x 256 weights, of every layer.
+O_PROJ, O_PROJ_BYTES = "w8a16_g128_sym", 256 * 256 * (8 + 16 / 128) / 8
 #: Tokens of a step; a prompt longer than this is prefilled in several.
 STEP_TOKENS = 64
 #: Tokens of a block of the prefix cache; only whole blocks are found again.
@@ -39,11 +42,13 @@ IS_COMPILED = (Path(sysconfig.get_path("include")) / "Python.h").is_file()
 
 @pytest.fixture(scope="module")
 def packed(tiny_moe: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("models") / "packed"
+    folder = tmp_path_factory.mktemp("models")
+    linears = folder / "linears.json"
+    linears.write_text(json.dumps({f"model.layers.{layer}.self_attn.o_proj": O_PROJ for layer in range(NUM_LAYERS)}))
     # Far apart, so that the allocator has to mix.
-    schemes = "w2a16_g64,w4a16_g64,w6a16_g64"
-    assert cli.main(["quantize", tiny_moe, "-o", str(output), "--bits", str(BITS), "--schemes", schemes]) == 0
-    return output
+    schemes = ["--schemes", "w2a16_g64,w4a16_g64,w6a16_g64", "--plan", str(linears)]
+    assert cli.main(["quantize", tiny_moe, "-o", str(folder / "packed"), "--bits", str(BITS), *schemes]) == 0
+    return folder / "packed"
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +119,10 @@ def test_a_mixed_model_is_served_compiled(server: VllmServer, packed: Path) -> N
     # Sections of the arena start on 64 bytes, so a little padding comes on top of the plan's bits.
     assert num_bytes is not None
     assert BITS * 0.99 < 8 * num_bytes / EXPERT_WEIGHTS < BITS * 1.005
+    assert server.read_metric("vllm_ext:mxmoe_linear_weight_count") == NUM_LAYERS * 256 * 256
+    # A model in float32 keeps the layout of the files; every section there is a multiple of 64 bytes.
+    for name in ("weight", "resident"):
+        assert server.read_metric(f"vllm_ext:mxmoe_linear_{name}_bytes") == NUM_LAYERS * O_PROJ_BYTES
     log = server.log_path.read_text()
     assert f"enforce_eager={not IS_COMPILED}" in log
     # The first where vLLM's cache has this graph already.

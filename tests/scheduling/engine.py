@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the engine tests of smartspec share: requests of which one is aborted, counters, the reference model."""
+"""What the engine tests of smartspec share: the reference model, a draft model, requests, counters."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,43 @@ import torch
 from transformers import AutoModelForCausalLM
 from vllm import LLM, SamplingParams, TokensPrompt
 
+from vllm_ext.speculation.step_time import COEFFICIENTS, StepTimeModel
+
 
 def load_reference() -> Any:
     """The shipped model in transformers, float32."""
     path = Path(__file__).resolve().parents[2] / "bench" / "models" / "tiny_moe"
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def save_draft_model(folder: Path, layers: int = 2) -> str:
+    """A drafter for the shipped model: its first layers, with its embedding, last norm and tokenizer."""
+    path = Path(__file__).resolve().parents[2] / "bench" / "models" / "tiny_moe"
+    model = load_reference()
+    model.model.layers = model.model.layers[:layers]
+    model.config.num_hidden_layers = layers
+    model.save_pretrained(folder)
+    for file in path.glob("tokenizer*.json"):
+        shutil.copy(file, folder)
+    return str(folder)
+
+
+def make_step_time(price: float) -> StepTimeModel:
+    """Steps of one millisecond and so much for each token, whatever the machine takes."""
+    model = StepTimeModel({name: {"step": 1.0, "tokens": price}.get(name, 0.0) for name in COEFFICIENTS})
+    model.observe = lambda features, milliseconds: None  # type: ignore[method-assign]
+    return model
+
+
+def check_same(model: Any, prompt: list[int], tokens: list[int], expected: list[int]) -> bool:
+    """Whether two outputs are equal; they may only part where the model finds both tokens equally good."""
+    if tokens == expected:
+        return True
+    parted = next(place for place in range(len(expected)) if tokens[place] != expected[place])
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + tokens[:parted]])).logits[0, -1]
+    assert abs(float(logits[tokens[parted]] - logits[expected[parted]])) < 2e-3
+    return False
 
 
 def read_counters(llm: LLM) -> dict[str, float]:

@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from vllm import LLM, SamplingParams, TokensPrompt
 
-from tests.scheduling.engine import abort_one_of_three, load_reference, read_counters
+from tests.scheduling.engine import abort_one_of_three, check_same, load_reference, read_counters
+from vllm_ext import observability
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -28,17 +29,6 @@ def generate(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
     parameters = SamplingParams(max_tokens=MAX_TOKENS, temperature=0, ignore_eos=True)
     outputs = llm.generate([TokensPrompt(prompt_token_ids=one) for one in prompts], parameters, use_tqdm=False)
     return [list(one.outputs[0].token_ids) for one in outputs]
-
-
-def check_same(model: Any, prompt: list[int], tokens: list[int], expected: list[int]) -> bool:
-    """Whether two outputs are equal; they may only part where the model finds both tokens equally good."""
-    if tokens == expected:
-        return True
-    parted = next(place for place in range(MAX_TOKENS) if tokens[place] != expected[place])
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt + tokens[:parted]])).logits[0, -1]
-    assert abs(float(logits[tokens[parted]] - logits[expected[parted]])) < 2e-3
-    return False
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +73,14 @@ def test_tokens_are_those_of_no_speculation(
     accepted = "spec_decode_num_accepted_tokens"
     assert second[accepted] - first[accepted] > 1.1 * first[accepted]
     assert len(prompts) * MAX_TOKENS * 0.9 < drafter.shared.num_tokens
+
+    # What the tries did is at /metrics, through the record of this process.
+    records = observability.read_records(os.environ[observability.DIRECTORY_ENV])
+    counted = {name.removeprefix("vllm_ext:smartspec_"): value for (_, name), value in records.items()}
+    assert 0 < counted["trie_matched_rows_total"] <= counted["trie_searched_rows_total"]
+    assert counted["accepted_tokens_total"] < counted["trie_drafted_tokens_total"]
+    assert counted["trie_inserted_tokens_total"] >= 2 * len(prompts) * MAX_TOKENS
+    assert counted["trie_stored_tokens"] >= drafter.shared.num_tokens
 
     # Abort one in the middle; when another has run, nothing is left of any of them.
     for number, text in abort_one_of_three(llm, prompts).items():

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from tests.child import run_child
-from vllm_ext import config
+from vllm_ext import config, observability
 from vllm_ext.patches import speculation, trie_drafter
 from vllm_ext.scheduling import trie_proposer
 from vllm_ext.scheduling.trie_proposer import TrieProposer, check_drafter
@@ -25,13 +26,16 @@ from vllm_ext.speculation.trie_drafter import TrieDrafter
 K = 4
 
 
-def describe_engine(method: str = "ngram", uses_v2: bool = False, longest: int = 3, **smartspec: Any) -> Any:
+def describe_engine(
+    method: str = "ngram", uses_v2: bool = False, longest: int = 3, rank: int = 0, **smartspec: Any
+) -> Any:
     """What is read of a finished VllmConfig."""
     return SimpleNamespace(
         speculative_config=SimpleNamespace(
             method=method, num_speculative_tokens=K, prompt_lookup_min=1, prompt_lookup_max=longest
         ),
         model_config=SimpleNamespace(max_model_len=40, get_vocab_size=lambda: 1000),
+        parallel_config=SimpleNamespace(rank=rank, data_parallel_index=0),
         use_v2_model_runner=uses_v2,
         additional_config={"vllm_ext": {"smartspec": {"drafter": "trie", **smartspec}}},
     )
@@ -109,6 +113,39 @@ def test_requests_come_move_and_leave(proposer: TrieProposer) -> None:
     assert runner.sample(proposer, b=[6], c=[4]) == [[], [1]]
     assert set(proposer.drafter._slots) == {"b", "c"}
     assert set(proposer._states) == {"b", "c"}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_tries_do_is_counted(
+    rank: int, proposer: TrieProposer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(observability.DIRECTORY_ENV, str(tmp_path))
+    monkeypatch.setattr(observability, "_record", None)
+    proposer = TrieProposer(describe_engine(rank=rank))
+    runner = Runner()
+    runner.start("a", [1, 2, 3, 4, 1, 2])
+    runner.start("b", [7, 8, 9])
+    runner.place("a", "b")
+    assert runner.sample(proposer, a=[3], b=[5]) == [[4, 1, 2, 3], []]
+    del runner.requests["a"]
+    runner.place("b")
+    runner.sample(proposer, b=[6])
+    proposer.drafter.shared.prune()
+    runner.sample(proposer, b=[4])
+    found = {name.rpartition("smartspec_trie_")[2]: value for (_, name), value in read_trie_metrics(tmp_path)}
+    if rank:
+        assert not any(found.values())
+        return
+    # 7 tokens of a, 4 of b, then what a put out, and two more of b; the shared text has an end mark.
+    assert found == {
+        "stored_tokens": 6 + proposer.drafter.shared.num_tokens, "node_count": proposer.drafter.count_nodes(),
+        "inserted_tokens_total": 7 + 4 + 1 + 2, "searched_rows_total": 4, "matched_rows_total": 1,
+        "drafted_tokens_total": 4, "prunes_total": 1,
+    }  # fmt: skip
+
+
+def read_trie_metrics(directory: Path) -> list[tuple[tuple[int, str], float]]:
+    return [item for item in observability.read_records(str(directory)).items() if "_trie_" in item[0][1]]
 
 
 def test_a_name_that_is_used_again_is_another_request(proposer: TrieProposer) -> None:
@@ -317,7 +354,7 @@ def test_numba_is_left_to_the_worker() -> None:
     code = """
 import json, sys
 import vllm_ext.patches.trie_drafter
-from vllm_ext import config
+from vllm_ext import config, observability
 from vllm_ext.scheduling import trie_proposer
 trie_proposer.check_drafter(None, config.SmartSpecSettings())
 print(json.dumps("numba" in sys.modules))

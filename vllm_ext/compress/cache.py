@@ -21,6 +21,7 @@ from safetensors.torch import load, save
 from vllm_ext import __version__
 from vllm_ext.compress.rotation import RotatedReader
 from vllm_ext.compress.source import SourceModel
+from vllm_ext.quantization.safetensors_io import CheckpointError
 
 #: Changes whenever the meaning of what is stored does.
 CACHE_VERSION = 2
@@ -70,7 +71,7 @@ class StageCache:
     def store(self, name: str, value: Any) -> None:
         """Keep a tensor, an array, a mapping of names to either, or anything JSON-ready but None.
 
-        Raises TypeError for anything else.
+        Raises TypeError for anything else, and CheckpointError, naming the folder, where the disk refuses.
         """
         if value is None:
             raise TypeError(f"{name}: None means that nothing is stored; store a value")
@@ -86,9 +87,15 @@ class StageCache:
         else:
             data, (other, suffix) = json.dumps({"value": value}).encode(), _SUFFIXES
         place = self._place(name, suffix)
-        self._make_folder()
-        _write(place, data)
-        self._place(name, other).unlink(missing_ok=True)
+        try:
+            self._make_folder()
+            _write(place, data)
+            self._place(name, other).unlink(missing_ok=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"keeping unfinished work in {self.folder.parent} failed ({error.strerror or error}): free "
+                f"{len(data)} bytes there, or give another folder with --work; what was finished before is kept"
+            ) from error
 
     def has(self, name: str) -> bool:
         """Whether something is stored under this name, without reading it; it may have been damaged since."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from vllm_ext.compress.calibration import NUM_WINDOWS
 from vllm_ext.compress.figures import check_figures, plot_profile
+from vllm_ext.compress.linear_error import has_experts
 from vllm_ext.compress.pareto import plot_front, write_csv
 from vllm_ext.compress.plan_file import read_plan
 from vllm_ext.compress.plan_options import PlanOptions
@@ -85,6 +86,8 @@ def _plan(options: argparse.Namespace) -> None:
                 check_output(prefix.with_name(prefix.name + suffix))
     arguments = _plan_arguments(options)
     source = open_source(options.model)
+    if options.profile is not None and not has_experts(source):
+        raise ValueError(f"--profile is about routed experts, of which {options.model} has none: leave it out")
     planned = make_plan(
         rotate_source(source, options.seed) if options.rotate else source,
         fixed=arguments.pop("plan"),
@@ -190,7 +193,7 @@ def _print_notes(planned: PlanReport) -> None:
         print(f"note: {note}")
 
 
-def _rank_scheme(name: str) -> tuple[int, int, str]:
+def _rank_scheme(name: str) -> tuple[float, int, str]:
     """By weight bits, then from large groups to small ones; a whole row is the largest."""
     scheme = Scheme.parse(name)
     return scheme.weight_bits, -scheme.group_size if scheme.group_size > 0 else -(10**9), name

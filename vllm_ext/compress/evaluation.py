@@ -43,7 +43,7 @@ def dequantize_checkpoint(directory: Path, output: Path) -> None:
         for path, scheme in list_linears(*schemes).items():
             if scheme.is_quantized:
                 N, columns = checkpoint.reader.infos[f"{path}.qweight"].shape
-                infos[f"{path}.weight"] = TensorInfo(torch.float32, (N, columns * 8 // scheme.weight_bits))
+                infos[f"{path}.weight"] = TensorInfo(torch.float32, (N, scheme.count_inputs(columns)))
     config = {
         key: value for key, value in checkpoint.config.items() if key not in ("quantization_config", "torch_dtype")
     }

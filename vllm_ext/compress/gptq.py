@@ -144,7 +144,7 @@ def _round_columns(
         for column in range(start, end):
             place = column - start
             scale, zero = scales[every, group[:, column]], zeros[every, group[:, column]]
-            code = round_to_grid(block[:, place], scale, zero, 2**scheme.weight_bits)
+            code = round_to_grid(block[:, place], scale, zero, scheme)
             codes[:, column] = code
             error = (block[:, place] - (code - zero) * scale) / upper[:, column, column, None]
             errors[:, place] = error

@@ -17,6 +17,7 @@ from vllm_ext.compress.cache import StageCache
 from vllm_ext.compress.families.decoder import apply_gate
 from vllm_ext.compress.gptq import round_with_hessian
 from vllm_ext.compress.hessian import measure_moments, minimum_tokens, spread_rows, weigh_tokens
+from vllm_ext.compress.linear_error import measure_linears
 from vllm_ext.compress.progress import track
 from vllm_ext.compress.refine import SWEEPS
 from vllm_ext.compress.rounded_layer import round_inputs
@@ -61,7 +62,8 @@ def measure_sensitivities(
     cache: StageCache | None = None,
     progress: bool = False,
 ) -> Sensitivities:
-    """Measure every unit that is a block of an expert, with each of its schemes and all else unquantized.
+    """Measure every unit with each of its schemes and all else unquantized: blocks of experts, or, in a model without
+    experts, groups of linears (`linear_error`).
 
     windows: int64 [windows, context]. gradients: also measure the loss. rounding: "rtn", or "gptq" for codes chosen
     with the block's own inputs; sweeps: of `refine.refine_codes` over those. cache: where finished layers are kept and
@@ -71,7 +73,7 @@ def measure_sensitivities(
     layer: MxMoE's norm, squared, since squares of independent errors add up; routing weights included, over the
     layer's tokens. loss: half the mean over tokens of (loss gradient at the layer's output * change)**2, summed over
     the hidden dimensions: the diagonal of the empirical Fisher matrix.
-    Raises ValueError for a unit that is no block of an expert and for damaged weights.
+    Raises ValueError for a unit that is no block of an expert among those that are, and for damaged weights.
 
     Source: layer_out_norm of MxMoE (arXiv:2505.05799, section 4.1); GEMQ's cost (arXiv:2605.23078), taken at the
     granularity of blocks and scaled to nats.
@@ -79,11 +81,14 @@ def measure_sensitivities(
     if rounding not in _ROUNDINGS:
         raise ValueError(f"unknown rounding {rounding!r} of sensitivities; known: {', '.join(_ROUNDINGS)}")
     choose_codes = partial(_round_with_inputs, sweeps=sweeps) if rounding == "gptq" else _round_nearest
+    dense = all(unit.module.expert is None for unit in units)
     rows: dict[int, dict[tuple[int, str], int]] = {}
     for row, unit in enumerate(units):
-        if unit.module.expert is None or unit.module.layer is None:
+        if (unit.module.expert is None and not dense) or unit.module.layer is None:
             raise ValueError(f"{unit.module.path} is not an expert: its sensitivity is not measured")
-        rows.setdefault(unit.module.layer, {})[unit.module.expert, unit.block.name] = row
+        # A dense layer's groups are told apart by their paths alone.
+        key = (-1, unit.module.path) if unit.module.expert is None else (unit.module.expert, unit.block.name)
+        rows.setdefault(unit.module.layer, {})[key] = row
     columns = max(len(unit.options) for unit in units)
     found = np.full((2, len(units), columns), np.inf)
     missing = set()
@@ -111,7 +116,11 @@ def measure_sensitivities(
                         store.discard(f"gradient-{streamed.index}")
                         raise ValueError(f"a file of {store.folder} was damaged: start the command again")
                     gradient = stored.float() * scored
-                part = _measure_layer(streamed, units, places, columns, gradient, scored, choose_codes)
+                if dense:
+                    passes = sweeps if rounding == "gptq" else None
+                    part = measure_linears(streamed, units, list(places.values()), columns, gradient, scored, passes)
+                else:
+                    part = _measure_layer(streamed, units, places, columns, gradient, scored, choose_codes)
                 found[:, list(places.values())] = part
                 if cache is not None:
                     cache.store(f"sensitivity-{streamed.index}", part)

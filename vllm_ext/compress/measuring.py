@@ -148,8 +148,8 @@ def describe_rare_experts(profile: ActivationProfile, units: Sequence[Unit]) -> 
 
 def find_shares(source: SourceModel, units: Sequence[Unit], profile: ActivationProfile | None) -> np.ndarray:
     """Probability that a token passes each unit, float64 [units]."""
-    top_k = count_top_k(source.config)
     counts = count_layer_experts(source)
+    top_k = count_top_k(source.config) if counts else 0
     shares = np.ones(len(units))
     for row, unit in enumerate(units):
         if unit.module.expert is not None:

@@ -16,6 +16,7 @@ from vllm_ext.compress.calibration import NUM_WINDOWS, load_tokenizer, make_wind
 from vllm_ext.compress.choosing import Choice, Problem, choose_by_layer, choose_globally, time_choice
 from vllm_ext.compress.families import Kind
 from vllm_ext.compress.held_out import HELD_OUT_SHARE, Comparison, drop_layers, measure_plans, split_held_out
+from vllm_ext.compress.linear_error import has_experts, list_linear_groups
 from vllm_ext.compress.measuring import (
     describe_rare_experts,
     describe_shortage,
@@ -52,8 +53,9 @@ def make_plan(
 ) -> PlanReport:
     """The plan that `vllm-ext quantize` follows.
 
-    bits: true bits per weight of the experts that `fixed` neither names nor ignores; their schemes are allocated under
-    it, or one scheme is chosen for all of them (`uniform`). None: the plan is `fixed` as it is. schemes: the options;
+    bits: true bits per weight of the experts that `fixed` neither names nor ignores, or, in a model without experts, of
+    all linears of the decoder layers that it does not; their schemes are allocated under it, or one scheme is chosen
+    for all of them (`uniform`). None: the plan is `fixed` as it is. schemes: the options;
     default one per width, with calibration also smaller groups. calibration: sources of `calibration.make_windows`, of
     which num_windows are taken; without any, experts count the same and weights are all there is to judge by. fixed:
     schemes that are given, of linears or of whole layers of experts. rounding, sweeps: how codes will be chosen, see
@@ -76,10 +78,15 @@ def make_plan(
     measure = options.measure or ("loss" if calibration else "weight")
     if measure != "weight" and not calibration:
         raise PlanError(f"sensitivity {measure!r} is measured on calibration text: give --calibration, or use 'weight'")
-    modules = [m for m in source.modules.values() if m.kind is Kind.EXPERT and not plan.names(m.path)]
+    dense = not has_experts(source)
+    if dense:
+        modules = list_linear_groups(source, plan)
+    else:
+        modules = [m for m in source.modules.values() if m.kind is Kind.EXPERT and not plan.names(m.path)]
     if not modules:
+        what = "linear" if dense else "expert"
         raise PlanError(
-            "no expert is left to allocate bits to: leave out --bits, or experts in the plan and its ignore"
+            f"no {what} is left to allocate bits to: leave out --bits, or {what}s in the plan and its ignore"
         )
     units = list_units(modules, schemes, fine=bool(calibration))
     sizes = np.stack([unit.sizes for unit in units])
@@ -94,8 +101,9 @@ def make_plan(
         used, held = split_held_out(windows)
         if options.work is not None:
             cache = open_cache(options.work, source, units, used, measure, rounding, sweeps)
-        profile = load_profile(source, used, cache, progress)
-        notes += describe_rare_experts(profile, units)
+        if not dense:
+            profile = load_profile(source, used, cache, progress)
+            notes += describe_rare_experts(profile, units)
     losses = measure_losses(source, units, measure, used, profile, rounding, sweeps, cache, progress)
     times = predict_times(
         model,
@@ -255,14 +263,20 @@ def _check_budget(bits: float, units: Sequence[Unit], sizes: np.ndarray, uniform
 def _merge(source: SourceModel, fixed: Plan, units: Sequence[Unit], choice: np.ndarray) -> Plan:
     """The fixed modules and the chosen ones, in the order of the model."""
     chosen: dict[str, dict[str, Scheme]] = {}
+    linears: dict[str, Scheme] = {}
     for unit, option in zip(units, choice, strict=True):
         scheme = unit.options[int(option)]
         assert scheme is not None
-        chosen.setdefault(unit.module.path, {})[unit.block.name] = scheme
+        if unit.module.expert is None:
+            linears.update(dict.fromkeys(unit.block.paths, scheme))
+        else:
+            chosen.setdefault(unit.module.path, {})[unit.block.name] = scheme
     modules: dict[str, ModuleSchemes] = {}
     for path in source.modules:
         if path in chosen:
             modules[path] = ExpertSchemes(**chosen[path])
+        elif path in linears:
+            modules[path] = linears[path]
         elif path in fixed.modules:
             modules[path] = fixed.modules[path]
     return Plan(modules, fixed.ignore)

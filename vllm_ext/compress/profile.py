@@ -15,7 +15,7 @@ import torch
 from vllm_ext.compress.families import Family
 from vllm_ext.compress.progress import track
 from vllm_ext.compress.source import SourceModel
-from vllm_ext.compress.streaming import LayerStream, StreamedLayer
+from vllm_ext.compress.streaming import LayerStream
 from vllm_ext.quantization.safetensors_io import CheckpointError
 
 #: Windows of one forward pass.
@@ -127,7 +127,7 @@ def stream_profile(source: SourceModel, windows: np.ndarray, *, progress: bool =
     stream, counted = LayerStream(source, windows), _Counts()
     for layer in track(stream.layers(), "profile", stream.num_layers, progress):
         if layer.routed is not None:
-            name = f"{source.family.layer_prefix(layer.index)}{_find_experts_name(layer)}"
+            name = source.family.experts_path(layer.index)
             counted.add(name, layer.num_experts, layer.routed.ids, layer.routed.weights)
     profile = counted.finish(int(windows.size))
     if not profile.counts:
@@ -163,9 +163,3 @@ class _Counts:
     def finish(self, tokens: int) -> ActivationProfile:
         """The profile of all that was added."""
         return ActivationProfile(tokens, self._counts, self._mass, self._pairs)
-
-
-def _find_experts_name(layer: StreamedLayer) -> str:
-    """Path of the experts inside their decoder layer."""
-    experts = layer.stream.family.find_experts(layer.module)
-    return next(name for name, module in layer.module.named_modules() if module is experts)

@@ -19,6 +19,7 @@ from vllm_ext.compress.balance import make_balanced_windows
 from vllm_ext.compress.cache import StageCache, hash_array
 from vllm_ext.compress.calibration import NUM_WINDOWS, CalibrationError, load_tokenizer, make_windows
 from vllm_ext.compress.held_out import count_windows, split_held_out
+from vllm_ext.compress.linear_error import has_experts
 from vllm_ext.compress.measuring import describe_shortage
 from vllm_ext.compress.plan_options import PlanOptions
 from vllm_ext.compress.plan_report import PlanReport, pair_blocks
@@ -124,6 +125,9 @@ def quantize_model(
         raise ValueError(f"sweeps must not be negative, got {sweeps}")
     check_output(Path(output))
     source = open_source(model)
+    for wanted, option in ((balanced, "--balanced"), (repair_router, "--repair-router")):
+        if wanted and not has_experts(source):
+            raise ValueError(f"{option} is about routed experts, of which {source.directory} has none: leave it out")
     windows = None
     drawn = count_windows(num_windows) if repair_router else num_windows
     if rounding != "rtn" or repair_router:

@@ -51,7 +51,7 @@ def refine_codes(
                     place = column - start
                     value = values[:, column].clone()
                     wanted = value - local[:, place] / diagonal[:, column, None]
-                    level = round_to_grid(wanted, scales[:, group], zero, 2**scheme.weight_bits)
+                    level = round_to_grid(wanted, scales[:, group], zero, scheme)
                     levels[:, column] = level
                     values[:, column] = (level - zero) * scales[:, group]
                     moved[:, place] = values[:, column] - value

@@ -114,7 +114,7 @@ def set_linear(
 
 def find_linear(module: torch.nn.Module, layer: StreamedLayer, path: str) -> torch.nn.Module:
     """A linear of the layer by its checkpoint path."""
-    return module.get_submodule(path.removeprefix(layer.stream.family.layer_prefix(layer.index)))
+    return layer.stream.family.find_linear(module, layer.index, path)
 
 
 def list_experts(source: SourceModel, layer: int) -> dict[int, Module]:

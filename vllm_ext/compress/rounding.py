@@ -7,13 +7,14 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_ext.compress.grids import fit_ternary, round_to_grid
 from vllm_ext.quantization.scheme import Scheme
 
 
 class QuantizedWeight(NamedTuple):
     """codes uint8 [N, K], scales fp16 [N, K/g], zeros uint8 [N, K/g] or None when symmetric.
 
-    weight = scale * (code - zero); a symmetric scheme's zero is 2**(bits-1).
+    weight = scale * (code - zero); a symmetric scheme's zero is `Scheme.fixed_zero`.
     """
 
     codes: torch.Tensor
@@ -26,7 +27,8 @@ def round_to_nearest(weight: torch.Tensor, scheme: Scheme, name: str = "weight")
 
     The step of a group is the smallest fp16 number, rounded up, whose levels span the group's values and zero:
     no value is clipped, and every error is at most half a step. It is fixed in fp16 before any code is chosen, so
-    the codes are the best for the scale that is stored. Ties round to even.
+    the codes are the best for the scale that is stored. Ties round to even. Of ternary weights the scale is that of
+    least squared error (`grids.fit_ternary`): with three levels, to clip nothing is to round nearly all to zero.
 
     name: what an error calls the matrix. Raises ValueError for NaN or infinite weights, for a group whose step
     exceeds fp16, for a group size that does not divide K, and for w16a16, which has no codes.
@@ -43,13 +45,14 @@ def round_to_nearest(weight: torch.Tensor, scheme: Scheme, name: str = "weight")
     groups = weight.float().reshape(N, scheme.num_groups(K), -1)
     highest = groups.amax(-1).clamp(min=0.0)
     lowest = groups.amin(-1).clamp(max=0.0)
-    num_levels = 2**scheme.weight_bits
-    if scheme.symmetric:
-        step = torch.maximum(highest / (num_levels // 2 - 1), -lowest / (num_levels // 2))
+    top = scheme.highest_code
+    if scheme.is_ternary:
+        scales = fit_ternary(groups)
+    elif scheme.symmetric:
+        scales = _round_up_to_fp16(torch.maximum(highest / (top - scheme.fixed_zero), -lowest / scheme.fixed_zero))
     else:
         # Divided before the subtraction: the difference of two finite numbers can overflow.
-        step = highest / (num_levels - 1) - lowest / (num_levels - 1)
-    scales = _round_up_to_fp16(step)
+        scales = _round_up_to_fp16(highest / top - lowest / top)
     if not torch.isfinite(scales).all():
         row, group = (~torch.isfinite(scales)).nonzero()[0].tolist()
         raise ValueError(
@@ -57,10 +60,10 @@ def round_to_nearest(weight: torch.Tensor, scheme: Scheme, name: str = "weight")
             f"which needs a scale beyond fp16's 65504; keep this weight as w16a16"
         )
     # A group of zeros has no range. Any scale is exact there; one is the least surprising.
-    scales = torch.where(step > 0, scales, torch.ones_like(scales))
+    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
     scale = scales.float()
-    zeros = torch.full_like(scale, num_levels // 2) if scheme.symmetric else (-lowest / scale).round()
-    codes = groups.div(scale.unsqueeze(-1)).round_().add_(zeros.unsqueeze(-1)).clamp_(0, num_levels - 1)
+    zeros = torch.full_like(scale, scheme.fixed_zero) if scheme.symmetric else (-lowest / scale).round()
+    codes = round_to_grid(groups, scale.unsqueeze(-1), zeros.unsqueeze(-1), scheme)
     return QuantizedWeight(
         codes.view(N, K).to(torch.uint8), scales, None if scheme.symmetric else zeros.to(torch.uint8)
     )
@@ -70,7 +73,7 @@ def dequantize(quantized: QuantizedWeight, scheme: Scheme) -> torch.Tensor:
     """The weight [N, K] in float32 that the codes stand for."""
     codes, scales, zeros = quantized
     N, K = codes.shape
-    zero = 2.0 ** (scheme.weight_bits - 1) if zeros is None else zeros.float().unsqueeze(-1)
+    zero = float(scheme.fixed_zero) if zeros is None else zeros.float().unsqueeze(-1)
     centred = codes.view(N, scheme.num_groups(K), -1).float() - zero
     return (centred * scales.float().unsqueeze(-1)).view(N, K)
 

@@ -18,7 +18,6 @@ from vllm_ext.compress.rounders import Rounder, list_constants
 from vllm_ext.compress.rounding import QuantizedWeight
 from vllm_ext.compress.source import SourceModel
 from vllm_ext.compress.streaming import BATCH_WINDOWS, LayerStream, StreamedLayer
-from vllm_ext.kernels.packing import unpack_codes
 from vllm_ext.quantization.checkpoint import pack_weight
 from vllm_ext.quantization.plan import ExpertSchemes, Plan
 from vllm_ext.quantization.scheme import Scheme
@@ -121,7 +120,6 @@ def _load(cache: StageCache, name: str, paths: Mapping[str, Scheme]) -> dict[str
     tensors: dict[str, torch.Tensor] = stored or {}
     rounded = {}
     for path, scheme in paths.items():
-        packed = tensors[f"{path}.qweight"]
-        codes = unpack_codes(packed, scheme.weight_bits, packed.shape[1] * 8 // scheme.weight_bits)
+        codes = scheme.unpack_codes(tensors[f"{path}.qweight"])
         rounded[path] = QuantizedWeight(codes, tensors[f"{path}.scales"], tensors.get(f"{path}.zeros"))
     return rounded

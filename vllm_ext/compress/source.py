@@ -50,7 +50,9 @@ class SourceModel:
                 raise PlanError(f"the plan names {path}, which the model does not have{suggest(path, self.modules)}")
             if module.kind not in QUANTIZABLE:
                 what = "a router" if module.kind is Kind.ROUTER else "not an expert, attention or dense linear"
-                raise PlanError(f"the plan names {path}, which is {what} and stays as it is: leave it out")
+                reason = self.family.explain_kept(path)
+                why = "" if reason is None else f", because {reason}"
+                raise PlanError(f"the plan names {path}, which is {what} and stays as it is{why}: leave it out")
             pairs = zip(module.blocks, schemes if isinstance(schemes, ExpertSchemes) else (schemes,), strict=True)
             for block, scheme in pairs:
                 try:
@@ -63,10 +65,11 @@ class SourceModel:
                 raise PlanError(f"ignore names {path}, which the model does not have{suggest(path, self.modules)}")
 
     def _check_fused(self, plan: Plan, path: str) -> None:
-        name = path.rpartition(".")[2]
+        parent, _, name = path.rpartition(".")
         for group in self.family.fused:
             if name in group:
-                plan.find_linear(path, group)
+                # DeepSeek has its queries in one linear or in two, and only one of the two is fused.
+                plan.find_linear(path, [shard for shard in group if f"{parent}.{shard}" in self.modules])
 
 
 def open_source(model: str | Path) -> SourceModel:
@@ -87,7 +90,7 @@ def open_source(model: str | Path) -> SourceModel:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise CheckpointError(f"{directory} is quantized already ({method}): give the unquantized model")
     family = find_family(config)
-    reader = TensorReader(directory)
+    reader = family.open_reader(directory, config)
     modules = {module.path: module for module in family.list_modules(config, reader.infos)}
     for module in modules.values():
         for path in (path for block in module.blocks for path in block.paths):

@@ -79,12 +79,12 @@ class LayerStream:
         base = copy.copy(self._decoder.base)
         # The copy gets its own tables of parts, so that the original keeps its layers.
         base._modules = dict(base._modules)
-        catcher = Catcher()
+        catchers = [Catcher() for _ in self._decoder.layers]
         for name, part in list(base._modules.items()):
             if part is self._decoder.embedding:
                 base._modules[name] = torch.nn.Embedding.from_pretrained(table, freeze=True)
             elif part is self._decoder.layers:
-                base._modules[name] = torch.nn.ModuleList([catcher])
+                base._modules[name] = torch.nn.ModuleList(catchers)
             elif part is self._decoder.norm:
                 base._modules[name] = torch.nn.Identity()
             elif part is not None and any(buffer.is_meta for buffer in part.buffers()):
@@ -94,7 +94,13 @@ class LayerStream:
         with torch.no_grad():
             for batch in self._batches:
                 base(input_ids=batch, use_cache=False)
-                states, self._arguments[len(batch)] = catcher.take()
+                (states, arguments), *others = [catcher.take() for catcher in catchers]
+                if not all(_are_equal(arguments, other) for _, other in others):
+                    raise CheckpointError(
+                        f"layers of {self.source.directory} see windows of {batch.shape[1]} tokens through different "
+                        f"masks (sliding windows): only models with one kind of attention are run layer by layer"
+                    )
+                self._arguments[len(batch)] = arguments
                 hidden.append(states.to(self.dtype))
         return hidden
 
@@ -183,15 +189,23 @@ class LayerStream:
         The gradients are [batch, context, hidden] per batch, in the stream's own dtype, and belong to the unquantized
         model. dtype: in which the inputs of the layers wait in files of `folder`; each layer is run again to go
         backward through it, so one layer is in memory at a time.
-        Raises ValueError where the loss is NaN or infinite.
+        Raises ValueError where the loss is NaN or infinite, and CheckpointError where the folder cannot hold them.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file, save_file
 
         outputs: list[torch.Tensor] = []
         for layer in self.layers():
             if layer.index:  # nothing goes backward through the first
                 stored = {str(number): hidden.to(dtype).cpu() for number, hidden in enumerate(layer.inputs)}
-                save_file(stored, folder / f"{layer.index}.safetensors")
+                try:
+                    save_file(stored, folder / f"{layer.index}.safetensors")
+                except (SafetensorError, OSError) as error:
+                    size = sum(tensor.nbytes for tensor in stored.values())
+                    raise CheckpointError(
+                        f"keeping activations in {folder} failed ({error}): free {size} bytes for each layer there, or "
+                        f"give another folder with --work"
+                    ) from error
             outputs = layer.outputs
         gradients = self._head_gradients(outputs)
         del outputs
@@ -238,6 +252,17 @@ class LayerStream:
         norm = copy.deepcopy(self._decoder.norm)
         norm.load_state_dict({"weight": reader.read(residual.head_gain).to(self.device, self.dtype)}, assign=True)
         return norm.requires_grad_(False), reader.read(residual.head).to(self.device, self.dtype)
+
+
+def _are_equal(first: Any, second: Any) -> bool:
+    """Whether two sets of arguments of layers are the same, tensors by value."""
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        return first is second or torch.equal(first, second)
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(_are_equal(first[name], second[name]) for name in first)
+    if isinstance(first, tuple | list) and isinstance(second, tuple | list):
+        return len(first) == len(second) and all(map(_are_equal, first, second))
+    return first is second or bool(first == second)
 
 
 @dataclass

@@ -6,7 +6,8 @@ A page holds `block_size` tokens of a layer. Tokens in full precision have pages
     blocks in the pool    bytes // sum over layers of page bytes
     recent page           block_size's largest power-of-two divisor of tokens whose K and V fit under a page; the
                           rest of the page is padding, since one pool has one page size
-    blocks of a request   ceil(tokens / block_size) + sink pages + pages of the window before the last block boundary
+    blocks of a request   ceil(tokens / block_size) + sink pages + pages of two windows, which a prefill step holds:
+                          the one before its first query, and the one before the next step's
     tokens that fit       blocks / blocks of a request at max_model_len, times max_model_len
 
 The window's price is per request, so short requests pay it in full: that is why the ratio grows with max_model_len.
@@ -19,8 +20,18 @@ from dataclasses import dataclass
 
 from vllm_ext.kv_cache.presets import Preset
 
-#: A window that starts and ends inside a page takes one more at either end.
-SPARE_PAGES = 2
+
+def count_recent_pages(window: int, sinks: int, page_tokens: int, max_model_len: int) -> int:
+    """Most full-precision pages that one request holds at a time: the admission bound of `recent.RecentSpec`.
+
+    window: tokens, the query's own included, `Preset.retained_window`. page_tokens: of a full-precision page.
+    max_model_len: of a request.
+    """
+    pages = -(-sinks // page_tokens)
+    if window > 1:
+        # window - 1 tokens that begin with the last of a page.
+        pages += 2 * (-(-(window - 2) // page_tokens) + 1)
+    return min(pages, -(-max_model_len // page_tokens))
 
 
 @dataclass(frozen=True)
@@ -76,11 +87,8 @@ def compute_capacity(
     if any(each.keeps_recent for each in presets):
         # Layers of a block are packed one after the other, so what counts is the room of all of them.
         recent_tokens = _fit_recent(geometry, sum(pages))
-        retained = max(each.window + each.extra_window for each in presets) - 1
-        recent_pages = -(-max(each.sinks for each in presets) // recent_tokens)
-        if retained > 0:
-            retained = min(retained + geometry.block_size, max_model_len)
-            recent_pages += -(-retained // recent_tokens) + SPARE_PAGES
+        window, sinks = max(each.retained_window for each in presets), max(each.sinks for each in presets)
+        recent_pages = count_recent_pages(window, sinks, recent_tokens, max_model_len)
     request = -(-max_model_len // geometry.block_size) + recent_pages
     tokens = int(cache_bytes // sum(pages) / request * max_model_len)
     elements = 2 * geometry.num_layers * geometry.num_kv_heads * geometry.block_size * geometry.head_dim

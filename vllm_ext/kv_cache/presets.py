@@ -51,9 +51,17 @@ class Preset:
         return self.key.group_size - 1 if self.key.per_channel else 0
 
     @property
+    def retained_window(self) -> int:
+        """Last tokens of a request that must be at hand in full precision, the one being computed included.
+
+        Also without a window the last key of a group is coded together with those before it.
+        """
+        return max(self.window, 1) + self.extra_window
+
+    @property
     def keeps_recent(self) -> bool:
         """Does anything stay in full precision from one step to the next?"""
-        return self.window + self.extra_window > 1 or self.sinks > 0
+        return self.retained_window > 1 or self.sinks > 0
 
     def fit(self, head_dim: int, group_size: int | None = None) -> Preset:
         """The preset for a head size: per-token groups become the largest divisor of head_dim up to their size.

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from vllm_ext import __version__
-from vllm_ext.kernels.packing import pack_codes, unpack_codes
 from vllm_ext.quantization.atomic_directory import check_output, make_directory
 from vllm_ext.quantization.plan import ExpertSchemes, ModuleSchemes, Plan, PlanError, is_expert
 from vllm_ext.quantization.safetensors_io import CheckpointError, ShardWriter, TensorInfo, TensorReader, suggest
@@ -27,8 +26,10 @@ from vllm_ext.quantization.scheme import Scheme
 #: Data in one file before the next begins, as the Hugging Face hub splits.
 SHARD_BYTES = 5_000_000_000
 
-#: Projections of an expert in the checkpoint, and the block each belongs to.
+#: Projections of an expert in the checkpoint, gate, up and down, and the block each belongs to.
 EXPERT_PROJECTIONS = {"gate_proj": "gate_up", "up_proj": "gate_up", "down_proj": "down"}
+#: The same below another name of the layer's block: Mixtral's.
+OTHER_PROJECTIONS = {"block_sparse_moe": {"w1": "gate_up", "w3": "gate_up", "w2": "down"}}
 
 #: Files beside the weights that belong to the model: tokenizer, templates, generation config, licence. No code.
 COMPANION_FILES = (
@@ -62,7 +63,13 @@ def list_linears(module: str, schemes: ModuleSchemes) -> dict[str, Scheme]:
     """{checkpoint path of a linear weight: its scheme} of one module of a plan: three for an expert, else one."""
     if isinstance(schemes, Scheme):
         return {module: schemes}
-    return {f"{module}.{projection}": getattr(schemes, block) for projection, block in EXPERT_PROJECTIONS.items()}
+    return {f"{module}.{projection}": getattr(schemes, block) for projection, block in find_projections(module).items()}
+
+
+def find_projections(expert: str) -> dict[str, str]:
+    """{projection, in the order gate, up, down: its block} of an expert by its checkpoint path."""
+    parent = expert.split(".")[-3:-2]
+    return OTHER_PROJECTIONS.get(parent[0], EXPERT_PROJECTIONS) if parent else EXPERT_PROJECTIONS
 
 
 def list_tensors(path: str, scheme: Scheme, N: int, K: int, dtype: torch.dtype) -> dict[str, TensorInfo]:
@@ -79,7 +86,7 @@ def pack_weight(
     codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, scheme: Scheme
 ) -> dict[str, torch.Tensor]:
     """{suffix: tensor} of a quantized weight. codes uint8 [N, K]; scales fp16 and zeros uint8 [N, K/g]."""
-    tensors = {"qweight": pack_codes(codes, scheme.weight_bits), "scales": scales}
+    tensors = {"qweight": scheme.pack_codes(codes), "scales": scales}
     return tensors if zeros is None else {**tensors, "zeros": zeros}
 
 
@@ -87,11 +94,10 @@ def unpack_weight(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.
     """The weight [N, K] in float32 that {suffix: tensor} stand for; w16a16 is converted."""
     if not scheme.is_quantized:
         return tensors["weight"].float()
-    packed, scales = tensors["qweight"], tensors["scales"].float()
-    N, K = packed.shape[0], packed.shape[1] * 8 // scheme.weight_bits
-    codes = unpack_codes(packed, scheme.weight_bits, K).view(N, scales.shape[1], -1).float()
-    zeros = tensors["zeros"].float().unsqueeze(-1) if "zeros" in tensors else 2.0 ** (scheme.weight_bits - 1)
-    return ((codes - zeros) * scales.unsqueeze(-1)).view(N, K)
+    scales = tensors["scales"].float()
+    codes = scheme.unpack_codes(tensors["qweight"]).unflatten(1, (scales.shape[1], -1)).float()
+    zeros = tensors["zeros"].float().unsqueeze(-1) if "zeros" in tensors else float(scheme.fixed_zero)
+    return ((codes - zeros) * scales.unsqueeze(-1)).flatten(1)
 
 
 def write_checkpoint(
@@ -300,12 +306,13 @@ def _check_linear(path: str, scheme: Scheme, infos: Mapping[str, TensorInfo], kn
     if len(first.shape) != 2:
         raise CheckpointError(f"{path}.{suffixes[0]} is {first}, expected two dimensions: quantize the model again")
     N, columns = first.shape
-    K, rest = divmod(columns * 8, scheme.weight_bits) if scheme.is_quantized else (columns, 0)
-    if rest:
+    try:
+        K = scheme.count_inputs(columns) if scheme.is_quantized else columns
+    except ValueError as error:
         raise CheckpointError(
-            f"{path}.qweight is {first}, but rows of {columns} bytes hold no whole number of {scheme.weight_bits}-bit "
-            f"codes: the plan and the tensors come from different runs; quantize the model again"
-        )
+            f"{path}.qweight is {first}, but {error}: the plan and the tensors come from different runs; quantize the "
+            f"model again"
+        ) from error
     if scheme.is_quantized and f"{path}.weight" in infos:
         raise CheckpointError(
             f"{path}.weight lies beside the packed {path}.qweight ({scheme}): quantize the model again"
@@ -324,16 +331,18 @@ def _check_linear(path: str, scheme: Scheme, infos: Mapping[str, TensorInfo], kn
 
 
 def _check_expert_shapes(module: str, shapes: Mapping[str, tuple[int, int]], config: Mapping[str, Any]) -> None:
-    gate, up, down = (shapes[f"{module}.{projection}"] for projection in EXPERT_PROJECTIONS)
+    names = list(find_projections(module))
+    gate, up, down = (shapes[f"{module}.{projection}"] for projection in names)
     if gate != up or down != gate[::-1]:
+        shown = ", ".join(f"{name} {list(shape)}" for name, shape in zip(names, (gate, up, down), strict=True))
         raise CheckpointError(
-            f"{module}: gate_proj is {list(gate)}, up_proj {list(up)}, down_proj {list(down)}, but gate and up must "
-            f"agree and down be their transpose: the plan or the tensors are damaged; quantize the model again"
+            f"{module}: shapes are {shown}, but gate and up must agree and down be their transpose: the plan or the "
+            f"tensors are damaged; quantize the model again"
         )
     expected = (config.get("moe_intermediate_size", gate[0]), config.get("hidden_size", gate[1]))
     if gate != expected:
         raise CheckpointError(
-            f"{module}: gate_proj is {list(gate)}, config.json says {list(expected)}: quantize the model again"
+            f"{module}: {names[0]} is {list(gate)}, config.json says {list(expected)}: quantize the model again"
         )
 
 
@@ -351,6 +360,7 @@ def _copy_companions(source: Path, target: Path) -> None:
 __all__ = [
     "COMPANION_FILES", "COMPANION_FOLDERS", "EXPERT_PROJECTIONS", "NUM_EXPERTS_KEYS", "SHARD_BYTES", "Checkpoint",
     "CheckpointError", "PlanError", "TensorInfo", "TensorReader", "check_output", "count_experts",
+    "find_projections",
     "list_expert_layers", "list_linears", "list_other_tensors", "list_tensors", "make_producer", "open_checkpoint",
     "pack_weight", "read_config", "read_module", "read_size", "unpack_weight", "validate_checkpoint",
     "write_checkpoint", "write_plain_checkpoint",

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
     from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 
+    from vllm_ext.quantization.linear import MxMoEOnlineLinearMethod
+
 logger = logging.getLogger("vllm.vllm_ext")
 
 #: Keys of a Hugging Face configuration that declare experts; the last one of models that configure layer by layer.
@@ -50,6 +52,8 @@ class MxMoEConfig(QuantizationConfig):
         #: Modules of the plan that a layer of the model has taken its scheme from, and all that could have.
         self._used: set[str] = set()
         self._seen: set[str] = set()
+        #: Methods of linear layers that are rounded while they load, until loading begins.
+        self._online_linears: list[MxMoEOnlineLinearMethod] = []
 
     def __repr__(self) -> str:
         if self.plan is None:
@@ -97,18 +101,28 @@ class MxMoEConfig(QuantizationConfig):
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Look at the whole model before any process loads it.
 
-        Without a plan: warn once where the model declares no experts, because it would be served unquantized without
-        a word. Packed, in a local directory: raise CheckpointError or PlanError, naming the tensor, where the files
-        are not complete (`checkpoint.validate_checkpoint`). vLLM does not miss tensors of quantized models.
+        Raise ValueError for a family that is refused by name (`compress.families.layout.REFUSED`). Without a plan: warn
+        once where the model declares no experts, because it would be served unquantized without a word. Packed, in a
+        local directory: raise CheckpointError or PlanError, naming the tensor, where the files are not complete
+        (`checkpoint.validate_checkpoint`). vLLM does not miss tensors of quantized models.
         """
         if self.is_packed:
             directory = Path(model_name)
             # Without weight files the engine makes weights up (--load-format dummy), or vLLM says what it misses.
             if (directory / INDEX_FILE).is_file() or (directory / SINGLE_FILE).is_file():
                 validate_checkpoint(directory)
-        if hf_config is None or self.plan is not None:
+        if hf_config is None:
             return
+        # Here and below: what plans and families are is not needed to register the method's name.
+        from vllm_ext.compress.families.layout import describe_refusal
+
         text_config = hf_config.get_text_config()
+        for config in (hf_config, text_config):
+            refusal = describe_refusal(getattr(config, "model_type", None))
+            if refusal is not None:
+                raise ValueError(refusal)
+        if self.plan is not None:
+            return
         if not any(getattr(text_config, name, None) for name in EXPERT_COUNT_NAMES):
             logger.warning(
                 "--quantization mxmoe quantizes the routed experts of MoE layers, and %s (model type %r) declares "
@@ -132,6 +146,9 @@ class MxMoEConfig(QuantizationConfig):
     def get_checkpoint_weight_mapper(self) -> Any:
         """vLLM asks this when the model stands and before the first weight is read: the time for `check_plan`."""
         self.check_plan()
+        # Once: a reload, which asks again, counts on its own.
+        while self._online_linears:
+            self._online_linears.pop().await_bias()
         return QuantizationConfig.get_checkpoint_weight_mapper()
 
     def check_plan(self) -> None:
@@ -221,12 +238,21 @@ class MxMoEConfig(QuantizationConfig):
         self._seen.update(modules)
         if scheme is None:
             return UnquantizedLinearMethod()
+        from vllm_ext.compress.families.layout import find_reason_to_keep
+
+        if reason := find_reason_to_keep(name):
+            raise PlanError(f"the plan names {prefix}, which mxmoe leaves as it is, because {reason}: leave it out")
         self._used.update(modules)
         if not scheme.is_quantized:
             return UnquantizedLinearMethod()
         from vllm_ext.quantization.linear import MxMoELinearMethod, MxMoEOnlineLinearMethod
 
-        method = (MxMoELinearMethod if self.is_packed else MxMoEOnlineLinearMethod)(scheme, prefix, shards)
+        method: MxMoELinearMethod | MxMoEOnlineLinearMethod
+        if self.is_packed:
+            method = MxMoELinearMethod(scheme, prefix, shards)
+        else:
+            method = MxMoEOnlineLinearMethod(scheme, prefix, shards)
+            self._online_linears.append(method)
         method.check_plan = self.check_plan
         return method
 

@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.linear import LinearMethodBase, QKVParallelLinear
 from vllm.model_executor.layers.quantization.online.fp8 import OnlineLinearBase
+from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 
+from vllm_ext import observability
 from vllm_ext.compress.rounding import round_to_nearest
 from vllm_ext.kernels.arena import write_codes
 from vllm_ext.kernels.mixed_linear import op  # noqa: F401 - registers torch.ops.vllm_ext.mixed_linear
 from vllm_ext.kernels.mixed_linear.layout import plan_linear
-from vllm_ext.kernels.packing import unpack_codes
 from vllm_ext.quantization.moe import LayerStorage, describe_block
-from vllm_ext.quantization.resident import allocate_arena, choose_layout, place_in_memory
+from vllm_ext.quantization.resident import allocate_arena, choose_layout, find_engine_index, place_in_memory
 from vllm_ext.quantization.scheme import Scheme
 from vllm_ext.quantization.tensors import (
     check_linear_arrived,
@@ -76,7 +77,16 @@ class MxMoELinearBase(LinearMethodBase):
         write_codes(arena, plan.table[0].tolist(), codes, scales, zeros)
         replace_parameter(layer, "linear_arena", arena)
         layer.register_buffer("linear_table", plan.table.to(arena.device), persistent=False)
-        self.storage = LayerStorage(plan_linear([(stored, N)], K).num_bytes, N * K, 0, 0, plan.num_bytes)
+        self.report_storage(LayerStorage(plan_linear([(stored, N)], K).num_bytes, N * K, 0, 0, plan.num_bytes))
+
+    def report_storage(self, storage: LayerStorage) -> None:
+        """Keep what the loaded layer takes, and count it once in the metrics (a reload changes nothing in it)."""
+        if self.storage is None:
+            engine_index = find_engine_index()
+            observability.add("vllm_ext:mxmoe_linear_weight_bytes", storage.quantized_bytes, engine_index)
+            observability.add("vllm_ext:mxmoe_linear_weight_count", storage.quantized_weights, engine_index)
+            observability.add("vllm_ext:mxmoe_linear_resident_bytes", storage.resident_bytes, engine_index)
+        self.storage = storage
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """[..., K] -> [..., outputs of this rank] in x's dtype."""
@@ -167,7 +177,7 @@ class MxMoELinearMethod(MxMoELinearBase):
             raise ValueError(describe_missing(missing, self.scheme))
         self.loaded.clear()
         tensors = {suffix: getattr(layer, suffix).data for suffix in self.scheme.tensors}
-        codes = unpack_codes(tensors["qweight"], self.scheme.weight_bits, self.K)
+        codes = self.scheme.unpack_codes(tensors["qweight"])
         self.set_weight(layer, codes, tensors["scales"], tensors.get("zeros"), self.params_dtype)
         for suffix, tensor in tensors.items():
             replace_parameter(layer, suffix, torch.empty(0, dtype=tensor.dtype, device=tensor.device))
@@ -185,6 +195,7 @@ class MxMoEOnlineLinearMethod(MxMoELinearBase, OnlineLinearBase):
         super().__init__()
         self.scheme = scheme
         self.set_names(layer_name, shards)
+        self.layer_ref: weakref.ref[torch.nn.Module] | None = None
 
     def create_weights(
         self,
@@ -208,6 +219,18 @@ class MxMoEOnlineLinearMethod(MxMoELinearBase, OnlineLinearBase):
             params_dtype,
             **extra_weight_attrs,
         )
+        self.layer_ref = weakref.ref(layer)
+
+    def await_bias(self) -> None:
+        """Let vLLM wait for the bias too; to be called when the model stands, and before its first weight is read.
+
+        A layer registers its bias after `create_weights`, and vLLM notices it with the layer's first weight
+        (`reload.layerwise.make_online_process_loader`): a bias that comes earlier, as names sort, is not counted, and
+        the layer never counts as complete. It would then be rounded only when all others are, all of it in memory.
+        """
+        layer = None if self.layer_ref is None else self.layer_ref()
+        if layer is not None and getattr(layer, "bias", None) is not None:
+            layerwise.initialize_online_processing(layer)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Turn `weight` into `linear_arena` and `linear_table`, and empty it.

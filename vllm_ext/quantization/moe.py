@@ -160,7 +160,9 @@ def describe_block(scheme: Scheme, dtype: torch.dtype) -> BlockFormat:
     """The arena format of a scheme; `dtype` is the checkpoint's, for blocks that stay as they are."""
     if not scheme.is_quantized:
         return BlockFormat.full_precision(dtype)
-    return BlockFormat(scheme.weight_bits, scheme.act_bits, scheme.group_size, scheme.symmetric)
+    if scheme.is_ternary:
+        return BlockFormat.ternary(scheme.act_bits, scheme.group_size)
+    return BlockFormat(scheme.code_bits, scheme.act_bits, scheme.group_size, scheme.symmetric)
 
 
 def plan_in_memory(

@@ -166,10 +166,12 @@ class Plan:
             return None
         if extra := sorted(expert for expert in found if expert >= num_experts):
             raise PlanError(f"the plan names {layer}.{extra[0]}, but the layer has {num_experts} experts")
-        if missing := [expert for expert in range(num_experts) if expert not in found]:
+        # Not a list: num_experts may be a number from a damaged file.
+        missing = next((expert for expert in range(num_experts) if expert not in found), None)
+        if missing is not None:
             raise PlanError(
                 f"the plan names {len(found)} of the {num_experts} experts of {layer} and leaves out "
-                f"{layer}.{missing[0]}; give it a scheme, w16a16 to leave it as it is"
+                f"{layer}.{missing}; give it a scheme, w16a16 to leave it as it is"
             )
         return [found[expert] for expert in range(num_experts)]
 

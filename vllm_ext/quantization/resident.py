@@ -9,7 +9,7 @@ import torch
 from vllm.config import get_current_vllm_config_or_none
 
 from vllm_ext import config
-from vllm_ext.kernels.arena import BlockFormat, Layout
+from vllm_ext.kernels.arena import STORED_CODES, BlockFormat, Layout
 from vllm_ext.kernels.native.load import ISA_ENV, load_ops
 
 #: Model dtypes of the compiled kernels. A float32 model keeps the plain layout, and float32 arithmetic.
@@ -40,9 +40,16 @@ def find_cache_dir() -> str | None:
     return config.parse(config.find_block(vllm_config.additional_config)).cache_dir
 
 
+def find_engine_index() -> int:
+    """vLLM's data-parallel rank, by which metrics tell engines apart; 0 where no engine is being made."""
+    vllm_config = get_current_vllm_config_or_none()
+    return 0 if vllm_config is None else vllm_config.parallel_config.data_parallel_index
+
+
 def place_in_memory(block: BlockFormat, layout: Layout) -> BlockFormat:
-    """A block's format in memory: as stored, but codes in `layout`."""
-    return block._replace(layout=layout) if block.layout == Layout.PLAIN_CODES else block
+    """A block's format in memory: as stored, but codes in records where `layout` is that."""
+    is_repacked = layout == Layout.CPU_RECORD and block.layout in STORED_CODES
+    return block._replace(layout=layout) if is_repacked else block
 
 
 def allocate_arena(num_bytes: int, layout: Layout, device: torch.device) -> torch.Tensor:

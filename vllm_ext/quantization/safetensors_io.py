@@ -121,6 +121,7 @@ class TensorReader:
         self.infos: dict[str, TensorInfo] = {}
         self._files: dict[str, str] = {}
         self._offsets: dict[str, int] = {}
+        self._stamps: dict[str, tuple[int, int, int]] = {}
         index = directory / INDEX_FILE
         expected: Mapping[str, str] = {}
         if index.is_file():
@@ -139,6 +140,7 @@ class TensorReader:
         for name in files:
             if not (directory / name).is_file():
                 raise CheckpointError(f"{directory} lacks {name}, which {INDEX_FILE} names: copy it again")
+            self._stamps[name] = _stamp((directory / name).stat())
             infos, offset = read_header(directory / name)
             for tensor, info in infos.items():
                 if tensor in self._files:
@@ -155,23 +157,36 @@ class TensorReader:
                 )
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU. Raises CheckpointError for a name the checkpoint does not hold."""
+        """One tensor, on the CPU.
+
+        Raises CheckpointError for a name the checkpoint does not hold, and for a file that is not the one whose header
+        was read: the offsets would be those of another.
+        """
+        info = self.infos.get(name)
+        return self.read_part(name, 0, () if info is None else info.shape)
+
+    def read_part(self, name: str, first: int, shape: tuple[int, ...]) -> torch.Tensor:
+        """A piece of a tensor that lies in one stretch: `first` elements before it. Raises as `read`."""
         file = self._files.get(name)
         if file is None:
             raise CheckpointError(f"{self.directory} has no tensor {name}{suggest(name, self._files)}")
         # Read, not mapped: pages of a mapped shard count as this process's memory until the shard is closed.
-        info, data = self.infos[name], bytearray(self.infos[name].num_bytes)
+        dtype, path = self.infos[name].dtype, self.directory / file
+        data = bytearray(TensorInfo(dtype, shape).num_bytes)
         try:
-            with (self.directory / file).open("rb") as stream:
-                stream.seek(self._offsets[name])
+            with path.open("rb") as stream:
+                changed = _stamp(os.fstat(stream.fileno())) != self._stamps[file]
+                stream.seek(self._offsets[name] + first * dtype.itemsize)
                 count = stream.readinto(data)
         except OSError as error:
-            raise CheckpointError(f"reading {name} from {self.directory / file} failed ({error.strerror})") from error
+            raise CheckpointError(f"reading {name} from {path} failed ({error.strerror})") from error
         if count != len(data):
-            raise CheckpointError(f"{self.directory / file} became shorter while it was read: copy it again")
+            raise CheckpointError(f"{path} became shorter while it was read: copy it again")
+        if changed:
+            raise CheckpointError(f"{path} was changed while it was read: start again when it is complete")
         # frombuffer refuses an empty buffer.
-        flat = torch.frombuffer(data, dtype=info.dtype) if data else torch.empty(0, dtype=info.dtype)
-        return flat.reshape(info.shape)
+        flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        return flat.reshape(shape)
 
 
 class ShardWriter:
@@ -246,6 +261,11 @@ class ShardWriter:
                 # On a full disk closing flushes and fails again; the first error is the one to report.
                 if not hide_errors:
                     raise
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int, int]:
+    """What changes when a file is written or replaced."""
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _check_weight_map(weight_map: Any) -> dict[str, str]:

@@ -61,11 +61,13 @@ def check_split(name: str, scheme: Scheme, K: int, tp_size: int) -> None:
             f"multiple of the group size {scheme.group_size} of {scheme}; use fewer ranks, expert parallelism, or "
             f"a plan with smaller groups"
         )
-    if part * scheme.weight_bits % 8:
+    try:
+        scheme.packed_size(part)
+    except ValueError as error:
         raise ValueError(
             f"{name}: tensor parallelism over {tp_size} ranks gives each {part} of the K={K} inputs, whose "
-            f"{scheme.weight_bits}-bit codes do not fill whole bytes; use fewer ranks or another width"
-        )
+            f"{scheme.weight_bits:g}-bit codes do not fill whole bytes; use fewer ranks or another width"
+        ) from error
 
 
 def narrow_to_rank(tensor: torch.Tensor, split_dim: int | None, tp_rank: int, tp_size: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
+from vllm.v1.request import RequestStatus
 
 from vllm_ext import observability
 from vllm_ext.scheduling import goodput_setup
@@ -21,8 +22,8 @@ class StepNotes(NamedTuple):
     """What the mixin keeps of a scheduled step until its output arrives."""
 
     started: float  # seconds of time.perf_counter, at the start of schedule()
-    #: Drafts by request that were proposed for it. What else vLLM schedules as drafts is padding.
-    proposed: dict[str, int]
+    #: Requests that had drafts of a drafter. What else vLLM schedules as drafts is padding.
+    proposed: frozenset[str]
     #: Of these, how many at the front were certain, by request: no trials of the drafter.
     certain: Mapping[str, int]
     #: None for a step with prompt tokens in it, whose time says little about drafts.
@@ -51,7 +52,7 @@ class GoodputMixin:
         super().__init__(*args, **kwargs)
         vllm_config = self.vllm_config  # type: ignore[attr-defined]
         self._plan = goodput_setup.plan_control(vllm_config)
-        self._controller = goodput_setup.make_controller(vllm_config, self._plan)
+        self._controller = goodput_setup.make_controller(vllm_config, self._plan, self.requests)  # type: ignore[attr-defined]
         self._engine_index = vllm_config.parallel_config.data_parallel_index
         self._notes: dict[int, StepNotes] = {}
         self._decision: Decision | None = None
@@ -64,21 +65,22 @@ class GoodputMixin:
         drafted = [request for request in running if request.spec_token_ids]
         if drafted and self._plan.trims:
             self._trim(drafted, running)
-        self._proposed = {request.request_id: len(request.spec_token_ids) for request in drafted}
+        self._proposed = frozenset([request.request_id for request in drafted if request.spec_token_ids])
         return super().schedule(*args, **kwargs)  # type: ignore[misc]
 
     def _trim(self, drafted: list[Any], running: Collection[Any]) -> None:
-        context = sum(request.num_computed_tokens for request in running)
+        context = sum([request.num_computed_tokens for request in running])
+        ids = [request.request_id for request in drafted]
         given = np.array([len(request.spec_token_ids) for request in drafted], np.int64)
-        certain = np.array([self.certain_drafts.get(request.request_id, 0) for request in drafted], np.int64)
-        certain = np.minimum(certain, given)
-        batch = Batch([request.request_id for request in drafted], len(running) + int(certain.sum()), context)
+        certain = np.zeros(len(drafted), np.int64)
+        if self.certain_drafts:
+            certain = np.minimum([self.certain_drafts.get(rid, 0) for rid in ids], given)
+        batch = Batch(ids, len(running) + int(certain.sum()), context)
         is_probe = self._decision is not None and self._decision.is_probe
         kept = certain + self._controller.trim_drafts(batch, np.minimum(given - certain, self._plan.k_max), is_probe)
-        for request, before, length in zip(drafted, given.tolist(), kept.tolist(), strict=True):
-            if length < before:
-                # A new list: asynchronous scheduling gives all requests the same one.
-                request.spec_token_ids = request.spec_token_ids[:length]
+        for row in np.flatnonzero(kept < given).tolist():
+            # A new list: asynchronous scheduling gives all requests the same one.
+            drafted[row].spec_token_ids = drafted[row].spec_token_ids[: kept[row]]
 
     def _update_after_schedule(self, scheduler_output: Any) -> None:
         # Before super(): AsyncScheduler makes the placeholders of the next step out of this number.
@@ -86,7 +88,7 @@ class GoodputMixin:
         if scheduled:
             requests = self.requests  # type: ignore[attr-defined]
             ids = list(scheduled)
-            context = sum(requests[rid].num_computed_tokens for rid in ids)
+            context = sum([requests[rid].num_computed_tokens for rid in ids])
             planned = 0
             if self._plan.drafts:
                 decision = self._controller.plan_drafts(Batch(ids, len(ids), context))
@@ -103,7 +105,8 @@ class GoodputMixin:
 
     def _describe(self, scheduler_output: Any, context: int, planned: int) -> StepFeatures | None:
         scheduled, drafts = scheduler_output.num_scheduled_tokens, scheduler_output.scheduled_spec_decode_tokens
-        if any(count - len(drafts.get(rid, ())) > 1 for rid, count in scheduled.items()):
+        # Every request has one token and its drafts, or tokens of its prompt.
+        if scheduler_output.total_num_scheduled_tokens - sum(map(len, drafts.values())) > len(scheduled):
             return None
         passes = scheduler_output.num_spec_tokens_to_schedule * self._plan.passes_per_draft
         return StepFeatures(scheduler_output.total_num_scheduled_tokens, context, len(scheduled), passes, planned)
@@ -131,27 +134,27 @@ class GoodputMixin:
     ) -> tuple[list[str], np.ndarray, np.ndarray]:
         """(request ids, verified drafts, accepted drafts) of the requests whose output counts."""
         sampled, index = model_runner_output.sampled_token_ids, model_runner_output.req_id_to_index
-        invalid = scheduler_output.num_invalid_spec_tokens or {}
-        drafts = scheduler_output.scheduled_spec_decode_tokens
-        requests = self.requests  # type: ignore[attr-defined]
-        ids: list[str] = []
-        drafted: list[int] = []
-        accepted: list[int] = []
-        for rid in scheduler_output.num_scheduled_tokens if sampled else ():
-            request = requests.get(rid)
-            # Output of before a preemption is counted twice once the request runs again.
-            if request is None or request.is_finished() or request.num_stale_output_tokens > 0:
-                continue
-            tokens = sampled[index[rid]]
-            if not tokens:
-                continue
+        if not sampled:
+            return [], np.zeros(0, np.int64), np.zeros(0, np.int64)
+        requests, running = self.requests, RequestStatus.RUNNING  # type: ignore[attr-defined]
+        # Output of before a preemption is counted twice once the request runs again.
+        ids = [
+            rid
+            for rid in scheduler_output.num_scheduled_tokens
+            if (request := requests.get(rid)) is not None
+            and request.num_stale_output_tokens <= 0
+            and sampled[index[rid]]
+            and (request.status is running or not request.is_finished())
+        ]
+        drafts, proposed = scheduler_output.scheduled_spec_decode_tokens, notes.proposed
+        drafted = np.array([len(drafts[rid]) if rid in drafts and rid in proposed else 0 for rid in ids], np.int64)
+        if invalid := scheduler_output.num_invalid_spec_tokens:
             # vLLM pads new rows with drafts of -1 and drafts that the grammar forbids with -1: no trials of ours.
-            real = max(len(drafts.get(rid, ())) - invalid.get(rid, 0), 0) if notes.proposed.get(rid) else 0
-            tried, right = count_trials(real, min(len(tokens) - 1, real), notes.certain.get(rid, 0))
-            ids.append(rid)
-            drafted.append(tried)
-            accepted.append(right)
-        return ids, np.array(drafted, np.int64), np.array(accepted, np.int64)
+            drafted = np.maximum(drafted - [invalid.get(rid, 0) for rid in ids], 0)
+        accepted = np.minimum(np.array([len(sampled[index[rid]]) for rid in ids], np.int64) - 1, drafted)
+        for row, rid in enumerate(ids) if notes.certain else ():
+            drafted[row], accepted[row] = count_trials(drafted[row], accepted[row], notes.certain.get(rid, 0))
+        return ids, drafted, accepted
 
     def _report_plan(self, decision: Decision, planned: int) -> None:
         set_gauge, index = observability.set_gauge, self._engine_index

@@ -6,11 +6,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vllm_ext import __version__, config
 from vllm_ext.scheduling import trie_proposer
+from vllm_ext.scheduling.policy import make_policy
 from vllm_ext.speculation.controller import PROBE_EVERY, GoodputController
 from vllm_ext.speculation.step_time import StepTimeModel, load_prior
 
@@ -53,9 +55,10 @@ def check_engine(vllm_config: Any) -> None:
     if settings.probe_every is not None and settings.probe_every < 1:
         raise config.ConfigError(f"vllm_ext.smartspec.probe_every must be at least 1 step, got {settings.probe_every}")
     trie_proposer.check_drafter(vllm_config, settings)
-    if settings.policy is not None:
+    if vllm_config.model_config.is_diffusion:
         raise config.ConfigError(
-            f"vllm_ext.smartspec.policy {settings.policy!r} is not part of vllm-ext {__version__}: drop it"
+            f"smartspec does not run with diffusion models ({vllm_config.model_config.model}): what vLLM schedules as "
+            "their drafts is the canvas they write on, which must not be trimmed; switch smartspec off"
         )
     if vllm_config.model_config.is_hybrid:
         raise config.ConfigError(
@@ -87,8 +90,11 @@ def plan_control(vllm_config: Any) -> ControlPlan:
     return ControlPlan(k_max, drafts, trims, uniform, 0 if speculative.method in LIST_METHODS else 1)
 
 
-def make_controller(vllm_config: Any, plan: ControlPlan) -> GoodputController:
-    """The controller, with the step times that the start-up sweep stored for this model and device."""
+def make_controller(vllm_config: Any, plan: ControlPlan, requests: Mapping[str, Any]) -> GoodputController:
+    """The controller, with the step times that the start-up sweep stored for this model and device.
+
+    requests: the scheduler's, by id, which a policy weighs.
+    """
     settings = read_settings(vllm_config).smartspec
     assert settings is not None
     prior = load_prior(find_prior_path(vllm_config))
@@ -100,6 +106,7 @@ def make_controller(vllm_config: Any, plan: ControlPlan) -> GoodputController:
         uniform_lengths=plan.uniform_lengths,
         passes_per_draft=plan.passes_per_draft,
         probe_every=settings.probe_every or PROBE_EVERY,
+        policy=make_policy(settings.policy, requests),
     )
 
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllm_ext import config
+from vllm_ext import config, observability
 
 if TYPE_CHECKING:
-    from vllm_ext.speculation.trie_drafter import TrieDrafter
+    from vllm_ext.speculation.trie_drafter import TrieCounts, TrieDrafter
 
 logger = logging.getLogger("vllm.vllm_ext")
 
@@ -55,9 +55,13 @@ class TrieProposer:
     """Keeps a TrieDrafter in step with a V1 model runner: who runs, what was sampled, who has left."""
 
     def __init__(self, vllm_config: Any) -> None:
-        from vllm_ext.speculation.trie_drafter import TrieDrafter
+        from vllm_ext.speculation.trie_drafter import TrieCounts, TrieDrafter
 
-        speculative = vllm_config.speculative_config
+        speculative, parallel = vllm_config.speculative_config, vllm_config.parallel_config
+        self._engine_index = parallel.data_parallel_index
+        #: Ranks of a tensor-parallel group hold the same tries: one of them counts.
+        self._reports = parallel.rank == 0
+        self._reported = TrieCounts()
         self._max_model_len = vllm_config.model_config.max_model_len
         self._drafter = TrieDrafter(
             speculative.num_speculative_tokens,
@@ -111,7 +115,25 @@ class TrieProposer:
         )
         # Rows that are full are not continued; the others may not go beyond the end either.
         wanted = np.clip(np.minimum(wanted, self._max_model_len - lengths), 0, most)
-        return self._drafter.propose(ids, input_batch.token_ids_cpu, lengths, wanted)
+        drafts = self._drafter.propose(ids, input_batch.token_ids_cpu, lengths, wanted)
+        if self._reports:
+            self._report(self._drafter.counts)
+        return drafts
+
+    def _report(self, counts: TrieCounts) -> None:
+        before, self._reported = self._reported, counts
+        for name, amount in (
+            ("vllm_ext:smartspec_trie_inserted_tokens_total", counts.inserted - before.inserted),
+            ("vllm_ext:smartspec_trie_searched_rows_total", counts.searched - before.searched),
+            ("vllm_ext:smartspec_trie_matched_rows_total", counts.matched - before.matched),
+            ("vllm_ext:smartspec_trie_drafted_tokens_total", counts.drafted - before.drafted),
+            ("vllm_ext:smartspec_trie_prunes_total", counts.prunes - before.prunes),
+        ):
+            if amount:
+                observability.add(name, amount, self._engine_index)
+        set_gauge, drafter = observability.set_gauge, self._drafter
+        set_gauge("vllm_ext:smartspec_trie_stored_tokens", drafter.count_tokens(), self._engine_index)
+        set_gauge("vllm_ext:smartspec_trie_node_count", drafter.count_nodes(), self._engine_index)
 
     def _forget(self, states: Mapping[str, Any]) -> None:
         """Let go of requests that left the runner, and learn from what they put out."""

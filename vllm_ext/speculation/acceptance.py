@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -66,20 +67,31 @@ class AcceptanceModel:
         self._change = ChangeDetector()
         self._slots: dict[Hashable, int] = {}
         self._free: list[int] = []
-        #: Discounted successes and trials, [slots, k_max]; and of all requests together, [k_max].
-        self._successes = np.zeros((0, k_max))
-        self._trials = np.zeros((0, k_max))
+        #: Discounted successes and trials, [k_max, slots], so that what is done for all requests runs along rows; and
+        #: of all requests together, [k_max].
+        self._successes = np.zeros((k_max, 0))
+        self._trials = np.zeros((k_max, 0))
         self._shared_successes = np.zeros(k_max)
         self._shared_trials = np.zeros(k_max)
-        self._positions = np.arange(k_max)
+        self._positions = np.arange(k_max)[:, None]
+        #: The requests asked for last, their slots, and what is predicted of them until something is learned: a step
+        #: asks for the same ones when it trims, when it plans, and when it learns.
+        self._last_ids: list[Hashable] = []
+        self._last_slots = np.zeros(0, np.int64)
+        self._last_survival: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self._slots)
 
     def find_slots(self, request_ids: Sequence[Hashable]) -> np.ndarray:
-        """Slots of requests, int64 [n]; an unknown request gets one, at the prior."""
-        slots = self._slots
-        return np.array([slots[rid] if rid in slots else self._add(rid) for rid in request_ids], np.int64)
+        """Slots of requests, int64 [n], not to be written to; an unknown request gets one, at the prior."""
+        ids = list(request_ids)
+        if ids != self._last_ids:
+            slots = self._slots
+            found = np.array([slots[rid] if rid in slots else self._add(rid) for rid in ids], np.int64)
+            found.flags.writeable = False
+            self._last_ids, self._last_slots, self._last_survival = ids, found, None
+        return self._last_slots
 
     def keep_only(self, request_ids: frozenset[Hashable] | set[Hashable] | dict[Hashable, object]) -> None:
         """Forget every request that is not among these."""
@@ -92,6 +104,7 @@ class AcceptanceModel:
         slot = self._slots.pop(request_id, None)
         if slot is not None:
             self._free.append(slot)
+            self._last_ids, self._last_slots, self._last_survival = [], np.zeros(0, np.int64), None
 
     def observe(self, slots: np.ndarray, drafted: np.ndarray, accepted: np.ndarray) -> None:
         """Learn from one verified step.
@@ -104,41 +117,61 @@ class AcceptanceModel:
         if (accepted > drafted).any() or (drafted > self.k_max).any() or (accepted < 0).any():
             raise ValueError(f"accepted {accepted.tolist()} of drafted {drafted.tolist()} with k_max {self.k_max}")
         first = drafted > 0
-        if self._change.observe(self.predict_first(slots[first]), accepted[first] > 0):
+        if self._change.observe(self.predict_first(slots)[first], accepted[first] > 0):
             self._forget_outcomes()
-        positions = self._positions
-        succeeded = positions < accepted[:, None]
-        tried = positions < np.minimum(accepted + 1, drafted)[:, None]
-        memory = np.where(drafted > 0, self._request_memory, self._idle_memory)[:, None]
-        self._successes[slots] = self._successes[slots] * memory + succeeded
-        self._trials[slots] = self._trials[slots] * memory + tried
+        self._last_survival = None
+        succeeded = self._positions < accepted
+        tried = self._positions < np.minimum(accepted + 1, drafted)
+        memory = np.where(first, self._request_memory, self._idle_memory)
+        successes, trials = self._successes.take(slots, axis=1), self._trials.take(slots, axis=1)
+        successes *= memory
+        successes += succeeded
+        trials *= memory
+        trials += tried
+        self._successes[:, slots] = successes
+        self._trials[:, slots] = trials
+        num_tried = np.count_nonzero(tried, axis=1)
         # What is known of a position that nobody tried fades slowly: it is tried again some time.
-        memory = np.where(tried.any(axis=0), self._shared_memory, self._untried_memory)
-        self._shared_successes = self._shared_successes * memory + succeeded.mean(axis=0)
-        self._shared_trials = self._shared_trials * memory + tried.mean(axis=0)
-        if tried.any():
-            self._learn_spread(slots)
+        memory = np.where(num_tried > 0, self._shared_memory, self._untried_memory)
+        self._shared_successes = self._shared_successes * memory + np.count_nonzero(succeeded, axis=1) / len(slots)
+        self._shared_trials = self._shared_trials * memory + num_tried / len(slots)
+        if num_tried[0]:
+            self._learn_spread(successes, trials)
 
     def predict_survival(self, slots: np.ndarray) -> np.ndarray:
-        """P(the first j drafts are all accepted), j = 1..k_max: float64 [n, k_max], falling along j."""
-        return np.cumprod(self._predict_hazards(slots, self.k_max), axis=1)
+        """P(the first j drafts are all accepted), j = 1..k_max: float64 [n, k_max], falling along j.
+
+        Not to be written to. In memory positions come first.
+        """
+        if slots is self._last_slots and self._last_survival is not None:
+            return self._last_survival
+        survival = self._predict_hazards(slots)
+        for shorter, longer in itertools.pairwise(survival):
+            longer *= shorter
+        survival.flags.writeable = False
+        if slots is self._last_slots:
+            self._last_survival = survival.T
+        return survival.T
 
     def predict_first(self, slots: np.ndarray) -> np.ndarray:
         """P(the first draft is accepted): float64 [n], the first column of `predict_survival`."""
-        return self._predict_hazards(slots, 1)[:, 0]
+        return self.predict_survival(slots)[:, 0]
 
-    def _predict_hazards(self, slots: np.ndarray, count: int) -> np.ndarray:
-        """P(j accepted | j-1 accepted) of the first `count` positions: float64 [n, count]."""
+    def _predict_hazards(self, slots: np.ndarray) -> np.ndarray:
+        """P(j accepted | j-1 accepted): float64 [k_max, n]."""
         shared, pooled = self._predict_shared()
-        successes, trials = self._successes[slots], self._trials[slots]
+        hazards, trials = self._successes.take(slots, axis=1), self._trials.take(slots, axis=1)
         # A beta distribution with this variance has seen so many trials.
-        strength = float(np.clip(pooled * (1 - pooled) / max(self._spread, 1e-9), *STRENGTHS))
+        strength = min(max(pooled * (1 - pooled) / max(self._spread, 1e-9), STRENGTHS[0]), STRENGTHS[1])
         # What a request does over all its positions, against what all requests do at the same positions.
-        expected = trials @ shared
-        factor = (successes.sum(axis=1) + strength * pooled) / (expected + strength * pooled)
-        prior = np.minimum(shared[:count] * factor[:, None], HIGHEST)
-        hazard = (successes[:, :count] + strength * prior) / (trials[:, :count] + strength)
-        return np.clip(hazard, LOWEST, HIGHEST)
+        factor = (np.add.reduce(hazards, axis=0) + strength * pooled) / (shared @ trials + strength * pooled)
+        prior = shared[:, None] * factor
+        np.minimum(prior, HIGHEST, out=prior)
+        prior *= strength
+        hazards += prior
+        trials += strength
+        hazards /= trials
+        return np.clip(hazards, LOWEST, HIGHEST, out=hazards)
 
     def _forget_outcomes(self) -> None:
         """Keep what was learned as a guess: another text, another load, and none of it holds."""
@@ -157,28 +190,31 @@ class AcceptanceModel:
         shared = (self._shared_successes + strength * pooled) / (self._shared_trials + strength)
         return shared, float(pooled)
 
-    def _learn_spread(self, slots: np.ndarray) -> None:
-        """Method of moments: how far requests are from the chance of all, less what luck alone accounts for."""
-        trials = self._trials[slots].sum(axis=1)
-        known = trials > 2.0
+    def _learn_spread(self, successes: np.ndarray, trials: np.ndarray) -> None:
+        """Method of moments: how far requests are from the chance of all, less what luck alone accounts for.
+
+        successes, trials: counts of the requests of a step, [k_max, n].
+        """
+        total = np.add.reduce(trials, axis=0)
+        known = total > 2.0
         if not known.any():
             return
         shared, _ = self._predict_shared()
-        trials = trials[known]
-        expected = (self._trials[slots[known]] @ shared) / trials
-        rate = self._successes[slots[known]].sum(axis=1) / trials
+        total = total[known]
+        expected = (shared @ trials)[known] / total
+        rate = np.add.reduce(successes, axis=0)[known] / total
         # Discounted trials: a sum of weights w has the variance of sum(w)^2 / sum(w^2) trials of weight one.
-        noise = expected * (1 - expected) / (trials * (1 + self._request_memory))
+        noise = expected * (1 - expected) / (total * (1 + self._request_memory))
         self._spread += SPREAD_RATE * (float(((rate - expected) ** 2 - noise).mean()) - self._spread)
 
     def _add(self, request_id: Hashable) -> int:
         if not self._free:
-            size = len(self._trials)
+            size = self._trials.shape[1]
             self._free = list(range(size + max(16, size) - 1, size - 1, -1))
-            grown = np.zeros((max(16, size), self.k_max))
-            self._successes = np.concatenate([self._successes, grown])
-            self._trials = np.concatenate([self._trials, grown])
+            grown = np.zeros((self.k_max, max(16, size)))
+            self._successes = np.concatenate([self._successes, grown], axis=1)
+            self._trials = np.concatenate([self._trials, grown], axis=1)
         slot = self._free.pop()
         self._slots[request_id] = slot
-        self._successes[slot] = self._trials[slot] = 0.0
+        self._successes[:, slot] = self._trials[:, slot] = 0.0
         return slot

@@ -18,6 +18,7 @@ same as tokens over time.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -127,34 +128,43 @@ def _choose(
     num_requests, k_max = survival.shape
     total = float(num_requests if weights is None else weights.sum())
     # Positions first: sums along a draft are then sums of whole rows.
-    survival = np.where(np.arange(k_max)[:, None] < caps, survival.T, 0.0)
-    made = np.add.accumulate(survival, axis=0)
+    survival = np.ascontiguousarray(survival.T)
+    if (caps < k_max).any():
+        survival = np.where(np.arange(k_max)[:, None] < caps, survival, 0.0)
+    made = survival.copy()
+    for shorter, longer in itertools.pairwise(made):
+        longer += shorter
     # What each draft adds to its request's logarithm; falls along a draft, so the best drafts are prefixes.
     value = np.log1p(survival / (1.0 + made - survival))
     if weights is not None:
         value *= weights
     # Without passes to pay for, more positions to choose from are never worse.
     candidates = range(1, k_max + 1) if cost.per_pass else (k_max,)
-    best = (-total * float(np.log(measure(np.zeros(1, np.int64), 0)[0])), 0, 0)
+    counts = np.arange(value.size + 1)
+    # (objective, passes, drafts, the least valuable of them)
+    best = (-total * float(np.log(measure(counts[:1], 0)[0])), 0, 0, 0.0)
     for passes in candidates:
         order = np.sort(value[:passes], axis=None)[::-1]
-        drafts = np.arange(1, int(np.count_nonzero(order)) + 1)
+        drafts = counts[1 : 1 + np.count_nonzero(order)]
         if len(drafts):
-            progress = np.cumsum(order[: len(drafts)]) - total * np.log(measure(drafts, passes))
-            count = int(progress.argmax())
-            best = max(best, (float(progress[count]), passes, count + 1))
-    _, passes, count = best
-    lengths = _take_most_valuable(value[:passes], count) if count else np.zeros(num_requests, np.int64)
-    tokens = num_requests + float(survival[np.arange(k_max)[:, None] < lengths].sum())
-    return Choice(lengths, tokens, float(measure(np.array([count]), passes)[0]))
+            progress = np.add.accumulate(order[: len(drafts)]) - total * np.log(measure(drafts, passes))
+            last = int(progress.argmax())
+            best = max(best, (float(progress[last]), passes, last + 1, float(order[last])))
+    _, passes, count, threshold = best
+    if not count:
+        return Choice(np.zeros(num_requests, np.int64), float(num_requests), float(measure(counts[:1], 0)[0]))
+    lengths = _take_most_valuable(value[:passes], count, threshold)
+    tokens = num_requests + float(np.where(np.arange(k_max)[:, None] < lengths, survival, 0.0).sum())
+    return Choice(lengths, tokens, float(measure(counts[count : count + 1], passes)[0]))
 
 
-def _take_most_valuable(value: np.ndarray, count: int) -> np.ndarray:
-    """How many of each request's drafts are among the `count` most valuable; of equal ones, earlier positions."""
-    flat = value.ravel()
-    threshold = np.partition(flat, len(flat) - count)[len(flat) - count]
-    taken = flat >= threshold
-    surplus = int(taken.sum()) - count
+def _take_most_valuable(value: np.ndarray, count: int, threshold: float) -> np.ndarray:
+    """How many of each request's drafts are among the `count` most valuable; of equal ones, earlier positions.
+
+    threshold: the least valuable of these.
+    """
+    taken = value >= threshold
+    surplus = int(np.count_nonzero(taken)) - count
     if surplus:
-        taken[np.flatnonzero(flat == threshold)[-surplus:]] = False
-    return taken.reshape(value.shape).sum(axis=0)
+        taken.ravel()[np.flatnonzero(value == threshold)[-surplus:]] = False
+    return np.add.reduce(taken, axis=0, dtype=np.int64)

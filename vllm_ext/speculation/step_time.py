@@ -125,7 +125,7 @@ class StepTimeModel:
     def _typical_ratio(self) -> float:
         """Median of measured / predicted: spikes are judged against what the model misses everywhere."""
         rows = self._select(RECENT_STEPS)
-        return float(np.median(self._times[rows] / np.maximum(self._rows[rows] @ self._scaled, 1e-3)))
+        return _find_median(self._times[rows] / np.maximum(self._rows[rows] @ self._scaled, 1e-3))
 
     def _fit(self) -> None:
         if not 1 / CHANGE < self._typical_ratio() < CHANGE:
@@ -156,6 +156,12 @@ class StepTimeModel:
         # The same minimum from the normal equations' Cholesky factor: six rows instead of a window of them.
         factor = np.linalg.cholesky(matrix.T @ matrix + 1e-12 * np.eye(len(COEFFICIENTS)))
         return nnls(factor.T, np.linalg.solve(factor, matrix.T @ target))[0]
+
+
+def _find_median(values: np.ndarray) -> float:
+    """np.median of a few numbers, in a tenth of its time: every step asks."""
+    ordered, half = np.sort(values), len(values) // 2
+    return float(ordered[half] if len(values) % 2 else (ordered[half - 1] + ordered[half]) / 2)
 
 
 #: Names of the coefficients, milliseconds per unit.

@@ -320,6 +320,7 @@ class SharedTrie:
         self.text = np.full(num_tokens, -1, np.int32)
         self.num_tokens = 0
         self.head = np.array([0, num_nodes, 1, 0, 0, -1], np.int64)
+        self.num_prunes = 0
         self._depth = depth
         self._clock = 0
         clear(self.pool, 0, num_nodes)
@@ -346,6 +347,7 @@ class SharedTrie:
     def prune(self) -> None:
         """Age the counts and keep half of the nodes, or fewer where their leaves need more than half of the text."""
         most = int(self.head[CAPACITY]) // 2
+        self.num_prunes += 1
         while True:
             prune(self.pool, self.head, most)
             rows = self.pool.nodes[: int(self.head[USED])]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numba import njit  # type: ignore[import-untyped]
@@ -17,6 +18,21 @@ SMALLEST_SEGMENT = 512
 LONGEST_NGRAM = SMALLEST_SEGMENT // 8
 #: Tokens that one step may put into tries: others wait while a long prompt is inserted.
 INSERT_AT_MOST = 16384
+
+
+@dataclass
+class TrieCounts:
+    """What a TrieDrafter has done so far.
+
+    inserted: tokens put into tries, of finished requests again into the shared one. searched, matched: rows of a batch
+    that wanted drafts, and those that got some. drafted: tokens. prunes: tries that were cut to make room.
+    """
+
+    inserted: int = 0
+    searched: int = 0
+    matched: int = 0
+    drafted: int = 0
+    prunes: int = 0
 
 
 class TrieDrafter:
@@ -66,6 +82,7 @@ class TrieDrafter:
         self._min_match, self._max_match, self._vocab_size = min_match, max_match, vocab_size
         self._request_nodes = request_nodes
         self.shared = trie.SharedTrie(self.depth, shared_nodes, shared_tokens)
+        self._counts = TrieCounts()
         self._pool = trie.make_pool(total_nodes)
         self._segments = trie.SegmentAllocator(total_nodes, SMALLEST_SEGMENT)
         self._slots: dict[Hashable, int] = {}
@@ -109,6 +126,7 @@ class TrieDrafter:
             )
             if row < count:
                 self._make_room(int(slots[row]))
+        self._counts.inserted += INSERT_AT_MOST - allowance
         drafts, counts = np.empty((count, self.k_max), np.int32), np.empty(count, np.int64)
         shared = self.shared
         _draft(
@@ -116,12 +134,16 @@ class TrieDrafter:
             shared.pool, int(shared.head[CAPACITY]), shared.text, shared.num_tokens,
             self._min_match, self._max_match, self._vocab_size, drafts, counts,
         )  # fmt: skip
+        self._counts.searched += int(np.count_nonzero(wanted))
+        self._counts.matched += int(np.count_nonzero(counts))
+        self._counts.drafted += int(counts.sum())
         return [draft[:length] for draft, length in zip(drafts.tolist(), counts.tolist(), strict=True)]
 
     def finish(self, request_id: Hashable, output: Sequence[int] | np.ndarray) -> None:
         """Drop a request's trie and put its output into the shared one. One that never drafted is no error."""
         self.remove(request_id)
         self.shared.insert(output)
+        self._counts.inserted += len(output)
 
     def remove(self, request_id: Hashable) -> None:
         """Drop a request's trie; one that was never seen is no error."""
@@ -130,9 +152,18 @@ class TrieDrafter:
             self._segments.release(int(self._heads[slot, START]), int(self._heads[slot, CAPACITY]))
             self._free.append(slot)
 
+    @property
+    def counts(self) -> TrieCounts:
+        """What was done so far."""
+        return replace(self._counts, prunes=self._counts.prunes + self.shared.num_prunes)
+
     def count_nodes(self) -> int:
-        """Nodes in use by running requests."""
-        return int(self._heads[list(self._slots.values()), USED].sum())
+        """Nodes in use by running requests and by the shared trie."""
+        return int(self._heads[list(self._slots.values()), USED].sum()) + int(self.shared.head[USED])
+
+    def count_tokens(self) -> int:
+        """Tokens that are held: those inserted for running requests, and the text of the shared trie."""
+        return int(self._heads[list(self._slots.values()), INSERTED].sum()) + self.shared.num_tokens
 
     def _find_slots(self, request_ids: Sequence[Hashable], lengths: np.ndarray, wanted: np.ndarray) -> np.ndarray:
         """Slots, int64 [n]; requests that want drafts for the first time get a trie, or lose their drafts."""
@@ -205,6 +236,7 @@ class TrieDrafter:
         self._segments.release(start, capacity)
 
     def _prune(self, slot: int, most: int) -> None:
+        self._counts.prunes += 1
         head, active = self._heads[slot], self._active[slot]
         numbers = trie.prune(self._pool, head, most)
         # The n-grams that end here may be among those that went, the longest ones first.

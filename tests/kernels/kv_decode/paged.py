@@ -57,10 +57,11 @@ def make_case(
     return Case(layout, *drawn, **options)  # type: ignore[arg-type]
 
 
-def run(case: Case, chunks: Sequence[Sequence[int]], seed: int = 0) -> Outcome:
+def run(case: Case, chunks: Sequence[Sequence[int]], seed: int = 0, is_stale: bool = False) -> Outcome:
     """Run every request in steps of these lengths (a request that has ended takes no further part).
 
     Only recent tokens and sinks have full-precision pages between steps: all other entries of the table are 0.
+    is_stale: they still name pages that are no longer the request's, as in vLLM's workers.
     """
     layout, num_requests = case.layout, len(case.keys)
     kv_heads, longest = case.keys[0].shape[1], max(len(keys) for keys in case.keys)
@@ -92,6 +93,9 @@ def run(case: Case, chunks: Sequence[Sequence[int]], seed: int = 0) -> Outcome:
             stored_key, value, cache, slots, layout, case.key_tensors, case.value_tensors, case.clips
         )  # fmt: skip
         recent_table = _keep_recent(case, all_pages, done)
+        if is_stale:
+            recent[all_pages[recent_table == 0]] = torch.nan
+            recent_table = all_pages.int()
         if layout.key.per_channel:
             store_completed_groups(
                 torch.cat([stored_key, value], -1), cache, block_table, starts, seq_lens, recent, recent_table, layout,

@@ -143,6 +143,16 @@ def test_a_page_that_is_gone_is_read_quantized() -> None:
     assert relative_error(out, expected) < SAME
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pages_that_left_the_window_may_hold_anything(dtype: torch.dtype) -> None:
+    case = make_case(LAYOUTS["k2v2"], [40, 23], window=8, sinks=2)
+    sides = {name: [x.to(dtype) for x in getattr(case, name)] for name in ("queries", "keys", "values")}
+    chunks = [[17, 1, 22], [9, 9, 5]]
+    clean, stale = (run(case._replace(**sides), chunks, is_stale=is_stale) for is_stale in (False, True))
+    for expected, out in zip(clean.outputs, stale.outputs, strict=True):
+        assert torch.equal(out, expected)
+
+
 def test_a_key_that_nothing_holds_is_an_error() -> None:
     case = make_case(LAYOUTS["channels"], [12], window=8)
     outcome = one_step(case)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_ext.kernels.kv_decode.reference import read_keys, read_values
-from vllm_ext.kernels.kv_store import store_kv
+from vllm_ext.kernels.kv_store import reference, store_kv
 from vllm_ext.kernels.kv_store.codec import CodecTensors, dequantize, quantize
 from vllm_ext.kernels.kv_store.layout import CellLayout, Codec, plan_cells
 from vllm_ext.kernels.kv_store.recent import gather_recent, list_completed_groups
@@ -125,3 +125,13 @@ def test_misuse_is_refused_by_name() -> None:
             step, cache, torch.zeros(1, 3), torch.tensor([0, 4]), torch.tensor([10]), torch.zeros(1, 2, 4, 32),
             torch.zeros(1, 3), CHANNELS, PLAIN, (1.0,),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float8_e4m3fn, torch.float16])
+def test_a_step_without_stored_tokens_stores_nothing(scale_dtype: torch.dtype) -> None:
+    """A batch of padding alone; the bytes of no scales have the shape of their bytes, too."""
+    layout = plan_cells(Codec(4, 8, scale_dtype=scale_dtype), Codec(4, 8, scale_dtype=scale_dtype), 16, 8)
+    key, value = make_rows(0, 3)
+    cache = make_cache(layout, 7)
+    reference.store_kv(key, value, cache, torch.full((3,), -1), layout, PLAIN, PLAIN, (1.0,))
+    assert torch.equal(cache, make_cache(layout, 7))

@@ -15,7 +15,15 @@ from tests.kernels.native.test_layout import weights
 from vllm_ext.kernels import tolerances
 from vllm_ext.kernels.act_quant import act_quant
 from vllm_ext.kernels.act_quant import reference as act_quant_reference
-from vllm_ext.kernels.arena import BlockFormat, Layout, num_groups, write_codes, write_full_precision
+from vllm_ext.kernels.arena import (
+    BlockFormat,
+    Layout,
+    copy_block,
+    dequantize_block,
+    num_groups,
+    write_codes,
+    write_full_precision,
+)
 from vllm_ext.kernels.mixed_linear import cpu, reference
 from vllm_ext.kernels.mixed_linear.layout import plan_linear
 from vllm_ext.kernels.native import layout
@@ -67,6 +75,27 @@ def test_every_width_at_odd_shapes(isa: str, bits: int, act_bits: int) -> None:
             bias = torch.randn(N, generator=generator).to(x.dtype) if tokens % 2 else None
             limit = tolerances.native_limit(tolerance, tokens * N)
             assert measure(arena, table, x, bias) <= limit, (N, K, tokens, tolerance.reason)
+
+
+@pytest.mark.parametrize("act_bits", [8, 16])
+def test_ternary_weights_as_they_are_loaded(isa: str, act_bits: int) -> None:
+    tolerance = tolerances.NATIVE_LINEAR[act_bits]
+    for N, K, group_size in ((48, 256, 128), (37, 192, -1), (130, 192, 32), (16, 64, 64)):
+        stored = BlockFormat.ternary(act_bits, group_size)
+        generator = torch.Generator().manual_seed(K)
+        (source, source_table), (target, table) = (
+            (torch.full((plan.num_bytes,), 0xA5, dtype=torch.uint8), plan.table)
+            for plan in (plan_linear([(block, N)], K) for block in (stored, stored._replace(layout=Layout.CPU_RECORD)))
+        )
+        codes = torch.randint(1, 4, (N, K), generator=generator, dtype=torch.uint8)
+        scales = torch.rand(N, num_groups(K, group_size), generator=generator).add(0.5).div(K**0.5).half()
+        rows = [one[0].tolist() for one in (source_table, table)]
+        write_codes(source, rows[0], codes, scales, None)
+        copy_block(source, rows[0], target, rows[1], N, K)
+        assert torch.equal(dequantize_block(target, rows[1], N, K), dequantize_block(source, rows[0], N, K))
+        for tokens in TOKENS:
+            x = torch.randn(tokens, K, generator=generator).bfloat16()
+            assert measure(target, table, x) <= tolerances.native_limit(tolerance, tokens * N), (N, K, tokens)
 
 
 def test_stacked_blocks_any_leading_shape_and_any_bias(isa: str) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.kernels.mixed_moe_cases import Inputs, Layer, make_inputs, make_layer
 from vllm_ext.kernels import tolerances
 from vllm_ext.kernels.arena import BlockFormat, Layout
 from vllm_ext.kernels.mixed_moe import cpu, reference
+from vllm_ext.kernels.mixed_moe.layout import copy_arena, plan_arena
 from vllm_ext.kernels.packing import CODE_BITS
 
 #: (hidden, intermediate): whole records, short last records, sizes that 16 does not divide, less than one record.
@@ -80,6 +82,29 @@ def test_errors_at_the_depths_of_a_model(ops: Any, bits: int, act_bits: int) -> 
     for num_tokens in TOKENS:
         error = measure(layer, make_inputs(num_tokens, hidden, 2, NUM_EXPERTS, torch.bfloat16, seed=num_tokens))
         assert error <= tolerance.relative, (num_tokens, tolerance.reason)
+
+
+@pytest.mark.parametrize("act_bits", [8, 16])
+def test_ternary_weights_as_they_are_loaded(isa: str, act_bits: int) -> None:
+    """Written five to a byte and repacked, beside blocks of other widths; against the layer as it was written."""
+    hidden, intermediate = 384, 192
+    tolerance = tolerances.NATIVE_MOE[act_bits]
+    for group_size in (32, 64, -1):
+        ternary = BlockFormat.ternary(act_bits, group_size)
+        formats = [(ternary, ternary), (BlockFormat(3, act_bits, 64), ternary), (ternary, BlockFormat(2, act_bits, -1))]
+        stored = make_layer(formats, hidden, intermediate, seed=act_bits)
+        in_records = [tuple(block._replace(layout=Layout.CPU_RECORD) for block in pair) for pair in formats]
+        plan = plan_arena(in_records, hidden, intermediate)  # type: ignore[arg-type]
+        arena = torch.full((plan.num_bytes,), 0xA5, dtype=torch.uint8)
+        copy_arena(stored.arena, stored.table, arena, plan.table, hidden, intermediate)
+        repacked = dataclasses.replace(stored, arena=arena, table=plan.table)
+        for num_tokens in TOKENS:
+            inputs = make_inputs(num_tokens, hidden, 2, NUM_EXPERTS, torch.bfloat16, seed=num_tokens)
+            in_float32 = Inputs(inputs.x.float(), inputs.topk_ids, inputs.topk_weights)
+            actual, expected = call(cpu, repacked, inputs), call(reference, stored, in_float32)
+            assert torch.equal(call(reference, repacked, in_float32), expected)
+            error = tolerances.relative_error(actual, expected)
+            assert error <= tolerances.native_limit(tolerance, actual.numel()), (group_size, num_tokens)
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128, 256, -1])

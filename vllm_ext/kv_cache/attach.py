@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An attention layer with a KV-cache dtype of ours: refused by name where our kernels do not know it, or completed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vllm.config import get_current_vllm_config
+
+from vllm_ext import config, observability
+from vllm_ext.kernels.native.load import load_ops
+from vllm_ext.kv_cache.backend import make_backend
+from vllm_ext.kv_cache.recent_layer import RecentLayer
+from vllm_ext.kv_cache.settings import choose_preset
+
+
+def make_layer(original: Callable[..., None], layer: Any, *args: Any, **kwargs: Any) -> None:
+    """Run vLLM's constructor with our backend, then add what it does not pass on.
+
+    original: `Attention.__init__`. Raises ConfigError naming the layer and what it has.
+    """
+    vllm_config = get_current_vllm_config()
+    given = inspect.signature(original).bind(layer, *args, **kwargs).arguments
+    cache_dtype = given["cache_config"].cache_dtype
+    if reason := find_refusal(given, vllm_config):
+        raise config.ConfigError(
+            f"--kv-cache-dtype {cache_dtype} does not run with {given.get('prefix', 'an attention layer')}, which has "
+            f"{reason}: use a --kv-cache-dtype of vLLM's own for {vllm_config.model_config.model}"
+        )
+    every_setting = config.parse(config.find_block(vllm_config.additional_config))
+    settings = every_setting.kv_cache
+    # Compiled now, where no request waits for it.
+    load_ops(every_setting.cache_dir)
+    preset = choose_preset(cache_dtype, settings, given["head_size"])
+    original(layer, *args, **kwargs, attn_backend=make_backend(preset))
+    index = vllm_config.parallel_config.data_parallel_rank
+    layer.impl.attach(
+        layer.layer_name, preset, vllm_config.model_config.dtype, settings is not None and settings.check, index
+    )
+    if preset.keeps_recent:
+        RecentLayer(layer, vllm_config)
+    is_first_rank = vllm_config.parallel_config.rank % vllm_config.parallel_config.tensor_parallel_size == 0
+    cells = preset.plan_cells(layer.head_size, vllm_config.cache_config.block_size)
+    observability.add("vllm_ext:kv_cache_layer_count", float(is_first_rank), index)
+    observability.add("vllm_ext:kv_cache_token_bytes", layer.num_kv_heads * cells.cell_bytes, index)
+    observability.add("vllm_ext:kv_cache_token_elements", 2 * layer.num_kv_heads * layer.head_size, index)
+
+
+def find_refusal(given: Mapping[str, Any], vllm_config: Any) -> str | None:
+    """What of a layer's arguments our kernels do not know, in words; None for a plain causal layer."""
+    window = given.get("per_layer_sliding_window") or given["cache_config"].sliding_window
+    extra = {
+        name: value
+        for name, value in given.get("extra_impl_args", {}).items()
+        if value is not None and (name, value) != ("chunk_lookback", -1)
+    }
+    found = {
+        "an attention backend of its own": given.get("attn_backend") is not None,
+        f"attention of the type {given.get('attn_type')}": given.get("attn_type", "decoder") != "decoder",
+        "ALiBi slopes": bool(given.get("alibi_slopes")) or bool(given.get("use_alibi_sqrt")),
+        f"a logits soft cap of {given.get('logits_soft_cap')}": bool(given.get("logits_soft_cap")),
+        f"a sliding window of {window} tokens": window is not None,
+        f"the KV cache of {given.get('kv_sharing_target_layer_name')}": bool(given.get("kv_sharing_target_layer_name")),
+        f"values of {given.get('head_size_v')} elements": given.get("head_size_v") not in (None, given["head_size"]),
+        f"attention arguments {', '.join(sorted(extra))}": bool(extra),
+        "attention in both directions over images": bool(vllm_config.model_config.is_mm_prefix_lm),
+    }
+    return next((words for words, is_found in found.items() if is_found), None)

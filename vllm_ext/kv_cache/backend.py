@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over quantized pages in vLLM's V1 engine on CPUs: backend, metadata and implementation.
+
+A step of a layer:
+
+    do_kv_cache_update   codes into the quantized pages; K and V as they are into the pages of the window
+    forward              per-channel keys: groups that this step completes; then `kv_decode.attend`
+
+All requests of a step are one call of a compiled kernel each; nothing here loops over them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from vllm.forward_context import get_forward_context
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+from vllm_ext import observability
+from vllm_ext.kernels.kv_decode import attend
+from vllm_ext.kernels.kv_store import store_kv
+from vllm_ext.kernels.kv_store.codec import CodecTensors
+from vllm_ext.kernels.kv_store.layout import CellLayout
+from vllm_ext.kernels.kv_store.reference import store_completed_groups
+from vllm_ext.kv_cache.presets import Preset
+
+#: End of the name of the layer that holds a layer's window; see `recent_layer.RecentLayer`.
+RECENT_SUFFIX = ".recent"
+#: The blocks of a (block, head) are contiguous and lie by layer, as in vLLM's own CPU backend.
+LAYOUTS = (KVCacheLayout.LBHNC,)
+
+
+@dataclass
+class KVCacheMetadata:
+    """Requests of one step, as `kv_decode.attend` takes them.
+
+    completes_groups: does the step end some group of per-channel keys? num_tokens: without padding.
+    """
+
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    no_recent_table: torch.Tensor
+    num_tokens: int
+    completes_groups: bool
+
+
+class KVCacheMetadataBuilder(AttentionMetadataBuilder[KVCacheMetadata]):
+    """Makes `KVCacheMetadata` once per step, for all layers."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+    group_tokens: ClassVar[int] = 0
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> KVCacheMetadata:
+        """See `AttentionMetadataBuilder.build`."""
+        common = common_attn_metadata
+        starts, lens, size = common.query_start_loc, common.seq_lens, self.group_tokens
+        completes = bool(size) and bool((lens // size > (lens - starts.diff()) // size).any())
+        return KVCacheMetadata(
+            starts,
+            lens,
+            common.block_table_tensor,
+            common.block_table_tensor[:, :0],
+            int(common.query_start_loc_cpu[-1]),
+            completes,
+        )
+
+
+class KVCacheBackend(AttentionBackend):
+    """Backend of the layers of one preset; `make_backend` makes the subclass that carries it."""
+
+    preset: ClassVar[Preset]
+    builder: ClassVar[type[KVCacheMetadataBuilder]]
+    forward_includes_kv_cache_update = False
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
+
+    @staticmethod
+    def get_name() -> str:
+        """vLLM's name for backends that come from outside."""
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[KVCacheImpl]:
+        """The implementation."""
+        return KVCacheImpl
+
+    @classmethod
+    def get_builder_cls(cls) -> type[KVCacheMetadataBuilder]:
+        """The metadata builder of this preset."""
+        return cls.builder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        """Any: the preset's layout says what fits."""
+        return [MultipleOf(1)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """See LAYOUTS."""
+        return LAYOUTS
+
+    @classmethod
+    def customize_spec(cls, spec: Any) -> Any:
+        """Pages of the size that the preset's cells take."""
+        cells = cls.preset.plan_cells(spec.head_size, spec.block_size)
+        return replace(spec, state_content_bytes=cells.cell_bytes)
+
+
+@functools.cache
+def make_backend(preset: Preset) -> type[KVCacheBackend]:
+    """The backend class of a fitted preset: vLLM asks classes, not instances, for the size of a page."""
+    size = preset.key.group_size if preset.key.per_channel else 0
+    builder = type("KVCacheMetadataBuilder", (KVCacheMetadataBuilder,), {"group_tokens": size, "__module__": __name__})
+    members = {"preset": preset, "builder": builder, "__module__": __name__}
+    return type(f"KVCacheBackend_{preset.name}", (KVCacheBackend,), members)
+
+
+class KVCacheImpl(AttentionImpl):
+    """One layer's attention. `attach` completes it: vLLM tells an implementation neither its layer nor its preset."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **_unused: object,
+    ) -> None:
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.alibi_slopes, self.sliding_window, self.logits_soft_cap = alibi_slopes, sliding_window, logits_soft_cap
+        self.attn_type = attn_type
+        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+
+    def attach(self, layer_name: str, preset: Preset, dtype: torch.dtype, is_checked: bool, engine_index: int) -> None:
+        """Set what vLLM's constructor does not pass.
+
+        dtype: of K and V in full precision. is_checked: compare window and pages in every step (`checks.py`).
+        engine_index: vLLM's data-parallel rank, for the counters.
+        """
+        self.layer_name, self.preset, self.dtype, self.is_checked = layer_name, preset, dtype, is_checked
+        self.engine_index = engine_index
+        self.recent_name = layer_name + RECENT_SUFFIX if preset.keeps_recent else None
+        self.clips: Sequence[float] = preset.clips
+        self.tensors = (CodecTensors(), CodecTensors())
+        self.layout: CellLayout | None = None
+        self.no_recent = torch.empty(1, self.num_kv_heads, 1, 2 * self.head_size, dtype=dtype)
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Take this rank's part of the layer's calibration, where the engine has one."""
+        from vllm_ext.kv_cache import calibrated
+
+        self.tensors = calibrated.find_tensors(self)
+
+    def find_layout(self, kv_cache: torch.Tensor) -> CellLayout:
+        """The layout of pages uint8 [blocks, kv heads, N, C]; planned once, since N is the engine's."""
+        if self.layout is None:
+            self.layout = self.preset.plan_cells(self.head_size, kv_cache.shape[2])
+        return self.layout
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Store a step's keys and values, [tokens, kv heads, D]; rows past slot_mapping are padding."""
+        layout = self.find_layout(kv_cache)
+        store_kv(key, value, kv_cache, slot_mapping, layout, *self.tensors, self.clips)
+        if self.recent_name is not None:
+            context = get_forward_context()
+            recent, rows = context.no_compile_layers[self.recent_name], _find(context, self.recent_name)
+            recent.pages[rows.block, :, rows.token] = torch.cat([key[rows.row], value[rows.row]], -1).to(self.dtype)
+        observability.add("vllm_ext:kv_cache_stored_tokens_total", slot_mapping.shape[0], self.engine_index)
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: KVCacheMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of a step's queries, [tokens, heads, D], into `output`; see `kv_decode.attend`."""
+        if attn_metadata is None:
+            # A profiling run, which has no cache yet.
+            return output.zero_()
+        step, preset = attn_metadata, self.preset
+        layout = self.find_layout(kv_cache)
+        recent, recent_table = self.no_recent, step.no_recent_table
+        if self.recent_name is not None:
+            context = get_forward_context()
+            recent = context.no_compile_layers[self.recent_name].pages
+            recent_table = _find(context, self.recent_name).block_table
+        starts, lens = step.query_start_loc, step.seq_lens
+        if step.completes_groups:
+            store_completed_groups(
+                torch.cat([key, value], -1), kv_cache, step.block_table, starts, lens, recent, recent_table, layout,
+                self.tensors[0], self.clips,
+            )  # fmt: skip
+        if self.is_checked:
+            from vllm_ext.kv_cache import checks
+
+            checks.check_step(self, kv_cache, step, recent, recent_table, layout)
+        attended = attend(
+            query, key, value, kv_cache, step.block_table, starts, lens, recent, recent_table, layout, *self.tensors,
+            self.scale, preset.window, preset.sinks,
+        )  # fmt: skip
+        output.copy_(attended)
+        observability.add("vllm_ext:kv_cache_attended_tokens_total", step.num_tokens, self.engine_index)
+        return output
+
+
+def _find(context: Any, layer_name: str) -> Any:
+    """Metadata of a layer; of several micro-batches, this one's are not told apart, and CPUs have one."""
+    metadata = context.attn_metadata
+    return (metadata[0] if isinstance(metadata, list) else metadata)[layer_name]

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`kv_cache.check`: do a layer's two caches hold the same tokens, in every step?
+
+For every token before the step that the step's queries may read in full precision: its page must be there, and coding
+it again must give what the quantized page holds. A block that was freed too early, given out twice, or found by a
+wrong hash shows up here, where outputs would only be a little worse.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_ext.kernels.kv_decode.reference import read_keys, read_values
+from vllm_ext.kernels.kv_store import store_kv
+from vllm_ext.kernels.kv_store.layout import CellLayout
+from vllm_ext.kernels.kv_store.recent import gather_recent
+
+if TYPE_CHECKING:
+    from vllm_ext.kv_cache.backend import KVCacheImpl, KVCacheMetadata
+
+
+def check_step(
+    impl: KVCacheImpl,
+    cache: torch.Tensor,
+    step: KVCacheMetadata,
+    recent: torch.Tensor,
+    recent_table: torch.Tensor,
+    layout: CellLayout,
+) -> None:
+    """Raise RuntimeError, naming layer, row of the batch and position, where the caches differ.
+
+    Per-channel keys are compared by their presence alone: their codes are those of a group, not of a token.
+    """
+    preset = impl.preset
+    if not preset.keeps_recent:
+        return
+    request, position = list_expected(step, preset.retained_window, preset.sinks)
+    if request.numel() == 0:
+        return
+    empty = torch.zeros(0, impl.num_kv_heads, 2 * impl.head_size, dtype=recent.dtype)
+    # No rows of the step: what is found comes from the pages.
+    none = torch.zeros_like(step.query_start_loc)
+    rows, kept = gather_recent(empty, none, step.seq_lens, recent, recent_table, request, position)
+    if not bool(kept.all()):
+        _fail(impl, "has no full-precision page for", request, position, ~kept)
+    scratch = torch.zeros(-(-len(rows) // layout.block_size), *cache.shape[1:], dtype=torch.uint8)
+    slots = torch.arange(len(rows))
+    key, value = rows[..., : impl.head_size].contiguous(), rows[..., impl.head_size :].contiguous()
+    store_kv(key, value, scratch, slots, layout, *impl.tensors, impl.clips)
+    block = step.block_table.long()[request, position // layout.block_size]
+    places = [(cache, block, position % layout.block_size)]
+    places.append((scratch, slots // layout.block_size, slots % layout.block_size))
+    readers = [(read_values, impl.tensors[1])]
+    if not layout.key.per_channel:
+        readers.append((read_keys, impl.tensors[0]))
+    for read, tensors in readers:
+        stored, again = (read(*place, layout, tensors) for place in places)
+        differs = (stored != again).flatten(1).any(1)
+        if bool(differs.any()):
+            _fail(impl, "has another token's page for", request, position, differs)
+
+
+def list_expected(step: KVCacheMetadata, window: int, sinks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens before the step that must be kept: the sinks, and `window` - 1 before the first query.
+
+    Returns (request, position), int64 [tokens].
+    """
+    lens, lengths = step.seq_lens.long(), step.query_start_loc.diff().long()
+    past = torch.where(lengths > 0, lens - lengths, 0)
+    position = torch.arange(int(past.max()) if past.numel() else 0)
+    needed = (position < sinks) | (position >= (past - window + 1)[:, None])
+    request, position = (needed & (position < past[:, None])).nonzero().unbind(1)
+    return request, position
+
+
+def _fail(impl: KVCacheImpl, what: str, request: torch.Tensor, position: torch.Tensor, is_bad: torch.Tensor) -> None:
+    first = int(is_bad.nonzero()[0, 0])
+    raise RuntimeError(
+        f"{impl.layer_name} {what} position {int(position[first])} of row {int(request[first])} "
+        f"({int(is_bad.sum())} of {len(is_bad)} tokens): please report this as a bug of vllm-ext"
+    )

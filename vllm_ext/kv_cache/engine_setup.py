@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of a finished configuration for the KV-cache quantizers, before anything is loaded."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from vllm_ext import config
+from vllm_ext.kv_cache.settings import choose_preset
+from vllm_ext.kv_cache.sidecar import read_sidecar
+from vllm_ext.patches import registry
+
+logger = logging.getLogger("vllm.vllm_ext")
+
+
+def check_engine(vllm_config: Any) -> None:
+    """Refuse what only the finished configuration shows; what only layers show is refused when they are made.
+
+    Raises config.ConfigError naming the value and the fix, and sidecar.SidecarError (both ValueErrors).
+    """
+    name, model = vllm_config.cache_config.cache_dtype, vllm_config.model_config
+    mismatch = registry.find_mismatch(registry.find_record("kv_cache_attention"))
+    if mismatch is not None:
+        raise config.ConfigError(
+            f"--kv-cache-dtype {name} cannot run: {mismatch}. Install a vllm-ext release for this vLLM: "
+            "pip install --upgrade vllm-ext"
+        )
+    kinds = {
+        "latent attention (MLA)": model.use_mla,
+        "state-space or linear-attention layers": model.is_hybrid,
+        "no attention": model.is_attention_free,
+        "an encoder and cross-attention": model.is_encoder_decoder,
+        "no causal decoder": model.runner_type == "pooling",
+        "diffusion": model.is_diffusion,
+    }
+    for kind, is_found in kinds.items():
+        if is_found:
+            raise config.ConfigError(
+                f"--kv-cache-dtype {name} does not run with {model.model}, a model with {kind}: "
+                "use a --kv-cache-dtype of vLLM's own"
+            )
+    if vllm_config.use_v2_model_runner:
+        raise config.ConfigError(
+            f"--kv-cache-dtype {name} needs the V1 model runner, and this engine uses V2: "
+            "set VLLM_USE_V2_MODEL_RUNNER=0"
+        )
+    settings = config.parse(config.find_block(vllm_config.additional_config)).kv_cache
+    head_dim = model.get_head_size()
+    preset = choose_preset(name, settings, head_dim)
+    try:
+        preset.plan_cells(head_dim, vllm_config.cache_config.block_size)
+    except ValueError as error:
+        raise config.ConfigError(f"--kv-cache-dtype {name}: {error} (--block-size)") from error
+    if settings is not None and settings.calibration is not None:
+        # Also read by every worker; here a bad file stops the start at once.
+        read_sidecar(Path(settings.calibration).expanduser(), preset, model.get_total_num_kv_heads(), head_dim)
