@@ -31,6 +31,7 @@ def add_cache_dtypes() -> None:
 
 def wrap_attention() -> None:
     """Give attention layers with a dtype of ours our backend, their name, and pages for their window."""
+    from vllm.config import get_current_vllm_config
     from vllm.model_executor.layers.attention.attention import Attention
 
     original = Attention.__init__
@@ -41,7 +42,8 @@ def wrap_attention() -> None:
     def make_attention(self: Any, *args: Any, **kwargs: Any) -> None:
         # The CPU platform ignores chosen backends, so the layer is handed its backend.
         cache_config = kwargs.get("cache_config", args[6] if len(args) > 6 else None)
-        if cache_config is None or not config.names_our_cache(cache_config.cache_dtype):
+        # Some classes of models pass none on; their layers would be left unquantized without a word.
+        if not config.names_our_cache((cache_config or get_current_vllm_config().cache_config).cache_dtype):
             original(self, *args, **kwargs)
             return
         from vllm_ext.kv_cache import attach

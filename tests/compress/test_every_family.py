@@ -220,7 +220,7 @@ def test_codes_are_chosen_by_the_inputs_of_each_linear(models: Any, preset: str,
     )
     windows = np.random.default_rng(3).integers(3, VOCABULARY, (4, 64))
     expected = stream_logits(open_source(model), windows)
-    for rounding in ("rtn", "gptq"):
+    for rounding in ("rtn", "gptq", "gptaq"):
         output = tmp_path / rounding
         quantize_model(
             model, output, plan=plan, rounding=rounding, sweeps=0, calibration=["random"], num_windows=2
@@ -228,7 +228,7 @@ def test_codes_are_chosen_by_the_inputs_of_each_linear(models: Any, preset: str,
         with torch.inference_mode():
             found = load_dequantized(output)(input_ids=torch.from_numpy(windows)).logits[:, :-1].flatten(0, 1)
         losses.append(float((found - expected).square().mean()))
-    assert losses[1] < 0.7 * losses[0]
+    assert max(losses[1:]) < 0.7 * losses[0]
 
 
 @pytest.mark.parametrize("preset", MOE)

@@ -141,6 +141,15 @@ def test_a_layer_that_is_not_complete(tmp_path: Path, part: str, message: str) -
         open_source(write_model(tmp_path / "model", tensors))
 
 
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
+def test_what_stands_outside_of_the_layers(tmp_path: Path, name: str) -> None:
+    tensors = {**make_tensors(), "lm_head.weight": torch.zeros(CONFIG["vocab_size"], HIDDEN)}
+    open_source(write_model(tmp_path / "whole", tensors, tie_word_embeddings=False))
+    del tensors[name]
+    with pytest.raises(CheckpointError, match=rf"^{re.escape(name)} is missing.*: copy the checkpoint again"):
+        open_source(write_model(tmp_path / "damaged", tensors, tie_word_embeddings=False))
+
+
 @pytest.mark.parametrize(
     ("plan", "message"),
     [

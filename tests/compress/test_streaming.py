@@ -174,15 +174,18 @@ def test_bad_windows(model: Path, windows: np.ndarray, message: str) -> None:
 
 
 def test_a_tensor_that_is_missing_or_too_many(tmp_path: Path) -> None:
+    """In every layer: one that a single layer lacks is missed when the checkpoint is opened."""
     directory = write_runnable(tmp_path / "model")
-    edit_tensors(directory, model__layers__0__self_attn__q_norm__weight=None)
+
+    def change(name: str, value: torch.Tensor | None) -> None:
+        names = [f"model.layers.{layer}.self_attn.{name}" for layer in range(LAYERS)]
+        edit_tensors(directory, **{name: None if value is None else value.clone() for name in names})
+
+    change("q_norm.weight", None)
     with pytest.raises(CheckpointError, match=r"layer 0 of .* lacks self_attn\.q_norm\.weight"):
         next(LayerStream(open_source(directory), TOKENS).layers())
-    edit_tensors(
-        directory,
-        model__layers__0__self_attn__q_norm__weight=torch.ones(16),
-        model__layers__0__self_attn__q_proj__bias=torch.ones(64),
-    )
+    change("q_norm.weight", torch.ones(16))
+    change("q_proj.bias", torch.ones(64))
     with pytest.raises(CheckpointError, match=r"has the unexpected self_attn\.q_proj\.bias"):
         next(LayerStream(open_source(directory), TOKENS).layers())
 

@@ -45,6 +45,16 @@ def test_roofline_is_memory_for_few_tokens_and_arithmetic_for_many() -> None:
     assert model.predict(BLOCK, W8, np.array([1.0]), "16")[0] > 1.8 * one
 
 
+def test_ternary_weights_take_the_time_of_two_bits() -> None:
+    """They are smaller in the file, and 2-bit codes where a kernel reads them."""
+    ternary, two = Scheme.parse("w1.6a16_g128_sym"), Scheme.parse("w2a16_g128_sym")
+    assert ternary.stored_bytes(128, 128) < two.stored_bytes(128, 128)
+    for model in (Roofline(DEVICES["cpu"]), MeasuredTimes([{"rows": [row(scheme=str(two), tile="1")]}])):
+        times = [model.predict(BLOCK, scheme, np.array([1.0, 64.0]), "1") for scheme in (ternary, two)]
+        assert np.isfinite(times[0]).all()
+        assert np.array_equal(*times)
+
+
 @given(st.floats(0.001, 0.999))
 def test_one_token_is_one_tile(share: float) -> None:
     """What is computed as one token, and comes out a little above, is not two tiles."""

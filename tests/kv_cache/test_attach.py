@@ -16,16 +16,18 @@ import pytest
 import torch
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 
 from vllm_ext import activation, config, observability
 from vllm_ext.config import KVCacheSettings
 from vllm_ext.kernels.kv_store.codec import CodecTensors
-from vllm_ext.kv_cache import attach, calibrated
+from vllm_ext.kv_cache import attach, calibrated, engine_setup
 from vllm_ext.kv_cache.calibrated import _cut
 from vllm_ext.kv_cache.presets import PRESETS
 from vllm_ext.kv_cache.settings import choose_preset
 from vllm_ext.kv_cache.sidecar import write_sidecar
 from vllm_ext.patches import registry
+from vllm_ext.patches.kv_cache import wrap_attention
 
 
 @pytest.fixture(autouse=True)
@@ -114,12 +116,33 @@ def test_a_changed_attention_layer_is_refused(tiny_moe: str, monkeypatch: pytest
         make_config(tiny_moe)
 
 
-def test_other_kinds_of_models_are_refused(tiny_moe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.config import ModelConfig
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("use_mla", True, r"tiny_moe, a model with latent attention \(MLA\): use a --kv-cache-dtype of vLLM's own"),
+        ("is_hybrid", True, "a model with state-space or linear-attention layers"),
+        ("is_attention_free", True, "a model with no attention"),
+        ("is_encoder_decoder", True, "a model with an encoder and cross-attention"),
+        ("runner_type", "pooling", "a model with no causal decoder"),
+        ("is_diffusion", True, "a model with diffusion"),
+    ],
+)
+def test_other_kinds_of_models_are_refused(
+    tiny_moe: str, monkeypatch: pytest.MonkeyPatch, name: str, value: Any, message: str
+) -> None:
+    built = make_config(tiny_moe)
+    # Some are properties, others are kept in the object.
+    model = built.model_config
+    monkeypatch.setattr(model if name in vars(model) else type(model), name, value)
+    with pytest.raises(config.ConfigError, match=message):
+        engine_setup.check_engine(built)
 
-    monkeypatch.setattr(ModelConfig, "is_hybrid", True)
-    with pytest.raises(config.ConfigError, match="tiny_moe, a model with state-space or linear-attention layers"):
-        make_config(tiny_moe)
+
+def test_the_other_model_runner_is_refused(tiny_moe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = make_config(tiny_moe)
+    monkeypatch.setattr(type(built), "use_v2_model_runner", True)
+    with pytest.raises(config.ConfigError, match="needs the V1 model runner, and this engine uses V2: set VLLM_USE_V2"):
+        engine_setup.check_engine(built)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +157,7 @@ def test_other_kinds_of_models_are_refused(tiny_moe: str, monkeypatch: pytest.Mo
         ({"attn_backend": object}, "an attention backend of its own"),
         ({"kv_sharing_target_layer_name": "model.layers.3"}, "the KV cache of model.layers.3"),
         ({"head_size_v": 32}, "values of 32 elements"),
+        ({"cache_config": None}, "no KV-cache configuration from its model's code"),
         ({"extra_impl_args": {"sinks": torch.zeros(4)}}, "attention arguments sinks"),
     ],
 )
@@ -141,6 +165,46 @@ def test_layers_are_refused_by_what_they_have(given: dict[str, Any], words: str 
     cache = SimpleNamespace(sliding_window=None)
     engine = SimpleNamespace(model_config=SimpleNamespace(is_mm_prefix_lm=False))
     assert attach.find_refusal({"head_size": 64, "cache_config": cache, **given}, engine) == words
+
+
+def test_a_layer_is_ours_by_its_dtype_or_the_engines(tiny_moe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Falcon's attention gets no KV-cache configuration: it must not run unquantized without a word."""
+    from vllm.model_executor.layers.attention.attention import Attention
+
+    stock, ours = make_config(tiny_moe, "auto"), make_config(tiny_moe)
+    calls: list[str] = []
+    monkeypatch.setattr(Attention, "__init__", lambda self, *args, **kwargs: calls.append("vLLM's"))
+    wrap_attention()
+    with set_current_vllm_config(stock):
+        Attention(2, 64, 0.125)
+        Attention(2, 64, 0.125, cache_config=SimpleNamespace(cache_dtype="fp8"))
+    assert calls == ["vLLM's"] * 2
+    monkeypatch.setattr(attach, "make_layer", lambda *args, **kwargs: calls.append("ours"))
+    with set_current_vllm_config(ours):
+        Attention(2, 64, 0.125)
+        Attention(2, 64, 0.125, None, None, None, ours.cache_config)
+        Attention(2, 64, 0.125, cache_config=SimpleNamespace(cache_dtype="auto"))
+    assert calls == ["vLLM's"] * 2 + ["ours"] * 2 + ["vLLM's"]
+
+
+def test_vllm_plans_the_pages_of_a_layer_with_its_drafts(tiny_moe: str) -> None:
+    """vLLM writes over `extra_retained_tokens` of windows: the room for rejected drafts must outlive that."""
+    from vllm.model_executor.layers.attention.attention import Attention
+
+    speculative = {"method": "ngram", "num_speculative_tokens": 5}
+    built, name = make_config(tiny_moe, speculative_config=speculative), "model.layers.0.self_attn.attn"
+    built.cache_config.kv_cache_layout = "LBHNC"
+    with set_current_vllm_config(built):
+        layer = Attention(2, 64, 0.125, num_kv_heads=2, cache_config=built.cache_config, prefix=name)
+        beside = built.compilation_config.static_forward_context[f"{name}.recent"]
+        specs = {
+            name: layer.attn_backend.customize_spec(layer.get_kv_cache_spec(built)),
+            f"{name}.recent": beside.get_kv_cache_spec(built),
+        }
+        groups = get_kv_cache_configs(built, [specs], [1 << 28])[0].kv_cache_groups
+    quantized, window = (group.kv_cache_spec for group in groups)
+    assert quantized.state_content_bytes == 36
+    assert (window.sliding_window, window.kept_window, window.sinks) == (128, 133, 5)
 
 
 def test_head_sizes_without_whole_bytes_are_refused(tiny_moe: str, tmp_path: Path) -> None:
@@ -181,6 +245,11 @@ def test_a_layer_takes_its_tensors_from_the_file(
         assert found[0][0].order is not None
         assert found[0][0].order.tolist() == [list(range(64))]
         assert found[1] == (CodecTensors(), CodecTensors())
+        # A file that is calibrated again between two engines of a process is read again.
+        write_sidecar(path, {name: (CodecTensors(order=order.flip(-1)), CodecTensors())}, PRESETS["skvq_k2v2"], 2, 64)
+        os.utime(path, ns=(0, 0))
+        impl = SimpleNamespace(preset=preset, head_size=64, num_kv_heads=1, layer_name=name)
+        assert calibrated.find_tensors(impl)[0].order.tolist() == [list(range(63, -1, -1))]
         del layers[name]
         impl = SimpleNamespace(preset=preset, head_size=64, num_kv_heads=1, layer_name="model.layers.0.self_attn.attn")
         with pytest.raises(ValueError, match=r"holds model\.layers\.1\.self_attn\.attn, which is no attention layer"):

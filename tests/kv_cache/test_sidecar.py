@@ -52,6 +52,17 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
+def test_the_same_tensors_give_the_same_bytes(tmp_path: Path) -> None:
+    """safetensors alone writes metadata in another order each time."""
+    layers = {"1": (make_tensors(1), CodecTensors()), LAYER: (make_tensors(), make_tensors(2))}
+    contents = set()
+    for number, order in enumerate([list(layers), list(reversed(layers))] * 4):
+        path = tmp_path / str(number)
+        write_sidecar(path, {name: layers[name] for name in order}, PRESET, HEADS, HEAD_DIM)
+        contents.add(path.read_bytes())
+    assert len(contents) == 1
+
+
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_damage_never_gets_through_as_another_error(tmp_path: Path, data: st.DataObject) -> None:

@@ -119,10 +119,11 @@ def test_the_test_sees_a_trim_that_looks_at_drafts(tmp_path: Path) -> None:
     """The same, where a draft is verified only if it is the token that the drafter likes too much."""
     scheduler = build_scheduler(K, tmp_path, num_seqs=128)
 
-    def trim(drafted: list[Any], running: list[Any]) -> None:
-        for request in drafted:
-            if request.spec_token_ids[0] != 0:
+    def trim(running: list[Any], given: np.ndarray) -> np.ndarray:
+        for request in running:
+            if request.spec_token_ids[:1] != [0]:
                 request.spec_token_ids = []
+        return np.array([len(request.spec_token_ids) for request in running])
 
     scheduler._trim = trim
     assert compute_chance(count_outputs(scheduler, seed=0, requests=6000)[0]) < 1e-6
@@ -154,6 +155,18 @@ def test_values_of_tokens_decide_nothing(
                 hand_drafts(scheduler, {rid: [token] * length for rid, length in output.draft_lengths.items()})
         scheduled.append(history)
     assert scheduled[0] == scheduled[1]
+
+
+@pytest.mark.parametrize(("others", "verified"), [(0, 1), (3, 0)])
+def test_a_draft_must_be_worth_the_time_that_others_wait(others: int, verified: int, tmp_path: Path) -> None:
+    scheduler = build_scheduler(K, tmp_path)
+    scheduler._controller.step_time = FrozenStepTime(3.0)
+    for number in range(1 + others):
+        add_request(scheduler, str(number))
+    output = scheduler.schedule()
+    scheduler.update_from_output(output, run_model(output, lambda rid, drafts: [9]))
+    hand_drafts(scheduler, {"0": [11]})
+    assert len(scheduler.schedule().scheduled_spec_decode_tokens.get("0", [])) == verified
 
 
 def test_asynchronous_steps_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

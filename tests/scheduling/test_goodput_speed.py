@@ -29,7 +29,7 @@ REQUESTS, K, STEPS, WARMUP = 256, 8, 160, 20
 #: Seconds of a step that the mixin may take, and of the choice alone.
 MIXIN_LIMIT, CHOICE_LIMIT = 300e-6, 50e-6
 #: Of the time of vLLM's scheduler in the same steps.
-MIXIN_SHARE = 0.75
+MIXIN_SHARE = 0.5
 
 
 def judge(benchmark: Any, seconds: list[float], limit: float, meter: BusyMeter) -> float:

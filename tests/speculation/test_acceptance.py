@@ -132,3 +132,24 @@ def test_what_is_known_of_untried_positions_fades() -> None:
         model.observe(slots, np.array([1, 1]), np.array([1, 1]))
     # One draft at a time tells nothing of the second: it is worth another try.
     assert model.predict_survival(slots)[0, 1] > 0.5
+
+
+def test_what_is_kept_between_calls_is_never_stale() -> None:
+    model = AcceptanceModel(3)
+    requests = ["a", "b"]
+    slots = model.find_slots(requests)
+    before = model.predict_survival(slots)
+    assert model.predict_survival(model.find_slots(requests)) is before
+    model.observe(slots, np.array([3, 3]), np.array([3, 0]))
+    after = model.predict_survival(slots)
+    assert after[0, 0] > before[0, 0] > after[1, 0]
+    # The caller's own list, changed in place.
+    requests.reverse()
+    assert model.find_slots(requests).tolist() == slots[::-1].tolist()
+    assert (model.predict_survival(model.find_slots(requests)) == after[::-1]).all()
+    # Another request in the slot of one that has left.
+    model.keep_only({"b": None})
+    requests[1] = "c"
+    again = model.find_slots(requests)
+    assert sorted(again.tolist()) == sorted(slots.tolist())
+    assert model.predict_survival(again)[1, 0] < after[0, 0]

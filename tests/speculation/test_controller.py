@@ -103,6 +103,24 @@ def test_a_policy_weighs_requests() -> None:
     assert lengths[0] > lengths[1:].max() + 0.5
 
 
+def test_a_policy_is_asked_once_a_step() -> None:
+    asked: list[object] = []
+
+    def weigh(request_ids: object) -> np.ndarray:
+        asked.append(request_ids)
+        return np.ones(4)
+
+    controller, batch = make_controller(policy=weigh), Batch(REQUESTS, 4, 1000)
+    for step in range(1, 4):
+        controller.trim_drafts(batch, np.array([1, 0, 2, 0]))
+        controller.plan_drafts(batch)
+        assert len(asked) == step
+    # Other requests than were trimmed have other weights.
+    controller.trim_drafts(batch, np.array([1, 0, 2, 0]))
+    controller.plan_drafts(Batch(REQUESTS[::-1], 4, 1000))
+    assert asked[-2:] == [REQUESTS, REQUESTS[::-1]]
+
+
 def test_gone_requests_are_forgotten() -> None:
     controller = make_controller()
     serve(controller, 0.5, 10)

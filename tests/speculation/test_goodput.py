@@ -49,6 +49,16 @@ def test_no_combination_of_lengths_is_better(data: st.DataObject, n: int, k_max:
     assert found >= find_best(survival, caps, cost, weights) - 1e-9
 
 
+@given(st.integers(0, 10**6), st.integers(1, 40), costs)
+def test_the_order_in_memory_decides_nothing(seed: int, n: int, cost: DraftCost) -> None:
+    random = np.random.default_rng(seed)
+    # Few values, so that many drafts are worth the same.
+    survival = np.cumprod(random.choice([0.3, 0.9], (n, 4)), axis=1)
+    caps = random.integers(0, 5, n)
+    lengths = [choose_lengths(given, caps, cost).lengths for given in (survival, np.asfortranarray(survival))]
+    assert (lengths[0] == lengths[1]).all()
+
+
 @given(st.data(), st.integers(1, 4))
 def test_the_best_of_a_few_uniform_lengths(data: st.DataObject, n: int) -> None:
     survival = make_survival([data.draw(st.lists(chances, min_size=4, max_size=4)) for _ in range(n)])

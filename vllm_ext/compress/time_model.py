@@ -89,7 +89,7 @@ class Roofline:
         # Tokens of a batch are computed: one token may come out as 1.0000000000000002, which is not two tiles.
         num_tiles = np.ceil(np.asarray(tokens, np.float64) / rows - 1e-9)
         activations = tokens * (block.K * (scheme.act_bits / 8) + block.N * 2)
-        traffic = num_tiles * scheme.stored_bytes(block.N, block.K) + activations
+        traffic = num_tiles * scheme.in_memory.stored_bytes(block.N, block.K) + activations
         operations = 2.0 * num_tiles * rows * block.num_weights
         return 1e6 * np.maximum(traffic / self.device.bandwidth, operations / self.device.rates[scheme.act_bits])
 
@@ -139,7 +139,7 @@ class MeasuredTimes:
 
     def predict(self, block: Block, scheme: Scheme, tokens: np.ndarray, tile: str) -> np.ndarray:
         """Microseconds, see `TimeModel`."""
-        shapes = self._curves.get((str(scheme), tile))
+        shapes = self._curves.get((str(scheme.in_memory), tile))
         tokens = np.asarray(tokens, np.float64)
         if shapes is None:
             return np.full(tokens.shape, np.inf)

@@ -23,7 +23,7 @@ def make_layer(original: Callable[..., None], layer: Any, *args: Any, **kwargs: 
     """
     vllm_config = get_current_vllm_config()
     given = inspect.signature(original).bind(layer, *args, **kwargs).arguments
-    cache_dtype = given["cache_config"].cache_dtype
+    cache_dtype = vllm_config.cache_config.cache_dtype
     if reason := find_refusal(given, vllm_config):
         raise config.ConfigError(
             f"--kv-cache-dtype {cache_dtype} does not run with {given.get('prefix', 'an attention layer')}, which has "
@@ -50,7 +50,10 @@ def make_layer(original: Callable[..., None], layer: Any, *args: Any, **kwargs: 
 
 def find_refusal(given: Mapping[str, Any], vllm_config: Any) -> str | None:
     """What of a layer's arguments our kernels do not know, in words; None for a plain causal layer."""
-    window = given.get("per_layer_sliding_window") or given["cache_config"].sliding_window
+    cache_config = given.get("cache_config")
+    if cache_config is None:
+        return "no KV-cache configuration from its model's code"
+    window = given.get("per_layer_sliding_window") or cache_config.sliding_window
     extra = {
         name: value
         for name, value in given.get("extra_impl_args", {}).items()

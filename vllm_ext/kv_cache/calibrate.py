@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import difflib
-import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -31,7 +29,7 @@ from vllm_ext.kv_cache.calibrate_attention import (
 )
 from vllm_ext.kv_cache.calibration import calibrate_layer
 from vllm_ext.kv_cache.presets import PLAN_NAME, PRESETS, Preset, get_preset
-from vllm_ext.kv_cache.sidecar import read_sidecar, write_sidecar
+from vllm_ext.kv_cache.sidecar import write_sidecar
 
 #: Windows of calibration text. KVQuant takes 16 of 2048 tokens, SKVQ 256 of 4096.
 NUM_WINDOWS = 32
@@ -163,7 +161,7 @@ def calibrate_model(
             f"calibration lowers the held-out error of no layer with {preset.name}: serve it without, or give more "
             "text like that the model will see"
         )
-    _write(output, kept, preset, task)
+    write_sidecar(output, kept, preset, task.num_kv_heads, task.head_dim)
     return CalibrationReport(
         preset=preset.name,
         output=str(output),
@@ -176,24 +174,6 @@ def calibrate_model(
         seconds=time.monotonic() - began,
         layers=reports,
     )
-
-
-def _write(output: Path, kept: dict[str, Sides], preset: Preset, task: Task) -> None:
-    """The file in one step, its bytes a function of what is in it: safetensors writes metadata in any order."""
-    partial = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        write_sidecar(partial, kept, preset, task.num_kv_heads, task.head_dim)
-        content = partial.read_bytes()
-        size = int.from_bytes(content[:8], "little")
-        header = json.loads(content[8 : 8 + size])
-        ordered = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
-        ordered += b" " * (-len(ordered) % 8)
-        partial.write_bytes(len(ordered).to_bytes(8, "little") + ordered + content[8 + size :])
-        # What an engine would refuse must not be found out there.
-        read_sidecar(partial, preset, task.num_kv_heads, task.head_dim)
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def check_context(task: Task, preset: Preset) -> None:

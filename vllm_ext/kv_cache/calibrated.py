@@ -31,7 +31,7 @@ def find_tensors(impl: Any) -> Sides:
         return CodecTensors(), CodecTensors()
     path = Path(settings.calibration).expanduser()
     total = vllm_config.model_config.get_total_num_kv_heads()
-    layers = _read(path, impl.preset, total, impl.head_size)
+    layers = _read(path, path.stat().st_mtime_ns if path.exists() else 0, impl.preset, total, impl.head_size)
     known = vllm_config.compilation_config.static_forward_context
     for name in layers:
         if name not in known:
@@ -44,7 +44,7 @@ def find_tensors(impl: Any) -> Sides:
 
 
 @functools.lru_cache(maxsize=1)
-def _read(path: Path, preset: Preset, num_kv_heads: int, head_dim: int) -> Mapping[str, Sides]:
+def _read(path: Path, _changed: int, preset: Preset, num_kv_heads: int, head_dim: int) -> Mapping[str, Sides]:
     return read_sidecar(path, preset, num_kv_heads, head_dim)
 
 

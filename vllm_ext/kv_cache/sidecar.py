@@ -13,13 +13,14 @@ The header's metadata hold {"format": "vllm-ext-kv", "version": "1", "preset": .
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from vllm_ext.kernels.kv_store.codec import CodecTensors
 from vllm_ext.kernels.kv_store.layout import Codec
@@ -39,7 +40,7 @@ class SidecarError(ValueError):
 def write_sidecar(path: Path, layers: LayerTensors, preset: Preset, num_kv_heads: int, head_dim: int) -> None:
     """Write the tensors of every layer, all heads of the model. Replaces the file in one step.
 
-    Raises SidecarError for tensors that `read_sidecar` would refuse.
+    The bytes depend on the arguments alone. Raises SidecarError for tensors that `read_sidecar` would refuse.
     """
     fitted = preset.fit(head_dim)
     tensors: dict[str, torch.Tensor] = {}
@@ -51,12 +52,21 @@ def write_sidecar(path: Path, layers: LayerTensors, preset: Preset, num_kv_heads
                     tensors[f"{layer}.{side}.{field}"] = tensor.detach().clone(memory_format=torch.contiguous_format)
     if not tensors:
         raise SidecarError(f"{path}: there is nothing to write; calibrate at least one layer")
-    partial = path.with_name(f".{path.name}.partial")
+    content = _sort_header(save(tensors, _describe(preset, num_kv_heads, head_dim)))
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(tensors, partial, _describe(preset, num_kv_heads, head_dim))
-        os.replace(partial, path)
+        partial.write_bytes(content)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _sort_header(content: bytes) -> bytes:
+    """A safetensors file with its header in alphabetical order: the library writes metadata in any."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + size]), separators=(",", ":"), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[8 + size :]
 
 
 def read_sidecar(

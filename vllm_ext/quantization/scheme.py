@@ -18,7 +18,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -124,6 +124,11 @@ class Scheme:
     def fixed_zero(self) -> int:
         """Zero point of a symmetric scheme: the code of a weight of 0."""
         return 2 ** (self.code_bits - 1)
+
+    @property
+    def in_memory(self) -> Scheme:
+        """The scheme of which compiled kernels read the codes: ternary ones are repacked into 2 bits after loading."""
+        return replace(self, weight_bits=self.code_bits) if self.is_ternary else self
 
     @property
     def tensors(self) -> dict[str, TensorSpec]:

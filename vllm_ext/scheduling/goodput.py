@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -57,30 +58,37 @@ class GoodputMixin:
         self._notes: dict[int, StepNotes] = {}
         self._decision: Decision | None = None
         self._started = self._finished = 0.0
+        #: Running requests when schedule() began, and what they have in the KV cache.
+        self._ids: list[str] = []
+        self._context = 0
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's, with the least promising drafts left out."""
         self._started = time.perf_counter()
         running = self.running  # type: ignore[attr-defined]
-        drafted = [request for request in running if request.spec_token_ids]
-        if drafted and self._plan.trims:
-            self._trim(drafted, running)
-        self._proposed = frozenset([request.request_id for request in drafted if request.spec_token_ids])
+        self._ids = [request.request_id for request in running]
+        self._context = sum([request.num_computed_tokens for request in running])
+        drafted = [len(request.spec_token_ids) for request in running]
+        if self._plan.trims and any(drafted):
+            drafted = self._trim(running, np.array(drafted, np.int64)).tolist()
+        self._proposed = frozenset(itertools.compress(self._ids, drafted))
         return super().schedule(*args, **kwargs)  # type: ignore[misc]
 
-    def _trim(self, drafted: list[Any], running: Collection[Any]) -> None:
-        context = sum([request.num_computed_tokens for request in running])
-        ids = [request.request_id for request in drafted]
-        given = np.array([len(request.spec_token_ids) for request in drafted], np.int64)
-        certain = np.zeros(len(drafted), np.int64)
+    def _trim(self, running: Sequence[Any], given: np.ndarray) -> np.ndarray:
+        """Cut the drafts of running requests, `given` of each; returns how many are left."""
+        certain: np.ndarray | int = 0
+        free = given
         if self.certain_drafts:
-            certain = np.minimum([self.certain_drafts.get(rid, 0) for rid in ids], given)
-        batch = Batch(ids, len(running) + int(certain.sum()), context)
+            certain = np.minimum([self.certain_drafts.get(rid, 0) for rid in self._ids], given)
+            free = given - certain
+        # Requests without drafts count too: time that the drafts of others take is time that they wait.
+        batch = Batch(self._ids, len(running) + int(np.sum(certain)), self._context)
         is_probe = self._decision is not None and self._decision.is_probe
-        kept = certain + self._controller.trim_drafts(batch, np.minimum(given - certain, self._plan.k_max), is_probe)
+        kept = certain + self._controller.trim_drafts(batch, np.minimum(free, self._plan.k_max), is_probe)
         for row in np.flatnonzero(kept < given).tolist():
             # A new list: asynchronous scheduling gives all requests the same one.
-            drafted[row].spec_token_ids = drafted[row].spec_token_ids[: kept[row]]
+            running[row].spec_token_ids = running[row].spec_token_ids[: kept[row]]
+        return kept
 
     def _update_after_schedule(self, scheduler_output: Any) -> None:
         # Before super(): AsyncScheduler makes the placeholders of the next step out of this number.
@@ -88,7 +96,9 @@ class GoodputMixin:
         if scheduled:
             requests = self.requests  # type: ignore[attr-defined]
             ids = list(scheduled)
-            context = sum([requests[rid].num_computed_tokens for rid in ids])
+            context = self._context
+            if ids != self._ids:
+                context = sum([requests[rid].num_computed_tokens for rid in ids])
             planned = 0
             if self._plan.drafts:
                 decision = self._controller.plan_drafts(Batch(ids, len(ids), context))
@@ -136,22 +146,26 @@ class GoodputMixin:
         sampled, index = model_runner_output.sampled_token_ids, model_runner_output.req_id_to_index
         if not sampled:
             return [], np.zeros(0, np.int64), np.zeros(0, np.int64)
-        requests, running = self.requests, RequestStatus.RUNNING  # type: ignore[attr-defined]
-        # Output of before a preemption is counted twice once the request runs again.
-        ids = [
-            rid
-            for rid in scheduler_output.num_scheduled_tokens
-            if (request := requests.get(rid)) is not None
-            and request.num_stale_output_tokens <= 0
-            and sampled[index[rid]]
-            and (request.status is running or not request.is_finished())
-        ]
+        find_request, running = self.requests.get, RequestStatus.RUNNING  # type: ignore[attr-defined]
         drafts, proposed = scheduler_output.scheduled_spec_decode_tokens, notes.proposed
-        drafted = np.array([len(drafts[rid]) if rid in drafts and rid in proposed else 0 for rid in ids], np.int64)
+        ids: list[str] = []
+        num_drafts: list[int] = []
+        num_sampled: list[int] = []
+        for rid in scheduler_output.num_scheduled_tokens:
+            request = find_request(rid)
+            # Output of before a preemption is counted twice once the request runs again.
+            if request is None or request.num_stale_output_tokens > 0:
+                continue
+            tokens = sampled[index[rid]]
+            if tokens and (request.status is running or not request.is_finished()):
+                ids.append(rid)
+                num_sampled.append(len(tokens))
+                num_drafts.append(len(drafts[rid]) if rid in drafts and rid in proposed else 0)
+        drafted = np.array(num_drafts, np.int64)
         if invalid := scheduler_output.num_invalid_spec_tokens:
             # vLLM pads new rows with drafts of -1 and drafts that the grammar forbids with -1: no trials of ours.
             drafted = np.maximum(drafted - [invalid.get(rid, 0) for rid in ids], 0)
-        accepted = np.minimum(np.array([len(sampled[index[rid]]) for rid in ids], np.int64) - 1, drafted)
+        accepted = np.minimum(np.array(num_sampled, np.int64) - 1, drafted)
         for row, rid in enumerate(ids) if notes.certain else ():
             drafted[row], accepted[row] = count_trials(drafted[row], accepted[row], notes.certain.get(rid, 0))
         return ids, drafted, accepted

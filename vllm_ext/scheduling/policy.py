@@ -59,22 +59,28 @@ class RequestPolicy:
         return normalize(weights)
 
     def _weigh_deadlines(self, requests: Sequence[Any]) -> np.ndarray:
-        now = self._clock()
-        left, tokens, pace = np.full(len(requests), np.inf), np.zeros(len(requests)), np.zeros(len(requests))
+        now, known = self._clock(), self._due
+        weights = np.ones(len(requests))
+        rows, deadlines, paces, tokens = [], [], [], []
         for row, request in enumerate(requests):
-            due = self._find_due(request, now)
+            due = known.get(request.request_id)
+            if due is None or due.arrival != request.arrival_time:
+                due = self._note_due(request, now)
+                known = self._due
             if due.deadline == math.inf:
                 continue
-            made = request.num_output_tokens - due.tokens_at_start
-            left[row] = (due.deadline - now) * 1e3
-            tokens[row] = request.max_tokens - request.num_output_tokens
-            pace[row] = (now - due.started) * 1e3 / made if made > 0 else 0.0
-        return weigh_deadlines(left, tokens, pace)
+            made = request.num_output_tokens
+            rows.append(row)
+            deadlines.append(due.deadline)
+            tokens.append(request.max_tokens - made)
+            made -= due.tokens_at_start
+            paces.append((now - due.started) / made if made > 0 else 0.0)
+        if rows:
+            left = (np.array(deadlines) - now) * 1e3
+            weights[rows] = weigh_deadlines(left, np.array(tokens, np.float64), np.array(paces) * 1e3)
+        return weights
 
-    def _find_due(self, request: Any, now: float) -> _Due:
-        due = self._due.get(request.request_id)
-        if due is not None and due.arrival == request.arrival_time:
-            return due
+    def _note_due(self, request: Any, now: float) -> _Due:
         if len(self._due) > 2 * len(self._requests) + 64:
             self._due = {rid: due for rid, due in self._due.items() if rid in self._requests}
         arrival = request.arrival_time

@@ -145,13 +145,13 @@ class AcceptanceModel:
         """
         if slots is self._last_slots and self._last_survival is not None:
             return self._last_survival
-        survival = self._predict_hazards(slots)
-        for shorter, longer in itertools.pairwise(survival):
+        survival = self._predict_hazards(slots).T
+        for shorter, longer in itertools.pairwise(survival.T):
             longer *= shorter
         survival.flags.writeable = False
         if slots is self._last_slots:
-            self._last_survival = survival.T
-        return survival.T
+            self._last_survival = survival
+        return survival
 
     def predict_first(self, slots: np.ndarray) -> np.ndarray:
         """P(the first draft is accepted): float64 [n], the first column of `predict_survival`."""

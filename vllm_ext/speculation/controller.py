@@ -95,13 +95,16 @@ class GoodputController:
         self._steps = 0
         self._last_passes = 0
         self._policy = policy
+        #: Slots and weights of the requests that were trimmed, until the next step of them is planned.
+        self._weighed: tuple[np.ndarray, np.ndarray] | None = None
 
     def plan_drafts(self, batch: Batch, caps: np.ndarray | None = None) -> Decision:
         """Draft lengths for the next step of these requests. caps: int [n], the longest allowed; None for k_max."""
         slots = self.acceptance.find_slots(batch.request_ids)
         survival = self.acceptance.predict_survival(slots)
         caps = np.full(len(slots), self.k_max) if caps is None else np.minimum(caps, self.k_max)
-        weights = None if self._policy is None else self._policy(batch.request_ids)
+        weights = self._weigh(batch, slots)
+        self._weighed = None
         cost = self._describe_cost(batch)
         caps = np.minimum(caps, self._limit_unknown())
         choice = self._choose(survival, caps, cost, weights, batch)
@@ -134,7 +137,9 @@ class GoodputController:
         cost = self.step_time.describe_cost(features)
         # Only the forward pass is still to be paid.
         paid = DraftCost(cost.fixed, self.step_time.coefficients["tokens"], 0.0)
-        weights = None if self._policy is None else self._policy(batch.request_ids)
+        weights = self._weigh(batch, slots)
+        if weights is not None:
+            self._weighed = (slots, weights)
         return choose_lengths(self.acceptance.predict_survival(slots), drafted, paid, weights).lengths
 
     def observe(
@@ -164,6 +169,12 @@ class GoodputController:
     def forget(self, running: Mapping[Hashable, object]) -> None:
         """Drop every request that is not among the running ones."""
         self.acceptance.keep_only(running)  # type: ignore[arg-type]
+
+    def _weigh(self, batch: Batch, slots: np.ndarray) -> np.ndarray | None:
+        """The policy's weights, asked for once a step where the same requests are trimmed and planned for."""
+        if self._weighed is not None and self._weighed[0] is slots:
+            return self._weighed[1]
+        return None if self._policy is None else self._policy(batch.request_ids)
 
     def _limit_unknown(self) -> int:
         """Short drafts until a few steps have been measured: on a compute-bound machine long ones cost most there."""

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-#: (numbers of drafts, passes) -> milliseconds of the step.
+#: (numbers of drafts, float64 without fractions; passes) -> milliseconds of the step.
 _MeasureTimes = Callable[[np.ndarray, int], np.ndarray]
 
 
@@ -67,7 +67,7 @@ def choose_lengths(
     def measure(drafts: np.ndarray, passes: int) -> np.ndarray:
         return (cost.fixed + cost.per_pass * passes) + cost.per_token * drafts
 
-    return _choose(survival, caps, cost, weights, measure)
+    return _choose(survival, caps, cost, weights, measure, cost.per_token)
 
 
 def choose_padded(
@@ -94,7 +94,7 @@ def choose_padded(
         padded_time = padding * (padded - base_tokens) + (cost.per_token - padding) * drafts
         return cost.fixed + padded_time + cost.per_pass * passes
 
-    return _choose(survival, caps, cost, weights, measure)
+    return _choose(survival, caps, cost, weights, measure, max(cost.per_token - padding, 0.0))
 
 
 def choose_uniform(
@@ -121,8 +121,14 @@ def choose_uniform(
 
 
 def _choose(
-    survival: np.ndarray, caps: np.ndarray, cost: DraftCost, weights: np.ndarray | None, measure: _MeasureTimes
+    survival: np.ndarray,
+    caps: np.ndarray,
+    cost: DraftCost,
+    weights: np.ndarray | None,
+    measure: _MeasureTimes,
+    slope: float,
 ) -> Choice:
+    """slope: milliseconds that one more draft adds at least, whatever their number."""
     if not cost.fixed > 0 or cost.per_token < 0 or cost.per_pass < 0:
         raise ValueError(f"times must be positive, got {cost}")
     num_requests, k_max = survival.shape
@@ -140,31 +146,28 @@ def _choose(
         value *= weights
     # Without passes to pay for, more positions to choose from are never worse.
     candidates = range(1, k_max + 1) if cost.per_pass else (k_max,)
-    counts = np.arange(value.size + 1)
+    counts = np.arange(value.size + 1, dtype=np.float64)
     # (objective, passes, drafts, the least valuable of them)
     best = (-total * float(np.log(measure(counts[:1], 0)[0])), 0, 0, 0.0)
     for passes in candidates:
-        order = np.sort(value[:passes], axis=None)[::-1]
-        drafts = counts[1 : 1 + np.count_nonzero(order)]
-        if len(drafts):
-            progress = np.add.accumulate(order[: len(drafts)]) - total * np.log(measure(drafts, passes))
+        order = np.sort(value[:passes], axis=None)
+        # Of s milliseconds in t the logarithm of time grows by s / t or more: what is worth less is never taken.
+        price = total * slope / float(measure(counts[order.size : order.size + 1], passes)[0])
+        worthy = order.size - int(order.searchsorted(price, side="right"))
+        if worthy:
+            order = order[: -worthy - 1 : -1]
+            progress = np.add.accumulate(order)
+            progress -= total * np.log(measure(counts[1 : worthy + 1], passes))
             last = int(progress.argmax())
             best = max(best, (float(progress[last]), passes, last + 1, float(order[last])))
     _, passes, count, threshold = best
     if not count:
         return Choice(np.zeros(num_requests, np.int64), float(num_requests), float(measure(counts[:1], 0)[0]))
-    lengths = _take_most_valuable(value[:passes], count, threshold)
-    tokens = num_requests + float(np.where(np.arange(k_max)[:, None] < lengths, survival, 0.0).sum())
-    return Choice(lengths, tokens, float(measure(counts[count : count + 1], passes)[0]))
-
-
-def _take_most_valuable(value: np.ndarray, count: int, threshold: float) -> np.ndarray:
-    """How many of each request's drafts are among the `count` most valuable; of equal ones, earlier positions.
-
-    threshold: the least valuable of these.
-    """
-    taken = value >= threshold
+    taken = value[:passes] >= threshold
     surplus = int(np.count_nonzero(taken)) - count
     if surplus:
-        taken.ravel()[np.flatnonzero(value == threshold)[-surplus:]] = False
-    return np.add.reduce(taken, axis=0, dtype=np.int64)
+        # Of drafts worth the same, earlier positions.
+        taken.ravel()[np.flatnonzero(value[:passes] == threshold)[-surplus:]] = False
+    lengths = np.add.reduce(taken, axis=0, dtype=np.int64)
+    tokens = num_requests + float(survival[:passes].ravel() @ taken.ravel())
+    return Choice(lengths, tokens, float(measure(counts[count : count + 1], passes)[0]))

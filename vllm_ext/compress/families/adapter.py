@@ -13,7 +13,7 @@ import torch
 from vllm_ext.compress.families.decoder import Decoder, Residual, RoutedTokens
 from vllm_ext.compress.families.fused_experts import split_fused_experts
 from vllm_ext.compress.families.layout import ATTENTION_NORM, MLP_NORM, FamilyLayout
-from vllm_ext.compress.families.structure import QUANTIZABLE, Block, Kind, Module
+from vllm_ext.compress.families.structure import Block, Kind, Module
 from vllm_ext.quantization.checkpoint import count_experts, read_size
 from vllm_ext.quantization.safetensors_io import CheckpointError, TensorInfo, TensorReader, suggest
 
@@ -239,10 +239,14 @@ class CheckpointFamily:
     def _check_layers(
         self, config: Mapping[str, Any], infos: Mapping[str, TensorInfo], modules: Sequence[Module]
     ) -> None:
-        """Raise CheckpointError for a layer that lacks a part, or a tensor that others of its kind have.
+        """Raise CheckpointError for a layer that lacks a part, or a tensor that others of its kind have, and for an
+        embedding, last norm or head that is not there.
 
         Nothing later would notice: vLLM does not miss tensors of quantized models.
         """
+        for name in (_EMBEDDING, _NORM, *([_HEAD] if config.get("tie_word_embeddings") is False else [])):
+            if name not in infos:
+                raise CheckpointError(f"{name} is missing{suggest(name, infos)}: copy the checkpoint again")
         routed = {module.layer for module in modules if module.kind is Kind.EXPERT}
         routers = {module.layer for module in modules if module.kind is Kind.ROUTER}
         found: dict[int, set[str]] = {}
@@ -269,9 +273,3 @@ class CheckpointFamily:
                 )
             if missing := sorted(known[layer in routed] - names):
                 raise CheckpointError(f"{prefix}{missing[0]} is missing, which other layers have: copy it again")
-
-
-def describe_kept(family: CheckpointFamily) -> str:
-    """Last parts of the paths of a family's linears that no plan may name."""
-    linears = family.layout.linears.items()
-    return ", ".join(path.rpartition(".")[2] for path, role in linears if role.kind not in QUANTIZABLE)
