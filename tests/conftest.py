@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,10 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Two test files run at once: threads that spin while they wait would take the other's cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# A shell's background job ignores Ctrl-C, and so would every process that a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The machines that run these tests are shared and noisy: how long an example takes says nothing about the code.
 # "repeat" draws the same examples every time, so that a commit is green or red wherever it runs; "explore" draws new
