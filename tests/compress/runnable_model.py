@@ -52,3 +52,10 @@ def add_tokenizer(directory: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w1").save_pretrained(directory)
+
+
+def write_random_text(path: Path, num_tokens: int) -> Path:
+    """So many words of the tokenizer above, some far more often than others."""
+    words = np.random.default_rng(0).random(num_tokens) ** 2 * VOCABULARY
+    path.write_text(" ".join(f"w{int(word)}" for word in words))
+    return path

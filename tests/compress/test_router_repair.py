@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.compress.runnable_model import EXPERTS, VOCABULARY, add_tokenizer, make_tokens, write_runnable
+from tests.compress.runnable_model import (
+    EXPERTS,
+    add_tokenizer,
+    make_tokens,
+    write_random_text,
+    write_runnable,
+)
 from vllm_ext.compress import quantize, router_repair
 from vllm_ext.compress.cache import StageCache
 from vllm_ext.compress.calibration import CalibrationError, cut_windows, load_tokenizer, make_windows
@@ -46,8 +52,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tmp_path_factory.mktemp("models") / "model", dtype=torch.bfloat16, max_position_embeddings=512
     )
     add_tokenizer(directory)
-    words = np.random.default_rng(0).random(8 * 512) ** 2 * VOCABULARY
-    (directory.parent / "text.txt").write_text(" ".join(f"w{int(word)}" for word in words))
+    write_random_text(directory.parent / "text.txt", 8 * 512)
     return directory
 
 

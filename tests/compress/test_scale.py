@@ -17,12 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.compress.runnable_model import VOCABULARY, add_tokenizer, write_runnable
+from tests.compress.runnable_model import add_tokenizer, write_random_text, write_runnable
 from vllm_ext import cli
 from vllm_ext.compress.quantize import quantize_model
 from vllm_ext.compress.rounders import HessianRounder
@@ -42,8 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tmp_path_factory.mktemp("models") / "model", dtype=torch.bfloat16, max_position_embeddings=512
     )
     add_tokenizer(directory)
-    words = np.random.default_rng(0).random(8 * 512) ** 2 * VOCABULARY
-    (directory.parent / "text.txt").write_text(" ".join(f"w{int(word)}" for word in words))
+    write_random_text(directory.parent / "text.txt", 8 * 512)
     return directory
 
 
@@ -275,8 +273,7 @@ def test_memory_is_that_of_a_layer(tmp_path: Path, rounding: str) -> None:
     """Four times as many layers, the same peak, which is far below the model."""
     sizes = {"hidden_size": 256, "moe_intermediate_size": 256, "num_experts": 16, "mlp_only_layers": []}
     peaks, weights = [], []
-    words = np.random.default_rng(0).random(5 * 512) ** 2 * VOCABULARY
-    (tmp_path / "text.txt").write_text(" ".join(f"w{int(word)}" for word in words))
+    write_random_text(tmp_path / "text.txt", 5 * 512)
     for layers in (4, 16):
         directory = write_runnable(
             tmp_path / f"model-{layers}", num_hidden_layers=layers, max_position_embeddings=512, **sizes

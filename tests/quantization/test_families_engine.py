@@ -47,6 +47,15 @@ def make_windows() -> list[list[int]]:
     return [torch.randint(3, 4000, (40,), generator=generator).tolist() for _ in range(2)]
 
 
+def score_served(windows: list[list[int]], model: Path, **options: Any) -> torch.Tensor:
+    """Prompt logprobs of an engine of its own."""
+    llm = start(model, **options)
+    try:
+        return score_with_vllm(llm, windows)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_packed_directory_is_the_rounded_model(preset: str, tmp_path: Path, engine_in_process: None) -> None:
     model = make_family(preset, tmp_path / "model")
@@ -55,11 +64,7 @@ def test_packed_directory_is_the_rounded_model(preset: str, tmp_path: Path, engi
     assert cli.main(["quantize", str(model), "-o", str(tmp_path / "packed"), *arguments]) == 0
     assert validate_checkpoint(tmp_path / "packed").plan.modules == plan.modules
     windows = make_windows()
-    llm = start(tmp_path / "packed", distributed_executor_backend="uni")
-    try:
-        served = score_with_vllm(llm, windows)
-    finally:
-        llm.llm_engine.engine_core.shutdown()
+    served = score_served(windows, tmp_path / "packed", distributed_executor_backend="uni")
     rounded = fake_quantize_model(str(model), tmp_path / "rounded", plan)
     assert (served - score_with_transformers(rounded, windows)).abs().max() < 1e-4
     # The comparison can fail: unrounded weights are far away.
@@ -73,11 +78,7 @@ def test_online_plan_is_the_rounded_model(preset: str, tmp_path: Path, engine_in
     plan = make_full_plan(model)
     windows = make_windows()
     overrides = {"quantization_config": plan.to_config()}
-    llm = start(model, hf_overrides=overrides, distributed_executor_backend="uni")
-    try:
-        served = score_with_vllm(llm, windows)
-    finally:
-        llm.llm_engine.engine_core.shutdown()
+    served = score_served(windows, model, hf_overrides=overrides, distributed_executor_backend="uni")
     rounded = fake_quantize_model(str(model), tmp_path / "rounded", plan)
     assert (served - score_with_transformers(rounded, windows)).abs().max() < 1e-4
 
@@ -100,11 +101,7 @@ def test_two_ranks_are_the_rounded_model(
     plan = make_full_plan(model, split=options.get("tensor_parallel_size", 1))
     quantize_model(model, tmp_path / "packed", plan=plan)
     windows = make_windows()
-    llm = start(tmp_path / "packed", **options)
-    try:
-        served = score_with_vllm(llm, windows)
-    finally:
-        llm.llm_engine.engine_core.shutdown()
+    served = score_served(windows, tmp_path / "packed", **options)
     rounded = fake_quantize_model(str(model), tmp_path / "rounded", plan)
     assert (served - score_with_transformers(rounded, windows)).abs().max() < 1e-4
 

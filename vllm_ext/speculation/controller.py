@@ -25,7 +25,7 @@ FIRST_LENGTHS = ((8, 1), (16, 3))
 #: A change of the number of drafting passes must promise this much more goodput: noise is not followed.
 HYSTERESIS = 1.01
 
-#: Weights of requests by id: what a token of each is worth, 1 for most. Deadlines and priorities enter here.
+#: Weights of requests by id: what progress of each is worth, 1 for most. Deadlines and priorities enter here.
 Policy = Callable[[Sequence[Hashable]], np.ndarray]
 
 

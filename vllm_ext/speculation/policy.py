@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a token of each request is worth: weights for the goodput that draft lengths are chosen by.
+"""What progress of each request is worth: weights for the objective that draft lengths are chosen by.
 
-Only their ratios count. Weights of a batch have a mean of 1, so that goodput stays tokens per millisecond, and where
-nothing tells requests apart every weight is exactly 1: the same lengths as without a policy.
+Only their ratios count. Weights of a batch have a mean of 1, and where nothing tells requests apart every weight is
+exactly 1: the same lengths as without a policy.
 """
 
 from __future__ import annotations
