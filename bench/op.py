@@ -63,6 +63,7 @@ class OpCase:
     features: Callable[[], Mapping[str, Any]] = dict
     synchronize: Callable[[], object] | None = None
     cache_bytes: int | None = None
+    cold_bytes: int | None = None
     ceiling: str | None = None
 
 
@@ -79,6 +80,7 @@ def compare_ops(
     features: Mapping[str, Any] | None = None,
     synchronize: Callable[[], object] | None = None,
     cache_bytes: int | None = None,
+    cold_bytes: int | None = None,
     ceiling: str | None = None,
 ) -> list[Record]:
     """Time the arms on the same inputs, call by call in turn, with memory that no cache holds; one record per
@@ -91,12 +93,14 @@ def compare_ops(
                        Where one set of weights is larger than the caches by far, sets may share it and differ in
                        routing
     working_set_bytes  bytes that one call reads and writes, of each arm or of all. The number of input sets follows:
-                       the arm that touches least comes back to the same memory after COLD_FACTOR last-level caches
+                       the arm that touches least comes back to the same memory after COLD_FACTOR last-level caches,
+                       or after `cold_bytes` where those are more
     repetitions        records per arm; arms are paired by repetition
     stock              the arm that the others are compared with in reports; default: the first
     calls              calls of each arm in a repetition, rounded up so that all arms see all input sets equally often
     synchronize        waits for the device (`torch.cuda.synchronize`); called before both readings of the clock
     cache_bytes        last-level cache; default: what this machine's CPU tells. Give the L2 size of a GPU
+    cold_bytes         bytes of its own that every arm goes through before it comes back to the same memory
     ceiling            an arm that does no more than read its bytes
 
     Metrics: `latency` (us, median of the calls), `latency_p10` and `latency_p90` (us), `cpu_time` (us of all threads
@@ -106,7 +110,8 @@ def compare_ops(
     """
     sizes = _check_arguments(case, arms, working_set_bytes, repetitions, calls, stock, ceiling)
     cache = cache_bytes or last_level_cache_bytes()
-    num_sets = count_input_sets(min(sizes.values()), cache, len(arms))
+    cold = max(COLD_FACTOR * cache, cold_bytes or 0)
+    num_sets = count_input_sets(min(sizes.values()), cold, len(arms))
     rounds = math.ceil(calls / num_sets) * num_sets
     inputs = [make_inputs(index) for index in range(num_sets)]
     environment = describe_environment()
@@ -118,7 +123,8 @@ def compare_ops(
         "stock_arm": stock or next(iter(arms)),
         "calls": rounds,
         "input_sets": num_sets,
-        "cold": num_sets * min(sizes.values()) >= COLD_FACTOR * cache,
+        "cold": num_sets * min(sizes.values()) >= cold,
+        "cold_bytes": round(cold),
         "last_level_cache_bytes": cache,
         "threads": _count_threads(),
         "binding": describe_binding(os.environ),
@@ -167,6 +173,7 @@ def run_case(case: OpCase, repetitions: int = DEFAULT_REPETITIONS) -> list[Recor
         features=case.features(),
         synchronize=case.synchronize,
         cache_bytes=case.cache_bytes,
+        cold_bytes=case.cold_bytes,
         ceiling=case.ceiling,
     )
 
@@ -181,13 +188,13 @@ def last_level_cache_bytes() -> int:
     return max(sizes) or UNKNOWN_CACHE_BYTES
 
 
-def count_input_sets(call_bytes: int, cache_bytes: int, num_arms: int) -> int:
-    """Input sets to cycle through, so that COLD_FACTOR caches of other memory pass before one is used again.
+def count_input_sets(call_bytes: int, cold_bytes: float, num_arms: int) -> int:
+    """Input sets to cycle through, so that `cold_bytes` of other memory pass before one is used again.
 
     At least one per arm: in every round each arm uses another set, as arms may read the same tensors. At most
     MAX_INPUT_SETS.
     """
-    return max(num_arms, min(MAX_INPUT_SETS, math.ceil(COLD_FACTOR * cache_bytes / call_bytes)))
+    return max(num_arms, min(MAX_INPUT_SETS, math.ceil(cold_bytes / call_bytes)))
 
 
 def _check_arguments(

@@ -8,7 +8,6 @@ The arm `read` adds up the same arenas as 64-bit integers in torch. Weights are 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
@@ -107,7 +106,7 @@ def op_cases() -> list[OpCase]:
             stock="read",
             ceiling="read",
             features=describe_kernels,
-            calls=3 * math.ceil(COLD_BYTES / plan_layer(bits)[1] / 3),
+            cold_bytes=COLD_BYTES,
             settings={
                 "bits": bits,
                 "rows": rows,

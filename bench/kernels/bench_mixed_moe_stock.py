@@ -13,9 +13,9 @@ Arms, call by call in turn:
     w2a8 ...     one width in all experts, groups of 128
     mixed_a16    experts of 2, 3 and 4 bits with 16-bit activations: 2.7 code bits on average
 
-Every arm has copies of the layer worth 1.5 GB. How many are used is the harness's choice: an arm comes back to the same
-weights after four last-level caches of its own (`bench.op.COLD_FACTOR`), and all other arms in between. Routing is
-skewed (zipf 0.7), and at one token it goes through all experts in turn. Weights are random: this is speed only.
+Every arm has copies of the layer worth 1.5 GB and goes through all of them before it comes back to the first. Routing
+is skewed (zipf 0.7); at one token it goes through all experts of a copy in turn, then to the next copy. Weights are
+random: this is speed only.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ WIDTHS: dict[str, tuple[tuple[int, ...], int]] = {
 
 
 class Inputs(NamedTuple):
-    """Set number, x bf16 [tokens, hidden], topk_ids int32 and topk_weights float32 [tokens, top k]."""
+    """Number of the copy, x bf16 [tokens, hidden], topk_ids int32 and topk_weights float32 [tokens, top k]."""
 
-    number: int
+    copy: int
     x: torch.Tensor
     topk_ids: torch.Tensor
     topk_weights: torch.Tensor
@@ -108,7 +108,9 @@ def make_inputs(shape: Shape, tokens: int) -> Callable[[int], Inputs]:
     def make(index: int) -> Inputs:
         generator = torch.Generator().manual_seed(index)
         x = (torch.randn(tokens, shape.hidden, generator=generator) / 2).bfloat16()
-        return Inputs(index, x, *route(shape, tokens, index))
+        # All experts of one copy come before the next copy: taken by turns, both could repeat long before all met.
+        turns = math.ceil(shape.experts / shape.top_k) if tokens == 1 else 1
+        return Inputs(index // turns, x, *route(shape, tokens, index))
 
     return make
 
@@ -129,7 +131,7 @@ def make_bf16_arm(shape: Shape) -> Arm:
 
     def run(inputs: Inputs) -> torch.Tensor:
         out = torch.empty_like(inputs.x)
-        weights = layers[inputs.number % len(layers)]
+        weights = layers[inputs.copy % len(layers)]
         ops.cpu_fused_moe(out, inputs.x, *weights, None, None, inputs.topk_weights, inputs.topk_ids, "silu", isa, False)
         return out
 
@@ -157,7 +159,7 @@ def make_int4_arm(shape: Shape) -> Arm:
 
     def run(inputs: Inputs) -> torch.Tensor:
         out = torch.empty_like(inputs.x)
-        (w1, s1, z1), (w2, s2, z2) = layers[inputs.number % len(layers)]
+        (w1, s1, z1), (w2, s2, z2) = layers[inputs.copy % len(layers)]
         method = ops.CPUQuantMethod.INT4_W4A8
         routing = inputs.topk_weights, inputs.topk_ids
         ops.fused_experts_cpu(out, inputs.x, w1, w2, *routing, method, s1, s2, z1, z2, None)
@@ -199,7 +201,7 @@ def make_mixed_arm(shape: Shape, arm: str) -> Arm:
         arenas[-1].copy_(first)
 
     def run(inputs: Inputs) -> torch.Tensor:
-        arena = arenas[inputs.number % len(arenas)]
+        arena = arenas[inputs.copy % len(arenas)]
         return mixed_moe(inputs.x, inputs.topk_ids, inputs.topk_weights, arena, table, None, shape.intermediate)
 
     return run
@@ -249,6 +251,7 @@ def make_case(shape: Shape, tokens: int) -> OpCase:
         make_inputs=make_inputs(shape, tokens),
         working_set_bytes={arm: round(unique * count_expert_bytes(shape, arm)) for arm in arms},
         stock="bf16",
+        cold_bytes=COLD_BYTES,
         settings=settings,
         features=describe_kernels,
     )

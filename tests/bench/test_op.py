@@ -71,11 +71,16 @@ def test_all_arms_see_all_inputs_equally_often_and_never_the_same_at_once() -> N
 
 
 @pytest.mark.parametrize(
-    ("call_bytes", "cache_bytes", "arms", "expected"),
-    [(10, 15, 1, 6), (1000, 15, 3, 3), (60, 15, 1, 1), (1, 1 << 20, 2, op.MAX_INPUT_SETS)],
+    ("call_bytes", "cold_bytes", "arms", "expected"),
+    [(10, 60, 1, 6), (1000, 60, 3, 3), (60, 60, 1, 1), (1, 1 << 22, 2, op.MAX_INPUT_SETS)],
 )
-def test_number_of_input_sets(call_bytes: int, cache_bytes: int, arms: int, expected: int) -> None:
-    assert count_input_sets(call_bytes, cache_bytes, arms) == expected
+def test_number_of_input_sets(call_bytes: int, cold_bytes: int, arms: int, expected: int) -> None:
+    assert count_input_sets(call_bytes, cold_bytes, arms) == expected
+
+
+def test_a_case_can_ask_for_more_memory_than_the_caches_need() -> None:
+    settings = compare_recorders(repetitions=1, cold_bytes=95)[0][0].settings
+    assert (settings["input_sets"], settings["cold_bytes"], settings["cold"]) == (10, 95, True)
 
 
 def test_a_working_set_too_small_to_be_cold_is_said_to_be_warm() -> None:
