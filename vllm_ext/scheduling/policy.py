@@ -35,6 +35,21 @@ class _Due(NamedTuple):
     tokens_at_start: int
 
 
+class _Batch(NamedTuple):
+    """What does not change about the requests of a batch: read once, for a batch stays the same for many steps."""
+
+    requests: list[Any]
+    #: Weights by priority, float64 [n]; None where priorities do not count.
+    urgency: np.ndarray | None
+    #: Rows with a deadline, int64 [m], and of these: deadline and start of decoding in seconds of time.time, output
+    #: tokens at that start, and the most tokens that may be put out, float64 [m].
+    rows: np.ndarray
+    deadlines: np.ndarray
+    started: np.ndarray
+    tokens_at_start: np.ndarray
+    max_tokens: np.ndarray
+
+
 class RequestPolicy:
     """Weights of a batch's requests, for `GoodputController(policy=...)`."""
 
@@ -46,39 +61,50 @@ class RequestPolicy:
         self._requests, self._priorities, self._deadlines = requests, priorities, deadlines
         self._clock = clock
         self._due: dict[Hashable, _Due] = {}
+        self._batch = self._read_batch([])
         self._is_warned = False
 
     def __call__(self, request_ids: Sequence[Hashable]) -> np.ndarray:
         """float64 [n], mean 1."""
         requests = [self._requests[rid] for rid in request_ids]  # type: ignore[index]
-        weights = np.ones(len(requests))
-        if self._priorities:
-            weights *= weigh_priorities(np.array([request.priority for request in requests], np.int64))
-        if self._deadlines:
-            weights *= self._weigh_deadlines(requests)
+        # By identity: another request of the same id is another request.
+        if requests != self._batch.requests:
+            self._batch = self._read_batch(requests)
+        weights = np.ones(len(requests)) if self._batch.urgency is None else self._batch.urgency.copy()
+        if len(self._batch.rows):
+            weights[self._batch.rows] *= self._weigh_deadlines(self._batch)
         return normalize(weights)
 
-    def _weigh_deadlines(self, requests: Sequence[Any]) -> np.ndarray:
-        now, known = self._clock(), self._due
-        weights = np.ones(len(requests))
-        rows, deadlines, paces, tokens = [], [], [], []
-        for row, request in enumerate(requests):
-            due = known.get(request.request_id)
+    def _weigh_deadlines(self, batch: _Batch) -> np.ndarray:
+        now, requests = self._clock(), batch.requests
+        made = np.array([requests[row].num_output_tokens for row in batch.rows.tolist()], np.float64)
+        since = made - batch.tokens_at_start
+        pace = np.where(since > 0, (now - batch.started) / np.maximum(since, 1.0), 0.0)
+        return weigh_deadlines((batch.deadlines - now) * 1e3, batch.max_tokens - made, pace * 1e3)
+
+    def _read_batch(self, requests: list[Any]) -> _Batch:
+        urgency = None
+        if self._priorities:
+            urgency = weigh_priorities(np.array([request.priority for request in requests], np.int64))
+        rows: list[int] = []
+        dues: list[_Due] = []
+        now = self._clock()
+        for row, request in enumerate(requests if self._deadlines else ()):
+            due = self._due.get(request.request_id)
             if due is None or due.arrival != request.arrival_time:
                 due = self._note_due(request, now)
-                known = self._due
-            if due.deadline == math.inf:
-                continue
-            made = request.num_output_tokens
-            rows.append(row)
-            deadlines.append(due.deadline)
-            tokens.append(request.max_tokens - made)
-            made -= due.tokens_at_start
-            paces.append((now - due.started) / made if made > 0 else 0.0)
-        if rows:
-            left = (np.array(deadlines) - now) * 1e3
-            weights[rows] = weigh_deadlines(left, np.array(tokens, np.float64), np.array(paces) * 1e3)
-        return weights
+            if due.deadline < math.inf:
+                rows.append(row)
+                dues.append(due)
+        return _Batch(
+            requests,
+            urgency,
+            np.array(rows, np.int64),
+            np.array([due.deadline for due in dues]),
+            np.array([due.started for due in dues]),
+            np.array([due.tokens_at_start for due in dues], np.float64),
+            np.array([requests[row].max_tokens for row in rows], np.float64),
+        )
 
     def _note_due(self, request: Any, now: float) -> _Due:
         if len(self._due) > 2 * len(self._requests) + 64:
