@@ -86,7 +86,9 @@ def install_pack(workspace: Workspace) -> None:
     found = sorted(workspace.site_packages.glob("setuptools-*.dist-info"))
     major = int(found[-1].name.split("-")[1].split(".")[0]) if found else 0
     isolation = ["--no-build-isolation"] if major >= 77 else []
-    workspace.pip_install(*isolation, "-e", f"{workspace.root}[bench,dev]")
+    # CUDA torch pins a triton of its own; on a CPU it is there for the interpreter and the compile checks alone.
+    extras = "bench,dev,triton" if workspace.device == "cpu" else "bench,dev"
+    workspace.pip_install(*isolation, "-e", f"{workspace.root}[{extras}]")
 
 
 VERIFICATION = """

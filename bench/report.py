@@ -39,7 +39,10 @@ HIDDEN_SETTINGS = {
     "ambient",
 }
 #: Cases whose arms are no repetitions of one measurement: another script writes a page beside their records.
-OWN_PAGES = {"quality": "Perplexity, divergence and routing by bits of every method of `vllm-ext quantize`"}
+OWN_PAGES = {
+    "quality": "Perplexity, divergence and routing by bits of every method of `vllm-ext quantize`",
+    "compile_matrix": "Registers, memory and instructions of every GPU kernel that ships, by target and compiler",
+}
 PLOT_METRICS = 4
 MAX_TICKS = 12
 #: How far the overview follows an interval beyond the smallest and largest ratio.

@@ -26,6 +26,9 @@ cache line, one AVX-512 register, and more than any GPU vector load asks for):
 
     layout CPU_RECORD: records of 16 rows and 128 columns with their scales and zero points, one section at
     codes_offset; native/layout.py draws them. For the compiled CPU kernels; loaders write the plain layouts.
+
+    layout GPU_FRAGMENT: codes in the order of a tensor core's registers at codes_offset, each scale with its zero point
+    in one word at scales_offset; gpu/layout.py draws them. For the Triton kernels.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from typing import NamedTuple
 import torch
 
 from . import ternary
+from .gpu import layout as fragments
 from .native import layout as records
 from .native.load import find_ops
 from .packing import pack_codes, packed_size, unpack_codes
@@ -73,10 +77,14 @@ class Layout(IntEnum):
     PLAIN_FP32 = 3
     CPU_RECORD = 4
     PLAIN_TERNARY = 5
+    GPU_FRAGMENT = 6
 
 
 #: Layouts in which checkpoints bring codes.
 STORED_CODES = (Layout.PLAIN_CODES, Layout.PLAIN_TERNARY)
+
+#: Layouts in which kernels want codes.
+REPACKED_CODES = (Layout.CPU_RECORD, Layout.GPU_FRAGMENT)
 
 #: Layouts that hold the weight itself, with its element type.
 FULL_PRECISION_DTYPES = {
@@ -122,7 +130,7 @@ def num_groups(K: int, group_size: int) -> int:
 def section_bytes(block: BlockFormat, N: int, K: int, gate_up: bool = False) -> tuple[int, int, int]:
     """Bytes of (codes, scales, zeros) of a block, before alignment. Raises ValueError for a bad format.
 
-    gate_up: the weight is gate and up one after the other, which CPU_RECORD stores in turn.
+    gate_up: the weight is gate and up one after the other, which CPU_RECORD and GPU_FRAGMENT store in turn.
     """
     if block.layout in FULL_PRECISION_DTYPES:
         return N * K * FULL_PRECISION_DTYPES[block.layout].itemsize, 0, 0
@@ -130,6 +138,8 @@ def section_bytes(block: BlockFormat, N: int, K: int, gate_up: bool = False) -> 
     if block.layout == Layout.CPU_RECORD:
         num_records = math.prod(records.count_records(N, K, gate_up))
         return num_records * records.record_bytes(block.weight_bits, block.group_size), 0, 0
+    if block.layout == Layout.GPU_FRAGMENT:
+        return *fragments.section_bytes(block.weight_bits, block.group_size, N, K, gate_up), 0
     zeros = 0 if block.symmetric else N * groups
     return N * _packed_size(block.layout, block.weight_bits, block.group_size, K), 2 * N * groups, zeros
 
@@ -152,9 +162,10 @@ def view_block(
     """Views of the arena that hold a weight [N, K], by the names its tensors have in checkpoints.
 
     "qweight" uint8 [N, bytes of K codes], "scales" fp16 [N, K/g] and, for an asymmetric block, "zeros" uint8 [N, K/g];
-    or "weight" [N, K] of the layout's element type; or "records" uint8 [row blocks, records along K, bytes], which
-    no checkpoint has. Raises ValueError for a row that points past the arena's end, for unknown widths and layouts,
-    and for sections that do not lie as those of a weight [N, K] do. gate_up: as in `section_bytes`.
+    or "weight" [N, K] of the layout's element type; or, which no checkpoint has, "records" uint8 [row blocks, records
+    along K, bytes], or "fragments" uint8 [bytes] with "scale_zeros" int32 [words]. Raises ValueError for a row that
+    points past the arena's end, for unknown widths and layouts, and for sections that do not lie as those of a weight
+    [N, K] do. gate_up: as in `section_bytes`.
     """
     if row[Field.ACT_BITS] not in ACT_BITS:
         raise ValueError(f"act_bits={row[Field.ACT_BITS]} is not one of {', '.join(map(str, ACT_BITS))}")
@@ -163,6 +174,13 @@ def view_block(
         size = records.record_bytes(row[Field.WEIGHT_BITS], row[Field.GROUP_SIZE])
         shape = (*records.count_records(N, K, gate_up), size)
         return {"records": _section(arena, row[Field.CODES_OFFSET], math.prod(shape)).view(shape)}
+    if row[Field.LAYOUT] == Layout.GPU_FRAGMENT:
+        widths = row[Field.WEIGHT_BITS], row[Field.ACT_BITS], row[Field.GROUP_SIZE]
+        block = BlockFormat(*widths, layout=Layout.GPU_FRAGMENT)
+        _check_row(row, block, N, K, gate_up)
+        num_codes, num_words, _ = section_bytes(block, N, K, gate_up)
+        words = _section(arena, row[Field.SCALES_OFFSET], num_words).view(torch.int32)
+        return {"fragments": _section(arena, row[Field.CODES_OFFSET], num_codes), "scale_zeros": words}
     if row[Field.LAYOUT] not in STORED_CODES:
         dtype = _full_precision_dtype(row)
         weight = _section(arena, row[Field.CODES_OFFSET], N * K * dtype.itemsize)
@@ -171,8 +189,7 @@ def view_block(
     size = _packed_size(layout, row[Field.WEIGHT_BITS], row[Field.GROUP_SIZE], K)
     widths = row[Field.WEIGHT_BITS], row[Field.ACT_BITS], row[Field.GROUP_SIZE]
     block = BlockFormat(*widths, symmetric=row[Field.ZEROS_OFFSET] < 0, layout=layout)
-    if place_block(block, N, K, row[Field.CODES_OFFSET])[0] != list(row[:NUM_FIELDS]):
-        raise ValueError(f"the table's row {list(row)} does not describe a weight [{N}, {K}]: table and shapes differ")
+    _check_row(row, block, N, K, gate_up)
     scales = _section(arena, row[Field.SCALES_OFFSET], 2 * N * groups)
     views = {
         "qweight": _section(arena, row[Field.CODES_OFFSET], N * size).view(N, size),
@@ -181,6 +198,11 @@ def view_block(
     if row[Field.ZEROS_OFFSET] >= 0:
         views["zeros"] = _section(arena, row[Field.ZEROS_OFFSET], N * groups).view(N, groups)
     return views
+
+
+def _check_row(row: Sequence[int], block: BlockFormat, N: int, K: int, gate_up: bool) -> None:
+    if place_block(block, N, K, row[Field.CODES_OFFSET], gate_up)[0] != list(row[:NUM_FIELDS]):
+        raise ValueError(f"the table's row {list(row)} does not describe a weight [{N}, {K}]: table and shapes differ")
 
 
 def write_codes(
@@ -197,8 +219,8 @@ def write_codes(
     [N, K/g]; zeros uint8 [N, K/g], or None for a symmetric block. gate_up: as in `section_bytes`.
     Raises ValueError where the tensors do not agree with the row.
     """
-    if row[Field.LAYOUT] == Layout.CPU_RECORD:
-        _write_records(arena, row, codes, scales, zeros, gate_up)
+    if row[Field.LAYOUT] in REPACKED_CODES:
+        _write_repacked(arena, row, codes, scales, zeros, gate_up)
         return
     if row[Field.LAYOUT] not in STORED_CODES:
         raise ValueError(f"layout {row[Field.LAYOUT]} does not hold codes")
@@ -217,7 +239,7 @@ def write_codes(
         view.copy_(tensor)
 
 
-def _write_records(
+def _write_repacked(
     arena: torch.Tensor,
     row: Sequence[int],
     codes: torch.Tensor,
@@ -227,7 +249,7 @@ def _write_records(
 ) -> None:
     N, K = codes.shape
     bits, group_size = row[Field.WEIGHT_BITS], row[Field.GROUP_SIZE]
-    place = view_block(arena, row, N, K, gate_up)["records"]
+    views = view_block(arena, row, N, K, gate_up)
     groups = (N, num_groups(K, group_size))
     _check_tensor("codes", codes, torch.uint8, (N, K))
     _check_tensor("scales", scales, torch.float16, groups)
@@ -235,6 +257,12 @@ def _write_records(
         _check_tensor("zeros", zeros, torch.uint8, groups)
     if codes.numel() and (largest := int(codes.max())) >= 2**bits:
         raise ValueError(f"code {largest} does not fit in bits={bits}")
+    if row[Field.LAYOUT] == Layout.GPU_FRAGMENT:
+        packed = fragments.pack_fragments(codes, scales, zeros, bits, row[Field.ACT_BITS], group_size, gate_up)
+        for view, section in zip(views.values(), packed, strict=True):
+            view.copy_(section)
+        return
+    place = views["records"]
     ops = find_ops() if arena.device.type == "cpu" else None
     if ops is None:
         place.copy_(records.pack_records(codes, scales, zeros, bits, group_size, gate_up))
@@ -252,13 +280,16 @@ def read_codes(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Read a block of codes back: (codes uint8 [N, K], scales fp16 [N, K/g], zeros uint8 [N, K/g] or None).
 
-    Of a plain block, scales and zeros are views of the arena; of a CPU_RECORD block zeros are always given.
+    Of a plain block, scales and zeros are views of the arena; of REPACKED_CODES zeros are always given.
     Raises ValueError for a table row that points past the arena's end. gate_up: as in `section_bytes`.
     """
     views = view_block(arena, row, N, K, gate_up)
     if "records" in views:
         widths = row[Field.WEIGHT_BITS], row[Field.GROUP_SIZE]
         return records.unpack_records(views["records"], *widths, N, K, gate_up)
+    if "fragments" in views:
+        formats = row[Field.WEIGHT_BITS], row[Field.ACT_BITS], row[Field.GROUP_SIZE]
+        return fragments.unpack_fragments(views["fragments"], views["scale_zeros"], *formats, N, K, gate_up)
     if row[Field.LAYOUT] == Layout.PLAIN_TERNARY:
         codes = ternary.unpack_codes(views["qweight"], row[Field.GROUP_SIZE], K)
     else:

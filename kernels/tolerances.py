@@ -82,6 +82,38 @@ NATIVE_FUZZ: dict[int, Tolerance] = {
 #: Among ten thousand small layers, one has roundings that exceed the limit of the others by a twentieth.
 FUZZ_ROOM = 1.25
 
+#: The Triton kernels on bf16 and fp16 against the reference in float32, for layers with at least FEW_OUTPUTS outputs;
+#: keys: (dtype of x, activation bits). Scales applied to products: configurations.SCALE_PRODUCTS and CORRECT_SUMS.
+GPU_LINEAR: dict[tuple[torch.dtype, int], Tolerance] = {
+    (torch.bfloat16, 16): Tolerance(2.5e-3, "only the output is rounded to 8 bits: 1.6e-3 on average"),
+    (torch.float16, 16): Tolerance(4e-4, "only the output is rounded to 11 bits: 2e-4 on average"),
+    (torch.bfloat16, 8): Tolerance(2.5e-3, "the same int8 codes as the reference; the output is rounded to 8 bits"),
+    (torch.float16, 8): Tolerance(4e-4, "the same int8 codes as the reference; the output is rounded to 11 bits"),
+}
+
+#: As GPU_LINEAR, where 16-bit activations are multiplied by weights in x's type: configurations.SCALE_WEIGHTS.
+GPU_LINEAR_ROUNDED: dict[torch.dtype, Tolerance] = {
+    torch.bfloat16: Tolerance(4e-3, "a group's scale, then each weight, then the output are rounded to 8 bits"),
+    torch.float16: Tolerance(6e-4, "each weight and the output are rounded to 11 bits"),
+}
+
+#: As GPU_LINEAR, for a MoE layer.
+GPU_MOE: dict[tuple[torch.dtype, int], Tolerance] = {
+    (torch.bfloat16, 16): Tolerance(4.5e-3, "as one linear layer, and the intermediate is rounded to 8 bits"),
+    (torch.float16, 16): Tolerance(7e-4, "as one linear layer, and the intermediate is rounded to 11 bits"),
+    (torch.bfloat16, 8): Tolerance(
+        2e-2,
+        "the intermediate is rounded to 8 bits before int8 rounding, which flips codes: 1/127 of a group's largest",
+    ),
+    (torch.float16, 8): Tolerance(1e-2, "as in bf16, with an eighth of the rounding before"),
+}
+
+#: As GPU_LINEAR_ROUNDED, for a MoE layer. A layer that has 8-bit activations, too, is held to GPU_MOE's for these.
+GPU_MOE_ROUNDED: dict[torch.dtype, Tolerance] = {
+    torch.bfloat16: Tolerance(8e-3, "scales, weights, the intermediate and experts' results are rounded to 8 bits"),
+    torch.float16: Tolerance(1.2e-3, "weights, the intermediate and experts' results are rounded to 11 bits"),
+}
+
 #: Outputs below which the tolerances of the compiled kernels are doubled.
 FEW_OUTPUTS = 512
 

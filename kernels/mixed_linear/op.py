@@ -7,10 +7,24 @@ from __future__ import annotations
 import torch
 
 from ..fallback import warn_no_fast_path
+from ..gpu import launch
 from . import cpu, reference
 from .arguments import check_arguments
 
 SCHEMA = "mixed_linear(Tensor x, Tensor arena, Tensor table, int out_features, Tensor? bias) -> Tensor"
+
+
+def _mixed_linear_cuda(
+    x: torch.Tensor, arena: torch.Tensor, table: torch.Tensor, out_features: int, bias: torch.Tensor | None
+) -> torch.Tensor:
+    if launch.serves(x):
+        # Loads triton, which a process without such calls must not do.
+        from . import triton
+
+        out = triton.mixed_linear(x, arena, table, out_features, bias)
+        if out is not None:
+            return out
+    return _mixed_linear_reference(x, arena, table, out_features, bias)
 
 
 def _mixed_linear_reference(
@@ -34,6 +48,7 @@ def _register() -> torch.library.Library | None:
     library = torch.library.Library("vllm_ext", "FRAGMENT")
     library.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
     library.impl("mixed_linear", cpu.mixed_linear, "CPU")
+    library.impl("mixed_linear", _mixed_linear_cuda, "CUDA")
     library.impl("mixed_linear", _mixed_linear_reference, "CompositeExplicitAutograd")
     torch.library.register_fake("vllm_ext::mixed_linear", _mixed_linear_fake, lib=library)
     return library

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from ..fallback import warn_no_fast_path
+from ..gpu import launch
 from . import cpu, reference
 from .arguments import check_arguments
 
@@ -44,6 +45,30 @@ def _mixed_moe_cpu(
         weight_on_input,
         observer=call_observer,
     )
+
+
+def _mixed_moe_cuda(
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    arena: torch.Tensor,
+    table: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    intermediate_size: int,
+    activation: str,
+    weight_on_input: bool,
+) -> torch.Tensor:
+    arguments = (
+        x, topk_ids, topk_weights, arena, table, expert_map, intermediate_size, activation, weight_on_input
+    )  # fmt: skip
+    if launch.serves(x):
+        # Loads triton, which a process without such calls must not do.
+        from . import triton
+
+        out = triton.mixed_moe(*arguments)
+        if out is not None:
+            return out
+    return _mixed_moe_reference(*arguments)
 
 
 def _mixed_moe_reference(
@@ -93,6 +118,7 @@ def _register() -> torch.library.Library | None:
     library = torch.library.Library("vllm_ext", "FRAGMENT")
     library.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
     library.impl("mixed_moe", _mixed_moe_cpu, "CPU")
+    library.impl("mixed_moe", _mixed_moe_cuda, "CUDA")
     library.impl("mixed_moe", _mixed_moe_reference, "CompositeExplicitAutograd")
     torch.library.register_fake("vllm_ext::mixed_moe", _mixed_moe_fake, lib=library)
     return library

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How packed weights lie in memory once they are loaded: as stored, or repacked for the compiled CPU kernels."""
+"""How packed weights lie in memory once they are loaded: as stored, or repacked for the kernels of their device."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import torch
 from vllm.config import get_current_vllm_config_or_none
 
 from vllm_ext import config
-from vllm_ext.kernels.arena import STORED_CODES, BlockFormat, Layout
+from vllm_ext.kernels.arena import REPACKED_CODES, STORED_CODES, BlockFormat, Layout
+from vllm_ext.kernels.gpu import selfcheck
 from vllm_ext.kernels.native.load import ISA_ENV, load_ops
 
-#: Model dtypes of the compiled kernels. A float32 model keeps the plain layout, and float32 arithmetic.
+#: Model dtypes of the kernels. A float32 model keeps the plain layout, and float32 arithmetic.
 RECORD_DTYPES = (torch.bfloat16, torch.float16)
 
 #: Instruction set of the kernels that is there for any machine, and slower than torch's own operators.
@@ -22,8 +23,10 @@ SLOW_ISA = "scalar"
 def choose_layout(dtype: torch.dtype, device: torch.device) -> Layout:
     """Layout of quantized blocks in a model of this dtype; the first call in a process may compile the kernels.
 
-    The kernels are kept below `vllm_ext.cache_dir`, where the current vLLM configuration gives one.
+    Those of the CPU are kept below `vllm_ext.cache_dir`, where the current vLLM configuration gives one.
     """
+    if device.type == "cuda" and dtype in RECORD_DTYPES:
+        return Layout.GPU_FRAGMENT if selfcheck.is_sound(device, dtype) else Layout.PLAIN_CODES
     if device.type != "cpu" or dtype not in RECORD_DTYPES:
         return Layout.PLAIN_CODES
     ops = load_ops(find_cache_dir())
@@ -47,8 +50,8 @@ def find_engine_index() -> int:
 
 
 def place_in_memory(block: BlockFormat, layout: Layout) -> BlockFormat:
-    """A block's format in memory: as stored, but codes in records where `layout` is that."""
-    is_repacked = layout == Layout.CPU_RECORD and block.layout in STORED_CODES
+    """A block's format in memory: as stored, but codes repacked where `layout` is one that kernels read."""
+    is_repacked = layout in REPACKED_CODES and block.layout in STORED_CODES
     return block._replace(layout=layout) if is_repacked else block
 
 

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of compiled kernels: its rows, its file, what two rows may differ in, and what no row may have."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench.kernels.machine_code import MULTIPLIES
+from bench.records import RESULTS
+
+CASE = "compile_matrix"
+TABLE = RESULTS / CASE / "table.csv"
+
+#: Compute capabilities, and the shared memory that one thread block can have there, in bytes (CUDA C++ programming
+#: guide, table of technical specifications per compute capability).
+TARGETS = {"sm_80": (8, 0), "sm_89": (8, 9), "sm_90": (9, 0), "sm_100": (10, 0)}
+SHARED_LIMITS = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
+
+#: What multiplies on a target: `wgmma` needs sm_90a and `tcgen05` sm_100a, which Triton compiles for by itself.
+UNITS = {"sm_80": "mma.sync", "sm_89": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05"}
+
+#: How far a compiler may move from the table before `compare_rows` says so: registers, and instructions per weight.
+REGISTER_SLACK = 8
+INSTRUCTION_SLACK = 0.05
+
+#: Columns of K that an iteration of a main loop takes, and the threads of a warp.
+DEPTH, WARP = 128, 32
+
+#: Stored bits of a code -> bits of its planes (kernels/gpu/layout.py).
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 6: (4, 2), 8: (8,), 16: (16,)}
+
+SEPARATOR = "/"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled kernel. Fields of the main loops have a value for each, in the order of their code.
+
+    triton: "3.9"; target: "sm_90"; kernel: `Shipped.name`; tile_rows: rows of the weight in a tile, 0 for kernels
+    without GEMM; stack_bytes: of spilled registers; local_accesses: instructions; shared_bytes: of a thread block;
+    multiply: instruction of the tensor core; per_weight: instructions of a thread for each weight that it decodes;
+    copies: bytes x count of copies into shared memory; loads: of global memory into registers; stores: to shared
+    memory; spills: accesses to local memory.
+    """
+
+    triton: str
+    target: str
+    kernel: str
+    tile_rows: int
+    tile_tokens: int
+    warps: int
+    registers: int
+    stack_bytes: int
+    local_accesses: int
+    shared_bytes: int
+    instructions: int
+    multiply: tuple[str, ...]
+    num_multiplies: tuple[int, ...]
+    per_weight: tuple[float, ...]
+    copies: tuple[str, ...]
+    loads: tuple[int, ...]
+    stores: tuple[int, ...]
+    spills: tuple[int, ...]
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What tells rows apart."""
+        return self.triton, self.target, self.kernel
+
+    @property
+    def is_gemm(self) -> bool:
+        """Whether the kernel multiplies tiles."""
+        return self.tile_rows > 0
+
+
+class Known(NamedTuple):
+    """Rows that may break a rule: regular expressions for compiler, target, kernel and violation; and why they may."""
+
+    triton: str
+    target: str
+    kernel: str
+    violation: str
+    reason: str
+
+
+#: None of them is a GEMM on sm_90 with the newer Triton. That each still is needed is tested.
+KNOWN = (
+    Known(
+        r".*", r"sm_80|sm_89|sm_100", r".*", r"spills: .* 0 of them in main loops",
+        "the assembler keeps a few values from before the main loop in local memory until after it",
+    ),
+    Known(
+        r"3\.6", r"sm_80", r".* w2,3,4,6,8,16a16 .*", r"spills: .*",
+        "six loops whose weights Triton 3.6 takes through shared memory: use Triton 3.9, or fewer widths in a layer",
+    ),
+    Known(
+        r"3\.6", r"sm_90", r".* w4a8_g32 64x64|.* w4a8_g32 128x64", r"spills: .*",
+        "Triton 3.6 loads scales and sums of groups of 32 once for each thread: use groups of 128 with 8 bits",
+    ),
+    Known(
+        r"3\.9", r"sm_100", r".* w4a8_g32 64x64|.* w4a8_g32 128x64", r"spills: .*",
+        "four groups a chunk with scales and sums of their own take all registers: use groups of 128 with 8 bits",
+    ),
+    Known(
+        r"3\.9", r"sm_100", r".* w(\d,)*3(,\d+)*a(8|16) 128x\d+", r".* stores to shared memory in main loops",
+        "Triton joins the two planes of 3-bit codes by way of shared memory there",
+    ),
+    Known(
+        r"3\.9", r"sm_100", r".* w4a(16|8)_g32 .*", r".* stores to shared memory in main loops",
+        "Triton takes the pieces of a chunk out of it by way of shared memory there",
+    ),
+)  # fmt: skip
+
+
+class LoopFormat(NamedTuple):
+    """What a loop multiplies: stored bits of weights, bits of activations, columns of a group up to 128."""
+
+    bits: int
+    act_bits: int
+    depth: int
+
+
+def read_table(path: Path) -> list[Row]:
+    """The rows of a table; none where there is no file. Raises ValueError for other columns than a row has."""
+    if not path.exists():
+        return []
+    names = [one.name for one in fields(Row)]
+    rows = []
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != names:
+            raise ValueError(f"{path} has the columns {reader.fieldnames}, expected {names}: compile all again")
+        for number, line in enumerate(reader, 2):
+            try:
+                rows.append(Row(**{name: _parse(name, line[name]) for name in names}))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path}:{number}: {error}") from error
+    return rows
+
+
+def write_table(path: Path, rows: Iterable[Row]) -> None:
+    """Write rows in the order of `sort_rows`; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            names = [one.name for one in fields(Row)]
+            writer.writerow(names)
+            for row in sort_rows(rows):
+                writer.writerow([_write(getattr(row, name)) for name in names])
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sort_rows(rows: Iterable[Row]) -> list[Row]:
+    """Newest compiler first, then targets by age, then kernels by name."""
+    targets = list(TARGETS)
+    return sorted(
+        rows, key=lambda row: ([-int(part) for part in row.triton.split(".")], targets.index(row.target), row.kernel)
+    )
+
+
+def compare_rows(known: Row, new: Row) -> list[str]:
+    """What of a new row is not as the table has it; a few more registers and instructions are allowed."""
+    found = []
+    if new.registers > known.registers + REGISTER_SLACK:
+        found.append(f"{new.registers} registers, {known.registers} in the table")
+    exact = ("stack_bytes", "local_accesses", "shared_bytes", "multiply", "num_multiplies", "copies", "loads", "stores")
+    for name in exact:
+        if getattr(new, name) != getattr(known, name):
+            found.append(f"{name} {getattr(new, name)}, {getattr(known, name)} in the table")
+    pairs = zip(known.per_weight, new.per_weight, strict=False)
+    if any(mine > (1 + INSTRUCTION_SLACK) * theirs for theirs, mine in pairs):
+        found.append(f"instructions per weight {new.per_weight}, {known.per_weight} in the table")
+    return found
+
+
+def list_formats(kernel: str) -> list[LoopFormat]:
+    """The loops that a kernel's name promises: "gate_up w2,4a16_g32 64x16" has two, of 2 and of 4 bits."""
+    found = re.findall(r"\bw([\d,]+)a(8|16)(?:_g(\d+))?", kernel)
+    return [
+        LoopFormat(int(bits), int(act_bits), int(depth or DEPTH))
+        for widths, act_bits, depth in found
+        for bits in widths.split(",")
+    ]
+
+
+def list_violations(row: Row) -> list[str]:
+    """What a row has that no kernel that ships may have.
+
+    Registers spilled, or any local memory; more shared memory than a thread block can have; in a main loop another unit
+    than the target's best, other numbers of multiplications than a tile needs, weights that pass shared memory a second
+    time or come by narrow or unbuffered loads. KNOWN has the rows that do break a rule, and why they may.
+    """
+    found = []
+    if row.stack_bytes or row.local_accesses:
+        inside = sum(row.spills)
+        found.append(f"spills: {row.stack_bytes} bytes, {row.local_accesses} accesses, {inside} of them in main loops")
+    if row.shared_bytes > (limit := SHARED_LIMITS[row.target]):
+        found.append(f"{row.shared_bytes} bytes of shared memory, {limit} are there")
+    if not row.is_gemm:
+        return found
+    formats = list_formats(row.kernel)
+    if len(row.multiply) != len(formats):
+        return [*found, f"{len(row.multiply)} main loops for {len(formats)} formats"]
+    units = {MULTIPLIES[name.split(".")[0]] for name in row.multiply}
+    if units != {UNITS[row.target]}:
+        found.append(f"multiplies by {', '.join(sorted(units))}, not by {UNITS[row.target]}")
+    else:
+        expected = sorted(_count_multiplies(row, one.act_bits) for one in formats)
+        if sorted(row.num_multiplies) != expected:
+            found.append(f"{row.num_multiplies} multiplications in main loops, expected {expected}")
+    # For mma.sync, Triton before 3.9 gives decoded weights another layout by way of shared memory.
+    if any(row.stores) and not (UNITS[row.target] == "mma.sync" and row.triton == "3.6"):
+        found.append(f"{row.stores} stores to shared memory in main loops")
+    if any(row.loads):
+        found.append(f"{row.loads} unbuffered loads in main loops")
+    wide = sorted(_count_wide_copies(text) for text in row.copies)
+    needed = sorted(_need_wide_copies(row, one) for one in formats)
+    if any(mine < theirs for mine, theirs in zip(wide, needed, strict=True)):
+        found.append(f"{wide} copies of 16 bytes in main loops, weights alone need {needed}")
+    return found
+
+
+def find_reason(row: Row, violation: str) -> str | None:
+    """Why a row may break a rule, from KNOWN; None where it may not."""
+    subject = (row.triton, row.target, row.kernel, violation)
+    for known in KNOWN:
+        if all(re.fullmatch(pattern, text) for pattern, text in zip(known[:4], subject, strict=True)):
+            return known.reason
+    return None
+
+
+def _count_multiplies(row: Row, act_bits: int) -> int:
+    """Instructions of a thread for a tile and 128 columns: each takes 16 columns of 16 bits, 32 of 8 bits."""
+    steps = DEPTH // (16 if act_bits == 16 else 32)
+    if UNITS[row.target] == "tcgen05":
+        # One instruction takes up to 128 rows and 256 tokens; one thread issues it.
+        return steps * -(-row.tile_rows // 128) * -(-row.tile_tokens // 256)
+    if UNITS[row.target] == "wgmma":
+        # 64 rows of four warps.
+        return steps * row.tile_rows // (16 * row.warps) * -(-row.tile_tokens // 256)
+    # 16 rows and 8 tokens of one warp.
+    return steps * row.tile_rows * row.tile_tokens // (16 * 8 * row.warps)
+
+
+def _count_wide_copies(text: str) -> int:
+    return sum(int(part.removeprefix("16x")) for part in text.split("+") if part.startswith("16x"))
+
+
+def _need_wide_copies(row: Row, one: LoopFormat) -> int:
+    """Copies of 16 bytes that bring a thread's part of a chunk's codes; a smaller plane comes in narrower ones."""
+    threads = row.warps * WARP
+    return sum(row.tile_rows * DEPTH * bits // 8 // (16 * threads) for bits in PLANES[one.bits])
+
+
+def _parse(name: str, text: str) -> Any:
+    kind = Row.__annotations__[name]
+    if not kind.startswith("tuple"):
+        return int(text) if kind == "int" else text
+    parts = text.split(SEPARATOR) if text else []
+    if "float" in kind:
+        return tuple(float(part) for part in parts)
+    return tuple(int(part) for part in parts) if "int" in kind else tuple(parts)
+
+
+def _write(value: object) -> str:
+    return SEPARATOR.join(map(str, value)) if isinstance(value, tuple) else str(value)

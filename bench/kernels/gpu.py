@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What has to be seen on a GPU of the Triton kernels, in parts of eight minutes at most.
+
+    python -m bench.kernels.gpu --part NAME [--out DIR] [--minutes 8] [--dry-run]
+    python -m bench.kernels.gpu --store FILE...
+
+    reference   every scheme with the inline PTX against the reference in float32
+    graphs      CUDA graphs replayed with other inputs; the same call again and again
+    sanitizer   compute-sanitizer's tools on small sizes
+    decode      variants of the tile for few tokens beside each other
+    stock       vLLM's bf16 Triton MoE and Marlin beside ours
+    roofline    bytes and operations against what the GPU can do
+
+A part writes `gpu_NAME.json` (records as bench/records.py has them, what was left out, what needs CUDA) and
+`gpu_NAME.png` into DIR. Time over, it begins nothing new. `--dry-run` goes through a part at tiny sizes in Triton's
+interpreter, on a CPU; its times mean nothing, and it says what it cannot run. `--store` puts the records of such files
+into bench/results. bench/gpu_all.py runs all parts.
+
+Exit codes: 0 ok, 1 something failed or was wrong, 2 bad usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.records import RESULTS, parse_record, write_record
+
+PARTS = ("reference", "graphs", "sanitizer", "decode", "stock", "roofline")
+MINUTES = 8.0
+
+
+def run_part(name: str, out: Path, minutes: float = MINUTES, is_dry_run: bool = False) -> list[str]:
+    """Run a part and write its two files; returns what failed. Raises RuntimeError without a GPU, but for a dry run."""
+    if is_dry_run:
+        # Triton reads it when it is first imported.
+        os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+
+    from vllm_ext.kernels.gpu import launch
+
+    if is_dry_run != launch.IS_INTERPRETED:
+        raise RuntimeError(
+            "a dry run needs Triton's interpreter, and nothing else does: TRITON_INTERPRET, set too late?"
+        )
+    if not is_dry_run and not torch.cuda.is_available():
+        raise RuntimeError("there is no CUDA GPU here; --dry-run goes through everything on a CPU")
+    from bench.kernels.gpu_parts.common import Context, draw
+
+    # Half a minute for what is under way when time is over, and for the plot.
+    deadline = time.monotonic() + 60 * minutes - 30
+    context = Context(torch.device("cpu" if is_dry_run else "cuda"), is_dry_run, deadline)
+    result = importlib.import_module(f"bench.kernels.gpu_parts.{name}").run(context)
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(result.to_json(is_dry_run), indent=1, allow_nan=False) + "\n"
+    (out / f"gpu_{name}.json").write_text(text, encoding="utf-8")
+    draw(result, out / f"gpu_{name}.png")
+    return [f"{record.case} {record.arm}: {record.error}" for record in result.records if record.status == "failed"]
+
+
+def store_records(files: Sequence[Path], results: Path = RESULTS) -> int:
+    """Put the records of parts' files into a folder of results; returns how many.
+
+    Raises ValueError for a file of a dry run, whose times mean nothing, and for one that no part wrote.
+    """
+    stored = 0
+    for path in files:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        # gpu_all.json holds the files of parts, by part; those that did not run have no records.
+        parts = [content] if "records" in content else [part for part in content.values() if "records" in part]
+        if not parts or any(part["dry_run"] for part in parts):
+            raise ValueError(f"{path} is no file of a run on a GPU")
+        for record in [record for part in parts for record in part["records"]]:
+            write_record(results, parse_record(record))
+            stored += 1
+    return stored
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels.gpu", description="What must be seen on a GPU.")
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--part", choices=PARTS)
+    action.add_argument("--store", nargs="+", type=Path, metavar="FILE", help="put records into bench/results")
+    parser.add_argument("--out", type=Path, default=Path("gpu_results"), metavar="DIR")
+    parser.add_argument("--minutes", type=float, default=MINUTES)
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes in the interpreter, on a CPU")
+    options = parser.parse_args(argv)
+    if options.store:
+        print(f"{store_records(options.store)} records", file=sys.stderr)
+        return 0
+    try:
+        failed = run_part(options.part, options.out, options.minutes, options.dry_run)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(options.out / f"gpu_{options.part}.json")
+    for text in failed:
+        print(f"failed: {text}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+# Triton reads the annotations of its functions as its own.
+# mypy: disallow-untyped-defs=False
+"""Sums of what several thread blocks computed, over a token's experts and over parts of K, always in the same order."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .accumulate import round_to
+from .sorting import load_local_ids
+
+#: Columns that one thread block sums.
+BLOCK_COLUMNS = 1024
+
+
+@triton.jit(do_not_specialize=["num_pairs", "split", "top_k"])
+def sum_experts_kernel(
+    parts,
+    topk_ids,
+    expert_map,
+    out,
+    num_pairs,
+    split,
+    top_k,
+    num_global,
+    hidden_size,
+    NUM_EXPERTS: tl.constexpr,
+    HAS_MAP: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    USE_ASM: tl.constexpr,
+):
+    """out[token] = sum over its slots that have an expert here, and over parts. Grid: (tokens, blocks of columns)."""
+    token = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    mask = columns < hidden_size
+    total = tl.zeros((BLOCK_COLUMNS,), tl.float32)
+    stride = num_pairs.to(tl.int64) * hidden_size
+    for slot in range(0, top_k):
+        pair = token * top_k + slot
+        expert = load_local_ids(topk_ids, expert_map, pair, num_pairs, num_global, NUM_EXPERTS, HAS_MAP)
+        # Rows of pairs that have no expert here were never written.
+        is_here = columns < tl.where(expert < NUM_EXPERTS, hidden_size, 0)
+        source = parts + pair.to(tl.int64) * hidden_size + columns
+        for _ in range(0, split):
+            total += tl.load(source, mask=is_here, other=0).to(tl.float32)
+            source += stride
+    rounded = round_to(total, out.dtype.element_ty == tl.float16, USE_ASM)
+    tl.store(out + token.to(tl.int64) * hidden_size + columns, rounded, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows", "split"])
+def sum_parts_kernel(
+    parts,
+    bias,
+    out,
+    num_rows,
+    split,
+    out_features,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    USE_ASM: tl.constexpr,
+):
+    """out[row] = sum over parts, plus bias where HAS_BIAS. Grid: (rows, blocks of columns)."""
+    row = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    mask = columns < out_features
+    total = tl.zeros((BLOCK_COLUMNS,), tl.float32)
+    source = parts + row.to(tl.int64) * out_features + columns
+    for _ in range(0, split):
+        total += tl.load(source, mask=mask, other=0)
+        source += num_rows.to(tl.int64) * out_features
+    if HAS_BIAS:
+        total += tl.load(bias + columns, mask=mask, other=0).to(tl.float32)
+    rounded = round_to(total, out.dtype.element_ty == tl.float16, USE_ASM)
+    tl.store(out + row.to(tl.int64) * out_features + columns, rounded, mask=mask)
+
+
+def sum_experts(
+    parts: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    num_experts: int,
+    out: torch.Tensor,
+    use_asm: bool,
+) -> None:
+    """out [tokens, hidden] = sums of parts [split, pairs, hidden] over parts and the experts of topk_ids."""
+    split, num_pairs, hidden_size = parts.shape
+    tokens, top_k = topk_ids.shape
+    num_global = 0 if expert_map is None else expert_map.numel()
+    sum_experts_kernel[(tokens, -(-hidden_size // BLOCK_COLUMNS))](
+        parts,
+        topk_ids,
+        expert_map,
+        out,
+        num_pairs,
+        split,
+        top_k,
+        num_global,
+        hidden_size,
+        NUM_EXPERTS=num_experts,
+        HAS_MAP=expert_map is not None,
+        BLOCK_COLUMNS=BLOCK_COLUMNS,
+        USE_ASM=use_asm,
+    )
+
+
+def sum_parts(parts: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, use_asm: bool) -> None:
+    """out [rows, outputs] = sums of parts float32 [split, rows, outputs], plus bias [outputs] or None."""
+    split, num_rows, out_features = parts.shape
+    sum_parts_kernel[(num_rows, -(-out_features // BLOCK_COLUMNS))](
+        parts,
+        bias,
+        out,
+        num_rows,
+        split,
+        out_features,
+        HAS_BIAS=bias is not None,
+        BLOCK_COLUMNS=BLOCK_COLUMNS,
+        USE_ASM=use_asm,
+    )
