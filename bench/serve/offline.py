@@ -97,8 +97,11 @@ def make_handler(engine: LLM, name: str) -> type[BaseHTTPRequestHandler]:
 def main() -> None:
     """Start the engine, then listen: whoever gets an answer gets it from a ready engine."""
     from vllm import LLM, EngineArgs
+    from vllm.plugins import load_general_plugins
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    # Before the parser is made: plugins add names that options may take.
+    load_general_plugins()
     parser = FlexibleArgumentParser(prog="python -m bench.serve.offline")
     parser.add_argument("model_directory", metavar="MODEL")
     parser.add_argument("--host", required=True)

@@ -90,10 +90,16 @@ class CodedAttention : public UnitState {
  private:
   const uint8_t* const* pad_rows(const Side& side, const uint8_t* const* rows, uint8_t* padded, int64_t count,
                                  const uint8_t** pointers) const {
-    if (side.row_bytes >= kChunkBytes) return rows;
+    if (side.copied_bytes == 0) return rows;
     for (int64_t i = 0; i < kTileTokens; ++i) {
-      pointers[i] = padded + i * kChunkBytes;
-      if (i < count) std::copy_n(rows[i], side.row_bytes, padded + i * kChunkBytes);
+      uint8_t* copy = padded + i * side.copied_bytes;
+      pointers[i] = copy;
+      if (i >= count) continue;
+      if (side.is_widened) {
+        widen_row(rows[i], layout_.head_dim, copy);
+      } else {
+        std::copy_n(rows[i], side.row_bytes, copy);
+      }
     }
     return pointers;
   }

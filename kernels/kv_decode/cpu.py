@@ -34,10 +34,10 @@ def attend(
 ) -> torch.Tensor:
     """Same arguments, result and errors as `vllm_ext.kernels.kv_decode.attend`.
 
-    The reference runs for float32 queries, for which it is exact, codebooks, outliers, 3-bit codes, keys before RoPE
-    (KVQuant), head sizes that are no multiple of 16, and where nothing could be compiled. The compiled kernel
-    multiplies codes with integers: 16 bits of the query and of the softmax's weights. Before the output is rounded,
-    its error is below 0.1 % of exact attention on the dequantized cache.
+    The reference runs for float32 queries, for which it is exact, codebooks, outliers, keys before RoPE (KVQuant),
+    head sizes that are no multiple of 16, and where nothing could be compiled. The compiled kernel multiplies codes
+    with integers: 16 bits of the query and of the softmax's weights. Before the output is rounded, its error is below
+    0.1 % of exact attention on the dequantized cache.
     """
     check_cache(cache, layout)
     check_rows("key", key, cache, layout)

@@ -22,6 +22,9 @@ from ..kv_store.layout import CellLayout, Codec, Section, SideSections, view_sec
 from ..kv_store.recent import gather_recent
 from .rope import rotate
 
+#: Scores that `attend` holds at a time.
+SCORES = 1 << 25
+
 
 def read_keys(cache: torch.Tensor, block: torch.Tensor, token: torch.Tensor, layout: CellLayout,
               tensors: CodecTensors) -> torch.Tensor:  # fmt: skip
@@ -97,7 +100,8 @@ def attend(
 ) -> torch.Tensor:
     """Same arguments, result and errors as `vllm_ext.kernels.kv_decode.attend`.
 
-    Pads requests to the longest and dequantizes all of their pages: neither fast nor small, nor capturable.
+    Pads requests to the longest and dequantizes all of their pages: neither fast nor small, nor capturable. Scores are
+    computed for some queries at a time, so that they stay within SCORES numbers.
     """
     check_cache(cache, layout)
     check_rows("key", key, cache, layout)
@@ -148,12 +152,20 @@ def attend(
         # The rotation mixes stored channels, so the keys go back to the model's coordinates instead.
         keys = rotate(from_stored(keys, key_tensors), cos_sin[position], interleaved=interleaved)
         stored_query, offset = q, None
-    past = attend_part(stored_query, keys, values, mask & ~full, scale, offset)
-    # A weighted mean of values may go back after the sum: the weights add up to one.
-    has_past = (past[1] > -torch.inf)[..., None]
-    past = (from_stored(past[0].transpose(2, 3), value_tensors).transpose(2, 3) * has_past, past[1])
-    near = attend_part(q, raw[..., :D].float(), raw[..., D:].float(), mask & full, scale)
-    out[index[is_query]] = merge_parts(past, near).flatten(2, 3)[is_query].to(out.dtype)
+    rows = max(1, SCORES // (lens.numel() * num_heads * position.numel()))
+    parts = []
+    for first in range(0, row.numel(), rows):
+        some = slice(first, first + rows)
+        past = attend_part(
+            stored_query[:, some], keys, values, (mask & ~full)[:, some], scale,
+            None if offset is None else offset[:, some],
+        )  # fmt: skip
+        # A weighted mean of values may go back after the sum: the weights add up to one.
+        has_past = (past[1] > -torch.inf)[..., None]
+        past = (from_stored(past[0].transpose(2, 3), value_tensors).transpose(2, 3) * has_past, past[1])
+        near = attend_part(q[:, some], raw[..., :D].float(), raw[..., D:].float(), (mask & full)[:, some], scale)
+        parts.append(merge_parts(past, near).flatten(2, 3))
+    out[index[is_query]] = torch.cat(parts, 1)[is_query].to(out.dtype)
     return out
 
 
@@ -170,7 +182,8 @@ def _read_side(
     row = token // codec.group_size if codec.per_channel else token
     scales = _read(cache, sections.scales, block, row, codec.scale_dtype)
     lows = _read(cache, sections.lows, block, row, codec.scale_dtype)
-    channels = _read(cache, sections.outlier_channels, block, token)
+    # A cell that was never written names any channel.
+    channels = _read(cache, sections.outlier_channels, block, token).clamp(max=head_dim - 1)
     values = _read(cache, sections.outlier_values, block, token, torch.bfloat16)
     coded = Quantized(codes, scales, lows, channels, values)
     # One token of a group of tokens: every channel has a scale of its own.

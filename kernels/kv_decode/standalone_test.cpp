@@ -87,7 +87,8 @@ double decode(const int64_t* field, const uint8_t* plane, int64_t token, int64_t
     code %= 3;
   } else {
     const int64_t bits = field[kSideDoubleBits] / 2, bit = channel * bits;
-    code = row[bit / 8] >> (bit % 8) & ((1 << bits) - 1);
+    const int next = bit / 8 + 1 < field[kSideRowBytes] ? row[bit / 8 + 1] : 0;
+    code = (row[bit / 8] | next << 8) >> (bit % 8) & ((1 << bits) - 1);
   }
   const int64_t size = field[kSideIsFp8] ? 1 : 2, group = field[kSideGroupSize];
   const int64_t at = field[kSidePerChannel] ? token / group * field[kSideScaleRowBytes] + channel * size
@@ -204,7 +205,8 @@ int main() {
       {{4, 128, false, true}, {4, 128, false, true}, 128, 128}, {{4, 64, false, true}, {3, 64, false, true}, 64, 48},
       {{4, 32, true, true}, {4, 32, false, true}, 128, 64},     {{8, 64, false, false}, {8, 32, false, false}, 64, 32},
       {{16, 80, false, false}, {16, 40, false, true}, 80, 7},   {{3, 20, false, true}, {3, 20, false, true}, 80, 16},
-      {{4, 16, false, true}, {3, 16, false, true}, 16, 16},
+      {{4, 16, false, true}, {3, 16, false, true}, 16, 16},     {{6, 128, false, true}, {6, 32, false, true}, 128, 64},
+      {{6, 32, true, true}, {6, 16, false, true}, 16, 32},
   };
   for (const Kernels* const* table = kTables; *table; ++table) {
     if (!can_run(**table, features)) continue;

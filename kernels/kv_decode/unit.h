@@ -120,7 +120,10 @@ class UnitState {
     const auto floats = [](int64_t count) { return Scratch::part_bytes<float>(count); };
     int64_t size = Scratch::part_bytes<TileRows>(2) + Scratch::part_bytes<uint8_t>(code_bytes);
     size += Scratch::part_bytes<int8_t>(query_bytes) + Scratch::part_bytes<int8_t>(tile_rows * kTileTokens);
-    size += Scratch::part_bytes<int32_t>(tile_rows * widest) + 2 * Scratch::part_bytes<uint8_t>(kTileTokens * kChunkBytes);
+    size += Scratch::part_bytes<int32_t>(tile_rows * widest);
+    for (const Side* side : {&layout_.key, &layout_.value}) {
+      size += Scratch::part_bytes<uint8_t>(kTileTokens * side->copied_bytes);
+    }
     size += Scratch::part_bytes<uint8_t>(unit_.queries * kTileTokens);
     size += floats(Sums::count(rows_, layout_)) + 2 * floats(rows_ * D) + floats(rows_ * layout_.key.length);
     size += floats(rows_ * kTileTokens) + floats(kTileTokens) + 2 * floats(scales) + floats(scales + kLanes);
@@ -132,7 +135,8 @@ class UnitState {
     query_codes_ = scratch.take<int8_t>(query_bytes);
     weight_codes_ = scratch.take<int8_t>(tile_rows * kTileTokens);
     products_ = scratch.take<int32_t>(tile_rows * widest);
-    for (uint8_t*& padded : padded_) padded = scratch.take<uint8_t>(kTileTokens * kChunkBytes);
+    padded_[0] = scratch.take<uint8_t>(kTileTokens * layout_.key.copied_bytes);
+    padded_[1] = scratch.take<uint8_t>(kTileTokens * layout_.value.copied_bytes);
     visible_ = scratch.take<uint8_t>(unit_.queries * kTileTokens);
     sums_ = scratch.take<float>(Sums::count(rows_, layout_));
     query_ = scratch.take<float>(rows_ * D);
@@ -151,9 +155,9 @@ class UnitState {
     near_ = scratch.take<float>(kNearTokens * D);
     line_ = scratch.take<float>(2 * D + layout_.key.length);
     placed_scales_ = scratch.take<float>(2 * layout_.key.length);
-    // The rest of a short row is never written.
-    if (layout_.key.row_bytes < kChunkBytes) std::fill(padded_[0], padded_[0] + kTileTokens * kChunkBytes, uint8_t{0});
-    if (layout_.value.row_bytes < kChunkBytes) std::fill(padded_[1], padded_[1] + kTileTokens * kChunkBytes, uint8_t{0});
+    // Rows past a tile's tokens, and the rest of a short row, are never written.
+    std::fill(padded_[0], padded_[0] + kTileTokens * layout_.key.copied_bytes, uint8_t{0});
+    std::fill(padded_[1], padded_[1] + kTileTokens * layout_.value.copied_bytes, uint8_t{0});
   }
 
   // The queries in both coordinates, times the scale of the scores; their integers, where no token changes them.

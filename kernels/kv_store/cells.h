@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "kv_decode/kv_kernels.h"
@@ -13,7 +14,7 @@ namespace vllm_ext {
 // The layout as integers; cpu.py writes them in this order: the page, then K, then V.
 enum PageField { kHeadDim, kBlockSize, kCellBytes, kNumPageFields };
 enum SideField {
-  kSideDoubleBits,  // 3: ternary
+  kSideDoubleBits,  // 3: ternary, five to a byte; 6: a stream of 3-bit codes
   kSideGroupSize,
   kSidePerChannel,
   kSideIsFp8,
@@ -38,8 +39,12 @@ struct Side {
   int64_t group_size;
   bool is_per_channel, is_fp8;
   int64_t codes_offset, row_bytes, scales_offset, scale_row_bytes, lows_offset;
-  // Rows of less than a chunk are copied into one before they are unpacked.
+  // Codes of 3 bits, which cross the borders of bytes: a copy of a row has them in 4 bits each.
+  bool is_widened;
+  // Of the rows that are unpacked: those of the page or, where rows are widened or less than a chunk, copies of
+  // `copied_bytes`; 0: no copies.
   RowFormat format;
+  int64_t copied_bytes;
   int groups;
   std::vector<ChannelGroup> group;
   // Of every channel: its integer in the query's row (K), its sum (V).
@@ -47,7 +52,8 @@ struct Side {
   int64_t length;  // of such a row
 
   void read(const int64_t* field, int64_t head_dim, bool is_key) {
-    fields = field[kSideDoubleBits] == 3 ? 5 : static_cast<int>(16 / field[kSideDoubleBits]);
+    is_widened = field[kSideDoubleBits] == 6;
+    fields = field[kSideDoubleBits] == 3 ? 5 : is_widened ? 2 : static_cast<int>(16 / field[kSideDoubleBits]);
     top = field[kSideDoubleBits] == 3 ? 2 : (1 << (field[kSideDoubleBits] / 2)) - 1;
     bits = top < 16 ? 4 : 8;
     group_size = field[kSideGroupSize];
@@ -58,7 +64,8 @@ struct Side {
     scales_offset = field[kSideScalesOffset];
     scale_row_bytes = field[kSideScaleRowBytes];
     lows_offset = field[kSideLowsOffset];
-    format = {fields, static_cast<int>(std::max<int64_t>(row_bytes, kChunkBytes))};
+    format = {fields, static_cast<int>(std::max<int64_t>(is_widened ? head_dim / 2 : row_bytes, kChunkBytes))};
+    copied_bytes = is_widened || row_bytes < kChunkBytes ? format.row_bytes : 0;
     place_channels(head_dim, is_key);
   }
 
@@ -96,6 +103,19 @@ struct Side {
     }
   }
 };
+
+// A row of 3-bit codes, a multiple of 16, to two codes a byte: 48 bits at a time, halved until every code is alone.
+static inline void widen_row(const uint8_t* from, int64_t count, uint8_t* out) {
+  for (int64_t i = 0; i < count; i += 16, from += 6, out += 8) {
+    uint64_t x = 0;
+    std::memcpy(&x, from, 6);
+    x = (x & 0x0000000000ffffff) | (x & 0x0000ffffff000000) << 8;
+    x = (x & 0x00000fff00000fff) | (x & 0x00fff00000fff000) << 4;
+    x = (x & 0x003f003f003f003f) | (x & 0x0fc00fc00fc00fc0) << 2;
+    x = (x & 0x0707070707070707) | (x & 0x3838383838383838) << 1;
+    std::memcpy(out, &x, 8);
+  }
+}
 
 struct PageLayout {
   int64_t head_dim, block_size, cell_bytes;

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 
 from ..packing import pack_codes, unpack_codes
+from ..ternary import pack_ternary, unpack_ternary
 from .layout import Codec
-from .ternary import pack_ternary, unpack_ternary
 
 
 class CodecTensors(NamedTuple):

@@ -83,6 +83,14 @@ GroupCode code_clipped(const KvKernels& kv, const Side& side, const float* x, fl
 }
 
 void pack_row(const Side& side, const uint8_t* codes, int64_t head_dim, uint8_t* out) {
+  if (side.is_widened) {
+    for (int64_t i = 0; i < head_dim; i += 8, out += 3) {
+      uint32_t stream = 0;
+      for (int j = 0; j < 8; ++j) stream |= static_cast<uint32_t>(codes[i + j]) << (3 * j);
+      std::memcpy(out, &stream, 3);
+    }
+    return;
+  }
   const int64_t whole = head_dim / side.fields;
   for (int64_t i = 0; i < whole; ++i) {
     const uint8_t* from = codes + i * side.fields;

@@ -14,8 +14,8 @@ from .arguments import check_cache, check_rows
 from .codec import CodecTensors
 from .layout import CellLayout, Codec, SideSections
 
-#: Widths of codes that the compiled kernels read and write. 3 bits, of codebooks, are left to the reference.
-WIDTHS = (1.5, 2, 4, 8)
+#: Widths of codes that the compiled kernels read and write.
+WIDTHS = (1.5, 2, 3, 4, 8)
 
 #: Tokens that a compiled kernel reads at a time.
 TILE_TOKENS = 128

@@ -13,7 +13,7 @@ read in long runs and starts on a multiple of 16 bytes when N is one:
     value = low + scale * level[code]        level[code] = code, or an entry of a calibrated codebook
 
     codes     row n: the codes of token n along its channels, for every codec. 2, 3, 4 and 8 bits are the bit stream
-              of kernels/packing.py; 1.5 bits are ternary, five to a byte (ternary.py)
+              of kernels/packing.py; 1.5 bits are ternary, five to a byte (kernels/ternary.py)
     scales    fp8 e4m3 or fp16. per_channel=False: one per (token, group of g channels). per_channel=True (KIVI): one
     lows      per (group of g tokens, channel), [N/g, D]; the rows of a group are written when its last token comes
     outliers  uint8 channel [N, o], then bf16 value [N, o]: the o/2 greatest and the o/2 least values of a token
@@ -38,7 +38,7 @@ from typing import NamedTuple
 import torch
 
 from ..packing import packed_size
-from .ternary import ternary_size
+from ..ternary import ternary_size
 
 #: Bits of a code -> its number of levels. 1.5 is the usual name of three levels.
 LEVELS: dict[float, int] = {1.5: 3, 2: 4, 3: 8, 4: 16, 8: 256}

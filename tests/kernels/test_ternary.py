@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ternary weight codes: round trips, an independent definition of the bytes, parts of a row, damage."""
+"""Ternary codes, five a byte, and rows of weights: round trips, an independent definition, parts of a row, damage."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,50 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_ext.kernels.ternary import count_codes, pack_codes, packed_size, unpack_codes
+from vllm_ext.kernels.ternary import (
+    LARGEST_BYTE,
+    count_codes,
+    pack_codes,
+    pack_ternary,
+    packed_size,
+    ternary_size,
+    unpack_codes,
+    unpack_ternary,
+)
+
+
+@given(st.lists(st.integers(0, 3), max_size=2), st.integers(0, 140), st.integers(0, 2**16))
+def test_digits_round_trip(leading: list[int], K: int, seed: int) -> None:
+    codes = torch.from_numpy(np.random.default_rng(seed).integers(0, 3, (*leading, K), dtype=np.uint8))
+    packed = pack_ternary(codes)
+    assert packed.shape == (*leading, ternary_size(K))
+    assert torch.equal(unpack_ternary(packed, K), codes)
+    assert packed.numel() == 0 or int(packed.max()) <= LARGEST_BYTE
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=23))
+def test_a_byte_is_a_number_in_base_three(codes: list[int]) -> None:
+    padded = codes + [0] * (-len(codes) % 5)
+    expected = [int("".join(map(str, padded[i : i + 5][::-1])), 3) for i in range(0, len(padded), 5)]
+    assert pack_ternary(torch.tensor(codes, dtype=torch.uint8)).tolist() == expected
+
+
+def test_any_byte_unpacks_to_digits() -> None:
+    codes = unpack_ternary(torch.arange(256, dtype=torch.uint8).unsqueeze(-1), 5)
+    assert int(codes.max()) == 2
+    assert torch.equal(codes[:13], codes[243:])
+
+
+def test_bad_digits_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="code 3 is not ternary"):
+        pack_ternary(torch.tensor([0, 3], dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"got torch\.int64"):
+        pack_ternary(torch.zeros(5, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"got torch\.float32"):
+        unpack_ternary(torch.zeros(1), 5)
+    with pytest.raises(ValueError, match="K=11 ternary codes take 3 bytes a row, got 2"):
+        unpack_ternary(torch.zeros(2, dtype=torch.uint8), 11)
+
 
 #: Group size, columns of a run, bytes of a run.
 RUNS = {32: (32, 7), 64: (64, 13), 96: (32, 7), 128: (64, 13), 256: (64, 13), -1: (64, 13)}

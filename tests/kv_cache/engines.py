@@ -20,14 +20,17 @@ SMALL: dict[str, Any] = {"window": 32, "sinks": 4, "check": True}
 
 
 @contextmanager
-def start(name: str | None, block: dict[str, Any] | None = None, **arguments: Any) -> Iterator[LLM]:
+def start(
+    name: str | None, block: dict[str, Any] | None = None, others: dict[str, Any] | None = None, **arguments: Any
+) -> Iterator[LLM]:
     """An engine of the shipped model in this process, float32, with blocks of 32; it leaves no request's blocks behind.
 
-    name: of the KV-cache dtype; None for the model's. block: the `kv_cache` settings.
+    name: of the KV-cache dtype; None for the model's. block: the `kv_cache` settings. others: of other features.
     """
-    ours = (
-        {} if name is None else {"kv_cache_dtype": name, "additional_config": {"vllm_ext": {"kv_cache": block or {}}}}
-    )
+    settings = {**({} if name is None else {"kv_cache": block or {}}), **(others or {})}
+    ours: dict[str, Any] = {"additional_config": {"vllm_ext": settings}} if settings else {}
+    if name is not None:
+        ours["kv_cache_dtype"] = name
     given = {
         "dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 8, "block_size": 32,
         "disable_log_stats": False, **ours, **arguments,
@@ -89,3 +92,13 @@ def measure_loss(llm: LLM, prompts: Sequence[Sequence[int]]) -> float:
         for position, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)
     ]
     return -float(torch.tensor(found).double().mean())
+
+
+def make_prompts() -> list[list[int]]:
+    """Of several lengths, with a common beginning among the first two."""
+    bible, code = read_text("kjv", 1, 300)[0], read_text("py", 1, 160)[0]
+    return [bible, bible[:170] + code[:50], code, code[:40]]
+
+
+#: Tokens of `make_prompts` that the second round of an engine with blocks of 32 finds computed.
+CACHED = [288, 192, 128, 32]

@@ -16,14 +16,15 @@ import pytest
 import torch
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
-from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
+from vllm.v1.attention.backends.utils import resolve_kv_cache_layout
+from vllm.v1.core.kv_cache_utils import get_kv_cache_configs, update_kv_cache_capacity
 
 from vllm_ext import activation, config, observability
-from vllm_ext.config import KVCacheSettings
 from vllm_ext.kernels.kv_store.codec import CodecTensors
 from vllm_ext.kv_cache import attach, calibrated, engine_setup
 from vllm_ext.kv_cache.calibrated import _cut
-from vllm_ext.kv_cache.presets import PRESETS
+from vllm_ext.kv_cache.capacity import Geometry, compute_capacity
+from vllm_ext.kv_cache.presets import PLAN_NAME, PRESETS
 from vllm_ext.kv_cache.settings import choose_preset
 from vllm_ext.kv_cache.sidecar import write_sidecar
 from vllm_ext.patches import registry
@@ -45,29 +46,20 @@ def make_config(model: str, dtype: str = "skvq_k2v2", block: dict[str, Any] | No
 
 
 def test_names_are_presets_and_switch_the_feature_on(tiny_moe: str) -> None:
-    assert set(config.KV_CACHE_DTYPES) <= set(PRESETS)
+    assert set(config.KV_CACHE_DTYPES) <= {*PRESETS, PLAN_NAME}
     for name in config.KV_CACHE_DTYPES:
         built = make_config(tiny_moe, name)
         assert built.cache_config.cache_dtype == name
         assert activation.active_features() == ("kv_cache",)
 
 
-def test_settings_change_the_preset() -> None:
-    preset = choose_preset("skvq_k2v2", KVCacheSettings(window=64, sinks=0, clip=0.9, group_size=32), 128)
-    assert (preset.window, preset.sinks, preset.clips) == (64, 0, (0.9,))
-    assert preset.key.group_size == preset.value.group_size == 32
-    assert choose_preset("kv4", None, 80) == PRESETS["kv4"].fit(80)
-
-
 @pytest.mark.parametrize(
     ("block", "message"),
     [
         ({"window": -1}, r"vllm_ext\.kv_cache\.window must be a number of tokens, 0 for none, got -1"),
-        ({"sinks": -5}, r"kv_cache\.sinks must be a number of tokens"),
         ({"clip": 0.0}, r"kv_cache\.clip must be a share of a group's range, above 0 to 1, got 0\.0"),
-        ({"clip": 1.5}, r"kv_cache\.clip must be a share"),
         ({"group_size": 48}, r"--kv-cache-dtype skvq_k2v2: .*group_size=48 does not divide head_dim=64"),
-        ({"layer_bits": {"default": "k4v4"}}, r"kv_cache\.layer_bits needs a preset for every layer"),
+        ({"layer_bits": {"7": "k4v4"}}, r"layer_bits key '7' is not a layer, a range or 'default': layers are 0 to 4"),
         ({"calibration": "/nowhere.safetensors"}, r"/nowhere\.safetensors does not exist: write one with"),
         ({"enabled": False}, r"needs vllm_ext\.kv_cache, which is switched off"),
         ({"windw": 3}, r"unknown setting vllm_ext\.kv_cache\.windw; did you mean vllm_ext\.kv_cache\.window"),
@@ -205,6 +197,87 @@ def test_vllm_plans_the_pages_of_a_layer_with_its_drafts(tiny_moe: str) -> None:
     quantized, window = (group.kv_cache_spec for group in groups)
     assert quantized.state_content_bytes == 36
     assert (window.sliding_window, window.kept_window, window.sinks) == (128, 133, 5)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        pytest.param({"0": "k4v4"}, id="a layer of five with larger pages"),
+        pytest.param({"0-1": "k4v4", "2-3": "kivi_k2v2", "4": "k8v8"}, id="three sizes"),
+        pytest.param({"0": "k4v4", "1": "k8v4", "2": "k8v8", "3": "k4v2"}, id="no two layers of one size"),
+        pytest.param({"0-1": "k2v4", "2-3": "k4v2", "4": "k4v2"}, id="pages of one size"),
+    ],
+)
+def test_vllm_plans_one_group_for_all_layers_of_a_plan(tiny_moe: str, plan: dict[str, str]) -> None:
+    """And one for their windows: dealt to several groups, a request's window would cost several times as much."""
+    from vllm.model_executor.layers.attention.attention import Attention
+
+    built = make_config(tiny_moe, block={"layer_bits": plan})
+    names = [f"model.layers.{number}.self_attn.attn" for number in range(5)]
+    with set_current_vllm_config(built):
+        layers = [
+            Attention(2, 64, 0.125, num_kv_heads=2, cache_config=built.cache_config, prefix=name) for name in names
+        ]
+        known = built.compilation_config.static_forward_context
+        supported = [
+            [layout.name for layout in known[name].get_attn_backend().supported_kv_cache_layouts()]
+            for name in (*names, *(f"{name}.recent" for name in names))
+        ]
+        specs: dict[str, Any] = {
+            name: layer.attn_backend.customize_spec(layer.get_kv_cache_spec(built))
+            for name, layer in zip(names, layers, strict=True)
+        }
+        specs |= {f"{name}.recent": known[f"{name}.recent"].get_kv_cache_spec(built) for name in names}
+        common = set.intersection(*map(set, supported))
+        resolve_kv_cache_layout(built, [sorted(common)], specs.values())
+        made = get_kv_cache_configs(built, [specs], [1 << 28])[0]
+        update_kv_cache_capacity(built, made)
+    assert built.cache_config.kv_cache_layout == "BLHNC"
+    assert [len(group.layer_names) for group in made.kv_cache_groups] == [5, 5]
+    assert not made.needs_kv_cache_zeroing
+    expected = compute_capacity([layer.impl.preset for layer in layers], Geometry(5, 2, 64), 1 << 28, 256)
+    assert made.num_blocks == (1 << 28) // expected.page_bytes
+    assert built.cache_config.kv_cache_size_tokens == expected.tokens
+
+
+def test_what_runs_in_torch_is_said_at_start_up(tiny_moe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    messages: list[str] = []
+    monkeypatch.setattr(engine_setup.logger, "warning", lambda text, *values: messages.append(text % values))
+    make_config(tiny_moe, block={"layer_bits": {"0": "k3v15", "1": "kivi_k2v2"}})
+    assert messages == []
+    make_config(tiny_moe, block={"layer_bits": {"default": "kvquant_k3v3"}})
+    said = "KV-cache preset kvquant_k3v3 runs in torch and not in a compiled kernel: its keys are stored before RoPE"
+    assert messages == [said]
+    path = tmp_path / "sidecar.safetensors"
+    tensors = CodecTensors(levels=torch.tensor([0.0, 1.1, 1.9, 3.0]))
+    write_sidecar(path, {"model.layers.0.self_attn.attn": (tensors, CodecTensors())}, PRESETS["skvq_k2v2"], 2, 64)
+    make_config(tiny_moe, "skvq_k2v2", {"calibration": str(path)})
+    assert messages[1:] == [f"{path} has codebooks, whose layers run in torch and not in a compiled kernel"]
+    plain = PRESETS["kv4"].fit(64)
+    assert engine_setup.find_slow(plain, plain.plan_cells(64, 128), torch.bfloat16) is None
+    assert engine_setup.find_slow(plain, plain.plan_cells(64, 128), torch.float32) == (
+        "the model is float32; serve it in bfloat16"
+    )
+
+
+def test_layers_of_a_plan_are_known_by_their_number() -> None:
+    assert attach.find_number("model.layers.3.self_attn.attn", 5) == 3
+    for prefix in ("model.layers.5.self_attn.attn", "model.layers.1.block.2.attn", "attn"):
+        with pytest.raises(config.ConfigError, match=f"layer_bits numbers 5 layers, and '{prefix}' names none"):
+            attach.find_number(prefix, 5)
+
+
+def test_keys_before_rope_need_its_angles(tiny_moe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = make_config(tiny_moe)
+    text_config = built.model_config.hf_text_config
+    with set_current_vllm_config(built):
+        cos_sin = attach.find_cos_sin(built, 64)
+        assert cos_sin.shape == (2048, 64)
+        # One full turn of the fastest pair takes 2 pi tokens.
+        assert torch.allclose(cos_sin[:, 0], torch.arange(2048.0).cos(), atol=1e-4)
+        monkeypatch.setattr(text_config, "rope_parameters", {"full": {"rope_type": "default"}})
+        with pytest.raises(config.ConfigError, match=r"keeps keys before their rotary .*tiny_moe has none"):
+            attach.find_cos_sin(built, 64)
 
 
 def test_head_sizes_without_whole_bytes_are_refused(tiny_moe: str, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def caches() -> dict[str, Any]:
     cache = torch.zeros(8, HEADS, BLOCK, layout.cell_bytes, dtype=torch.uint8)
     impl = SimpleNamespace(
         preset=preset, num_kv_heads=HEADS, head_size=HEAD_DIM, tensors=(CodecTensors(), CodecTensors()),
-        clips=preset.clips, layer_name="layers.0",
+        clips=preset.clips, layer_name="layers.0", cos_sin=None,
     )  # fmt: skip
     store_kv(key, value, cache, torch.arange(TOKENS), layout, *impl.tensors, impl.clips)
     recent = torch.zeros(1 + TOKENS // PAGE, HEADS, PAGE, 2 * HEAD_DIM)

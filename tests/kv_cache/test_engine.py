@@ -86,6 +86,8 @@ def test_names_and_settings_are_vllms_own(tiny_moe: str, tmp_path: Path) -> None
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
     block = "--additional-config.vllm_ext.kv_cache"
     flags = ["--kv-cache-dtype", "skvq_k2v15", f"{block}.window", "64", f"{block}.clip", "0.9"]
+    flags += [f"{block}.layer_bits", '{"0-1": "k4v4"}']
     parsed = EngineArgs.from_cli_args(parser.parse_args(["--model", tiny_moe, *flags]))
     assert parsed.kv_cache_dtype == "skvq_k2v15"
-    assert parsed.additional_config == {"vllm_ext": {"kv_cache": {"window": 64, "clip": 0.9}}}
+    settings = {"window": 64, "clip": 0.9, "layer_bits": {"0-1": "k4v4"}}
+    assert parsed.additional_config == {"vllm_ext": {"kv_cache": settings}}

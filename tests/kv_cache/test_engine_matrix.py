@@ -16,30 +16,27 @@ from vllm import SamplingParams, TokensPrompt
 
 from bench.serve.server import VllmServer
 from tests.kv_cache.engines import (
+    CACHED,
     MODEL,
     SMALL,
     check_all_free,
     find_scheduler,
     generate,
     list_tokens,
+    make_prompts,
     measure_loss,
     read_text,
     start,
 )
 from tests.scheduling.engine import read_counters
+from vllm_ext.config import KV_CACHE_DTYPES
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
 COUNT = 16
 
 
-def make_prompts() -> list[list[int]]:
-    """Of several lengths, with a common beginning among the first two."""
-    bible, code = read_text("kjv", 1, 300)[0], read_text("py", 1, 160)[0]
-    return [bible, bible[:170] + code[:50], code, code[:40]]
-
-
-@pytest.mark.parametrize("name", ["skvq_k2v2", "skvq_k2v15", "kivi_k2v2", "kivi_k4v4", "kv4"])
+@pytest.mark.parametrize("name", KV_CACHE_DTYPES)
 def test_chunks_and_prefix_hits_give_the_same_tokens(name: str, engine_in_process: None) -> None:
     """Every preset, with the consistency check on; the second round of every engine comes from the first's pages."""
     block = {"check": True} if name == "kv4" else SMALL
@@ -49,7 +46,7 @@ def test_chunks_and_prefix_hits_give_the_same_tokens(name: str, engine_in_proces
         with start(name, block, max_num_batched_tokens=size) as llm:
             first = list_tokens(generate(llm, prompts, COUNT))
             again = generate(llm, prompts, COUNT)
-            assert [one.num_cached_tokens for one in again] == [288, 192, 128, 32]
+            assert [one.num_cached_tokens for one in again] == CACHED
             assert list_tokens(again) == first
         expected = expected or first
         assert first == expected

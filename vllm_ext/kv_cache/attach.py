@@ -7,13 +7,17 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_ext import config, observability
 from vllm_ext.kernels.native.load import load_ops
 from vllm_ext.kv_cache.backend import make_backend
+from vllm_ext.kv_cache.presets import is_mixed
 from vllm_ext.kv_cache.recent_layer import RecentLayer
-from vllm_ext.kv_cache.settings import choose_preset
+from vllm_ext.kv_cache.settings import choose_presets
 
 
 def make_layer(original: Callable[..., None], layer: Any, *args: Any, **kwargs: Any) -> None:
@@ -33,14 +37,24 @@ def make_layer(original: Callable[..., None], layer: Any, *args: Any, **kwargs: 
     settings = every_setting.kv_cache
     # Compiled now, where no request waits for it.
     load_ops(every_setting.cache_dir)
-    preset = choose_preset(cache_dtype, settings, given["head_size"])
-    original(layer, *args, **kwargs, attn_backend=make_backend(preset))
+    num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+    presets = choose_presets(cache_dtype, settings, given["head_size"], num_layers)
+    number = find_number(given.get("prefix", ""), num_layers) if is_mixed(presets) else 0
+    preset = presets[number]
+    original(layer, *args, **kwargs, attn_backend=make_backend(preset, is_mixed(presets)))
     index = vllm_config.parallel_config.data_parallel_rank
+    keeps_recent = any(one.keeps_recent for one in presets)
     layer.impl.attach(
-        layer.layer_name, preset, vllm_config.model_config.dtype, settings is not None and settings.check, index
+        layer.layer_name,
+        preset,
+        vllm_config.model_config.dtype,
+        is_checked=settings is not None and settings.check,
+        engine_index=index,
+        keeps_recent=keeps_recent,
+        cos_sin=find_cos_sin(vllm_config, given["head_size"]) if preset.pre_rope else None,
     )
-    if preset.keeps_recent:
-        RecentLayer(layer, vllm_config)
+    if keeps_recent:
+        RecentLayer(layer, presets, number == num_layers - 1, vllm_config)
     is_first_rank = vllm_config.parallel_config.rank % vllm_config.parallel_config.tensor_parallel_size == 0
     cells = preset.plan_cells(layer.head_size, vllm_config.cache_config.block_size)
     observability.add("vllm_ext:kv_cache_layer_count", float(is_first_rank), index)
@@ -71,3 +85,39 @@ def find_refusal(given: Mapping[str, Any], vllm_config: Any) -> str | None:
         "attention in both directions over images": bool(vllm_config.model_config.is_mm_prefix_lm),
     }
     return next((words for words, is_found in found.items() if is_found), None)
+
+
+def find_number(prefix: str, num_layers: int) -> int:
+    """The number of a layer in its name. Raises ConfigError for a name without one number below `num_layers`."""
+    try:
+        number = int(extract_layer_index(prefix))
+    except AssertionError:
+        number = num_layers
+    if number >= num_layers:
+        raise config.ConfigError(
+            f"vllm_ext.kv_cache.layer_bits numbers {num_layers} layers, and {prefix!r} names none of them: drop it, "
+            "and choose one preset for all layers with --kv-cache-dtype"
+        )
+    return number
+
+
+def find_cos_sin(vllm_config: Any, head_dim: int) -> torch.Tensor:
+    """Angles by which a preset with keys before RoPE turns them back: float32 [positions, rotary], cosines, then sines.
+
+    An attention layer does not know its model's rotary embedding, so this is the one of the model's configuration, for
+    pairs of channels that lie half a head apart. Keys are turned back and forth by the same angles: where a model
+    pairs its channels otherwise, its keys are read right and are only no easier to code. Raises ConfigError for a
+    model without one rotary embedding for all layers.
+    """
+    model = vllm_config.model_config
+    parameters = getattr(model.hf_text_config, "rope_parameters", None)
+    positions = max(getattr(model.hf_text_config, "max_position_embeddings", 0), model.max_model_len)
+    if parameters and "rope_type" in parameters:
+        rope = get_rope(head_dim, positions, rope_parameters=parameters, dtype=torch.float32)
+        cos_sin = getattr(rope, "cos_sin_cache", None)
+        if cos_sin is not None and cos_sin.dim() == 2 and len(cos_sin) >= model.max_model_len:
+            return cos_sin.float()
+    raise config.ConfigError(
+        f"--kv-cache-dtype {vllm_config.cache_config.cache_dtype} keeps keys before their rotary embedding, and "
+        f"{model.model} has none that is known, or several: use a preset that keeps them after it, such as skvq_k2v2"
+    )

@@ -31,6 +31,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from vllm_ext import observability
 from vllm_ext.kernels.kv_decode import attend
+from vllm_ext.kernels.kv_decode.rope import rotate
 from vllm_ext.kernels.kv_store import store_kv
 from vllm_ext.kernels.kv_store.codec import CodecTensors
 from vllm_ext.kernels.kv_store.layout import CellLayout
@@ -41,13 +42,16 @@ from vllm_ext.kv_cache.presets import Preset
 RECENT_SUFFIX = ".recent"
 #: The blocks of a (block, head) are contiguous and lie by layer, as in vLLM's own CPU backend.
 LAYOUTS = (KVCacheLayout.LBHNC,)
+#: Pages of different sizes lie side by side within their block.
+MIXED_LAYOUTS = (KVCacheLayout.BLHNC,)
 
 
 @dataclass
 class KVCacheMetadata:
     """Requests of one step, as `kv_decode.attend` takes them.
 
-    completes_groups: does the step end some group of per-channel keys? num_tokens: without padding.
+    completes_groups: does the step end some group of per-channel keys? num_tokens: without padding. positions: int64
+    [num_tokens], where keys are stored before RoPE.
     """
 
     query_start_loc: torch.Tensor
@@ -56,6 +60,7 @@ class KVCacheMetadata:
     no_recent_table: torch.Tensor
     num_tokens: int
     completes_groups: bool
+    positions: torch.Tensor | None = None
 
 
 class KVCacheMetadataBuilder(AttentionMetadataBuilder[KVCacheMetadata]):
@@ -63,6 +68,7 @@ class KVCacheMetadataBuilder(AttentionMetadataBuilder[KVCacheMetadata]):
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
     group_tokens: ClassVar[int] = 0
+    needs_positions: ClassVar[bool] = False
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -81,7 +87,16 @@ class KVCacheMetadataBuilder(AttentionMetadataBuilder[KVCacheMetadata]):
             common.block_table_tensor[:, :0],
             int(common.query_start_loc_cpu[-1]),
             completes,
+            list_positions(starts, lens) if self.needs_positions else None,
         )
+
+
+def list_positions(query_start_loc: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
+    """Position of every token of a step, int64 [tokens]. Arguments as `kv_decode.attend`."""
+    starts = query_start_loc.long()
+    ends = seq_lens.long() - starts[1:]
+    row = torch.arange(int(starts[-1]), device=starts.device)
+    return row + ends.repeat_interleave(starts.diff())
 
 
 class KVCacheBackend(AttentionBackend):
@@ -89,6 +104,7 @@ class KVCacheBackend(AttentionBackend):
 
     preset: ClassVar[Preset]
     builder: ClassVar[type[KVCacheMetadataBuilder]]
+    layouts: ClassVar[tuple[KVCacheLayout, ...]] = LAYOUTS
     forward_includes_kv_cache_update = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -114,8 +130,8 @@ class KVCacheBackend(AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """See LAYOUTS."""
-        return LAYOUTS
+        """See LAYOUTS and MIXED_LAYOUTS."""
+        return cls.layouts
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
@@ -125,11 +141,16 @@ class KVCacheBackend(AttentionBackend):
 
 
 @functools.cache
-def make_backend(preset: Preset) -> type[KVCacheBackend]:
-    """The backend class of a fitted preset: vLLM asks classes, not instances, for the size of a page."""
+def make_backend(preset: Preset, has_mixed_pages: bool = False) -> type[KVCacheBackend]:
+    """The backend class of a fitted preset: vLLM asks classes, not instances, for the size of a page.
+
+    has_mixed_pages: whether other layers of the model have pages of other sizes.
+    """
     size = preset.key.group_size if preset.key.per_channel else 0
-    builder = type("KVCacheMetadataBuilder", (KVCacheMetadataBuilder,), {"group_tokens": size, "__module__": __name__})
-    members = {"preset": preset, "builder": builder, "__module__": __name__}
+    members: dict[str, Any] = {"group_tokens": size, "needs_positions": preset.pre_rope, "__module__": __name__}
+    builder = type("KVCacheMetadataBuilder", (KVCacheMetadataBuilder,), members)
+    layouts = MIXED_LAYOUTS if has_mixed_pages else LAYOUTS
+    members = {"preset": preset, "builder": builder, "layouts": layouts, "__module__": __name__}
     return type(f"KVCacheBackend_{preset.name}", (KVCacheBackend,), members)
 
 
@@ -157,15 +178,26 @@ class KVCacheImpl(AttentionImpl):
         self.attn_type = attn_type
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
 
-    def attach(self, layer_name: str, preset: Preset, dtype: torch.dtype, is_checked: bool, engine_index: int) -> None:
+    def attach(
+        self,
+        layer_name: str,
+        preset: Preset,
+        dtype: torch.dtype,
+        *,
+        is_checked: bool,
+        engine_index: int,
+        keeps_recent: bool,
+        cos_sin: torch.Tensor | None = None,
+    ) -> None:
         """Set what vLLM's constructor does not pass.
 
         dtype: of K and V in full precision. is_checked: compare window and pages in every step (`checks.py`).
-        engine_index: vLLM's data-parallel rank, for the counters.
+        engine_index: vLLM's data-parallel rank, for the counters. keeps_recent: whether there is a layer beside with
+        full-precision pages. cos_sin: `attach.find_cos_sin`, for keys that are stored before RoPE.
         """
         self.layer_name, self.preset, self.dtype, self.is_checked = layer_name, preset, dtype, is_checked
-        self.engine_index = engine_index
-        self.recent_name = layer_name + RECENT_SUFFIX if preset.keeps_recent else None
+        self.engine_index, self.cos_sin = engine_index, cos_sin
+        self.recent_name = layer_name + RECENT_SUFFIX if keeps_recent else None
         self.clips: Sequence[float] = preset.clips
         self.tensors = (CodecTensors(), CodecTensors())
         self.layout: CellLayout | None = None
@@ -192,10 +224,18 @@ class KVCacheImpl(AttentionImpl):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Store a step's keys and values, [tokens, kv heads, D]; rows past slot_mapping are padding."""
-        layout = self.find_layout(kv_cache)
-        store_kv(key, value, kv_cache, slot_mapping, layout, *self.tensors, self.clips)
+        layout, context = self.find_layout(kv_cache), get_forward_context()
+        if context.attn_metadata is None:
+            # A run without requests, as vLLM's warm-up and smartspec's sweep have: there is nothing to keep.
+            return
+        stored = key
+        if self.cos_sin is not None:
+            position = _find(context, self.layer_name).positions
+            # Rows of padding are not stored, wherever they are turned to.
+            position = torch.nn.functional.pad(position, (0, len(key) - len(position)))
+            stored = rotate(key, self.cos_sin[position], inverse=True)
+        store_kv(stored, value, kv_cache, slot_mapping, layout, *self.tensors, self.clips)
         if self.recent_name is not None:
-            context = get_forward_context()
             recent, rows = context.no_compile_layers[self.recent_name], _find(context, self.recent_name)
             recent.pages[rows.block, :, rows.token] = torch.cat([key[rows.row], value[rows.row]], -1).to(self.dtype)
         observability.add("vllm_ext:kv_cache_stored_tokens_total", slot_mapping.shape[0], self.engine_index)
@@ -235,7 +275,7 @@ class KVCacheImpl(AttentionImpl):
             checks.check_step(self, kv_cache, step, recent, recent_table, layout)
         attended = attend(
             query, key, value, kv_cache, step.block_table, starts, lens, recent, recent_table, layout, *self.tensors,
-            self.scale, preset.window, preset.sinks,
+            self.scale, preset.window, preset.sinks, self.cos_sin,
         )  # fmt: skip
         output.copy_(attended)
         observability.add("vllm_ext:kv_cache_attended_tokens_total", step.num_tokens, self.engine_index)

@@ -131,6 +131,8 @@ def load_task(
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(windows)))
     held_out = max(1, round(len(windows) * HELD_OUT_SHARE))
     model = load_model(directory, dtype if dtype == "auto" else getattr(torch, dtype))
+    # Random tokens are drawn from the tokenizer's, of which some models have no embedding.
+    windows = windows.clamp(max=model.get_input_embeddings().num_embeddings - 1)
     return Task(
         model, find_layers(model), windows[order[held_out:].sort().values], windows[order[:held_out].sort().values]
     )

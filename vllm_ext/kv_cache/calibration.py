@@ -47,8 +47,8 @@ def calibrate_layer(
             raise ValueError(f"query {list(query.shape)} does not fit keys {list(key.shape)}")
         weights = query.float().unflatten(1, (key.shape[1], -1)).square().mean((0, 2))
     return (
-        calibrate_side(key, fitted.key, preset.clips, weights, seed),
-        calibrate_side(value, fitted.value, preset.clips, None, seed),
+        calibrate_side(key, fitted.key, preset.clips, weights, seed, preset.codebook),
+        calibrate_side(value, fitted.value, preset.clips, None, seed, preset.codebook),
     )
 
 
@@ -58,12 +58,14 @@ def calibrate_side(
     clips: Sequence[float] = (1.0,),
     weights: torch.Tensor | None = None,
     seed: int = 0,
+    codebook: bool = False,
 ) -> CodecTensors:
     """The tensors of one codec for x, float [tokens, kv heads, D].
 
     clips: what the preset tries for every group. weights: float32 [kv heads, D], what a squared error of each channel
-    costs; None for 1. Shift, smooth scales, order, clips and codebook are found in this order, and each is kept only
-    where it takes `WORTHWHILE` of the error away: what does not help here would only fit these tokens.
+    costs; None for 1. codebook: whether levels are chosen, too. Shift, smooth scales, order, clips, codebook are found
+    in this order, and each is kept only where it takes `WORTHWHILE` of the error away: what does not help here would
+    only fit these tokens.
     """
 
     def improve(tensors: CodecTensors, **found: torch.Tensor) -> CodecTensors:
@@ -77,7 +79,7 @@ def calibrate_side(
     if not codec.per_channel and codec.group_size < x.shape[-1]:
         tensors = improve(tensors, order=order_channels(to_stored(x, tensors), codec.group_size, seed))
     tensors = improve(tensors, clip=search_clip(x, codec, tensors, weights))
-    if 2 < codec.num_levels < 16:
+    if codebook and 2 < codec.num_levels < 16:
         tensors = improve(tensors, levels=fit_codebook(x, codec, tensors, clips, weights))
     return tensors
 

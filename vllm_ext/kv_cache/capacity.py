@@ -10,6 +10,9 @@ A page holds `block_size` tokens of a layer. Tokens in full precision have pages
                           the one before its first query, and the one before the next step's
     tokens that fit       blocks / blocks of a request at max_model_len, times max_model_len
 
+Where layers have presets of their own (kvplan), a block holds the pages of all layers one after the other, and what
+counts is the room of all of them together: `share_room`.
+
 The window's price is per request, so short requests pay it in full: that is why the ratio grows with max_model_len.
 """
 
@@ -18,7 +21,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_ext.kv_cache.presets import Preset
+from vllm_ext.kv_cache.presets import Preset, is_mixed
+
+#: Where layers have presets of their own, the full-precision page of one layer is so many bytes longer: vLLM may deal
+#: layers of one size to several groups, which would each take blocks of their own (`_get_packed_kv_cache_groups`).
+MIXED_PADDING = 64
 
 
 def count_recent_pages(window: int, sinks: int, page_tokens: int, max_model_len: int) -> int:
@@ -32,6 +39,22 @@ def count_recent_pages(window: int, sinks: int, page_tokens: int, max_model_len:
         # window - 1 tokens that begin with the last of a page.
         pages += 2 * (-(-(window - 2) // page_tokens) + 1)
     return min(pages, -(-max_model_len // page_tokens))
+
+
+def count_page_tokens(block_size: int, token_bytes: int, room: int) -> int:
+    """Tokens of a full-precision page: a power of two, so that blocks of both kinds end together; 0 where none fits.
+
+    block_size: tokens of a quantized page. token_bytes: unquantized K and V of a token in one layer. room: bytes.
+    """
+    tokens = block_size & -block_size
+    while tokens * token_bytes > room:
+        tokens //= 2
+    return tokens
+
+
+def share_room(presets: Sequence[Preset], page_bytes: Sequence[int]) -> int:
+    """Bytes that a full-precision page of every layer may have, for the presets and quantized pages of all layers."""
+    return (sum(page_bytes) - MIXED_PADDING) // len(page_bytes) if is_mixed(presets) else page_bytes[0]
 
 
 @dataclass(frozen=True)
@@ -85,8 +108,13 @@ def compute_capacity(
     pages = [geometry.num_kv_heads * geometry.block_size * _cell_bytes(each, geometry, group_size) for each in presets]
     recent_tokens = recent_pages = 0
     if any(each.keeps_recent for each in presets):
-        # Layers of a block are packed one after the other, so what counts is the room of all of them.
-        recent_tokens = _fit_recent(geometry, sum(pages))
+        room = share_room(presets, pages)
+        recent_tokens = count_page_tokens(geometry.block_size, geometry.token_bytes, room)
+        if recent_tokens == 0:
+            raise ValueError(
+                f"a page of {room} bytes does not hold one token in full precision: raise block_size "
+                f"above {geometry.block_size}"
+            )
         window, sinks = max(each.retained_window for each in presets), max(each.sinks for each in presets)
         recent_pages = count_recent_pages(window, sinks, recent_tokens, max_model_len)
     request = -(-max_model_len // geometry.block_size) + recent_pages
@@ -112,16 +140,3 @@ def compute_plain_capacity(geometry: Geometry, cache_bytes: int, max_model_len: 
 
 def _cell_bytes(preset: Preset, geometry: Geometry, group_size: int | None) -> int:
     return preset.plan_cells(geometry.head_dim, geometry.block_size, group_size).cell_bytes
-
-
-def _fit_recent(geometry: Geometry, page_bytes: int) -> int:
-    """Tokens of a full-precision page: a power of two, so that blocks of both kinds end together."""
-    tokens = geometry.block_size & -geometry.block_size
-    while tokens * geometry.token_bytes * geometry.num_layers > page_bytes:
-        tokens //= 2
-        if tokens == 0:
-            raise ValueError(
-                f"a page of {page_bytes} bytes does not hold one token in full precision: raise block_size above "
-                f"{geometry.block_size}"
-            )
-    return tokens

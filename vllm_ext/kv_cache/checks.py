@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_ext.kernels.kv_decode.reference import read_keys, read_values
+from vllm_ext.kernels.kv_decode.rope import rotate
 from vllm_ext.kernels.kv_store import store_kv
 from vllm_ext.kernels.kv_store.codec import to_stored
 from vllm_ext.kernels.kv_store.layout import CellLayout
@@ -56,6 +57,8 @@ def check_step(
     scratch = torch.zeros(-(-len(rows) // layout.block_size), *cache.shape[1:], dtype=torch.uint8)
     slots = torch.arange(len(rows))
     key, value = rows[..., : impl.head_size].contiguous(), rows[..., impl.head_size :].contiguous()
+    if impl.cos_sin is not None:
+        key = rotate(key, impl.cos_sin[position], inverse=True)
     store_kv(key, value, scratch, slots, layout, *impl.tensors, impl.clips)
     block = step.block_table.long()[request, position // layout.block_size]
     places = [(cache, block, position % layout.block_size)]

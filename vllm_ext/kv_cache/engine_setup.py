@@ -7,8 +7,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vllm_ext import config
-from vllm_ext.kv_cache.settings import choose_preset
+from vllm_ext.kernels.kv_store.cpu import WIDTHS, knows
+from vllm_ext.kernels.kv_store.layout import CellLayout
+from vllm_ext.kv_cache.presets import Preset
+from vllm_ext.kv_cache.settings import choose_presets
 from vllm_ext.kv_cache.sidecar import read_sidecar
 from vllm_ext.patches import registry
 
@@ -48,11 +53,29 @@ def check_engine(vllm_config: Any) -> None:
         )
     settings = config.parse(config.find_block(vllm_config.additional_config)).kv_cache
     head_dim = model.get_head_size()
-    preset = choose_preset(name, settings, head_dim)
-    try:
-        preset.plan_cells(head_dim, vllm_config.cache_config.block_size)
-    except ValueError as error:
-        raise config.ConfigError(f"--kv-cache-dtype {name}: {error} (--block-size)") from error
+    presets = choose_presets(name, settings, head_dim, model.get_total_num_hidden_layers())
+    for preset in dict.fromkeys(presets):
+        try:
+            layout = preset.plan_cells(head_dim, vllm_config.cache_config.block_size)
+        except ValueError as error:
+            raise config.ConfigError(f"--kv-cache-dtype {name}: {error} (--block-size)") from error
+        if reason := find_slow(preset, layout, model.dtype):
+            logger.warning("KV-cache preset %s runs in torch and not in a compiled kernel: %s", preset.name, reason)
     if settings is not None and settings.calibration is not None:
         # Also read by every worker; here a bad file stops the start at once.
-        read_sidecar(Path(settings.calibration).expanduser(), preset, model.get_total_num_kv_heads(), head_dim)
+        path = Path(settings.calibration).expanduser()
+        layers = read_sidecar(path, presets[0], model.get_total_num_kv_heads(), head_dim)
+        if any(side.levels is not None for sides in layers.values() for side in sides) and not presets[0].pre_rope:
+            logger.warning("%s has codebooks, whose layers run in torch and not in a compiled kernel", path)
+
+
+def find_slow(preset: Preset, layout: CellLayout, dtype: torch.dtype) -> str | None:
+    """Why the compiled kernels do not run a fitted preset; None where they do, if the machine has a compiler."""
+    if dtype == torch.float32:
+        return "the model is float32; serve it in bfloat16"
+    if preset.pre_rope:
+        return "its keys are stored before RoPE"
+    if not knows(layout):
+        widths = ", ".join(f"{width:g}" for width in WIDTHS)
+        return f"the kernels know codes of {widths} bits without outliers, and heads of a multiple of 16"
+    return None

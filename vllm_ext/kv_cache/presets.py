@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,11 @@ PLAN_BITS: dict[str, float] = {"15": 1.5, "2": 2, "3": 3, "4": 4, "8": 8}
 CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 #: Key of a plan for the layers that it does not name.
 DEFAULT_LAYER = "default"
+#: Without `layer_bits`, `kvplan` gives this many layers at either end more bits: errors of the first are carried
+#: through the whole model, and those of the last reach the output unmended (vLLM's TurboQuant leaves the same ones
+#: unquantized).
+BOUNDARY_LAYERS = 2
+BOUNDARY_PRESET, INNER_PRESET = "k4v4", "skvq_k2v2"
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,8 @@ class Preset:
     key, value: codecs; a per-token codec's group_size is the largest to use, and `fit` makes it divide the head size.
     window, sinks: tokens in full precision, recent ones (the query's own included) and the first. clips: shares
     of a group's range that its levels may span, where calibration has none; every group takes its best. pre_rope: keys
-    are stored before the rotary embedding.
+    are stored before the rotary embedding. codebook: calibration may choose the levels; the compiled kernels multiply
+    codes themselves, so such a layer runs in torch.
     """
 
     name: str
@@ -44,6 +50,7 @@ class Preset:
     sinks: int
     clips: tuple[float, ...] = (1.0,)
     pre_rope: bool = False
+    codebook: bool = False
 
     @property
     def extra_window(self) -> int:
@@ -126,6 +133,7 @@ PRESETS: Mapping[str, Preset] = {
             sinks=1,
             clips=CLIPS,
             pre_rope=True,
+            codebook=True,
         ),
     )
 }
@@ -143,6 +151,18 @@ def get_preset(name: str) -> Preset:
         )
     key, value = (_plan_codec(PLAN_BITS[bits]) for bits in match.groups())
     return Preset(name, key, value, window=128, sinks=5, clips=CLIPS if min(key.bits, value.bits) < 4 else (1.0,))
+
+
+def default_plan(num_layers: int) -> dict[str, str]:
+    """The `layer_bits` of `kvplan` where the user gives none."""
+    last = range(num_layers)[-BOUNDARY_LAYERS:]
+    layers = {*range(num_layers)[:BOUNDARY_LAYERS], *last}
+    return {**{str(layer): BOUNDARY_PRESET for layer in sorted(layers)}, DEFAULT_LAYER: INNER_PRESET}
+
+
+def is_mixed(presets: Sequence[Preset]) -> bool:
+    """Whether layers differ in their preset, so that their pages may differ in size."""
+    return len(set(presets)) > 1
 
 
 def parse_plan(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,7 +19,9 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from vllm_ext.config import ConfigError
-from vllm_ext.kv_cache.backend import LAYOUTS, RECENT_SUFFIX
+from vllm_ext.kv_cache.backend import LAYOUTS, MIXED_LAYOUTS, RECENT_SUFFIX
+from vllm_ext.kv_cache.capacity import MIXED_PADDING, count_page_tokens, share_room
+from vllm_ext.kv_cache.presets import Preset, is_mixed
 from vllm_ext.kv_cache.recent import RecentSpec
 
 
@@ -78,18 +81,20 @@ class RecentBackend(AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """As of the attention layer."""
-        return LAYOUTS
+        """Those of all attention layers, which decide: vLLM takes what all layers support."""
+        return LAYOUTS + MIXED_LAYOUTS
 
 
 class RecentLayer(AttentionLayerBase):
     """K and V in full precision of an attention layer's window and sinks.
 
-    pages: [blocks, kv heads, page tokens, 2*D] in the model's dtype, K, then V; set when vLLM binds the cache.
+    presets: of every layer of the model. is_last: whether this is the last of them. pages: [blocks, kv heads, page
+    tokens, 2*D] in the model's dtype, K, then V; set when vLLM binds the cache.
     """
 
-    def __init__(self, attention: Any, vllm_config: Any) -> None:
+    def __init__(self, attention: Any, presets: Sequence[Preset], is_last: bool, vllm_config: Any) -> None:
         self.attention = attention
+        self.presets, self.is_last = presets, is_last
         self.layer_name = attention.layer_name + RECENT_SUFFIX
         self.pages = torch.empty(0)
         vllm_config.compilation_config.static_forward_context[self.layer_name] = self
@@ -106,20 +111,24 @@ class RecentLayer(AttentionLayerBase):
     def get_kv_cache_spec(self, vllm_config: Any) -> RecentSpec:
         """Pages of as many tokens as fit a quantized page, a power of two: one pool has one page size.
 
+        Where layers have presets of their own, a block has the pages of all layers one after the other, of any sizes.
         Declared as bytes, like the quantized pages: vLLM zeroes new blocks where groups differ in type, and our
         kernels read nothing that was not written. Raises ConfigError for a page that is too small for one token.
         """
         layer, impl = self.attention, self.attention.impl
         main = layer.attn_backend.customize_spec(layer.get_kv_cache_spec(vllm_config))
+        plane_bytes = layer.num_kv_heads * main.block_size
+        pages = [plane_bytes * one.plan_cells(layer.head_size, main.block_size).cell_bytes for one in self.presets]
         token_bytes = 2 * layer.head_size * impl.dtype.itemsize
-        size = main.block_size & -main.block_size
-        while size * layer.num_kv_heads * token_bytes > main.page_size_bytes:
-            size //= 2
-        if size == 0 or main.page_size_bytes % impl.dtype.itemsize:
+        size = count_page_tokens(main.block_size, layer.num_kv_heads * token_bytes, share_room(self.presets, pages))
+        if size == 0 or any(page % impl.dtype.itemsize for page in pages):
             raise ConfigError(
-                f"a page of {main.page_size_bytes} bytes does not hold tokens in full precision: "
+                f"pages of {', '.join(map(str, sorted(set(pages))))} bytes do not hold tokens in full precision: "
                 f"use --block-size 128 instead of {main.block_size}"
             )
+        padded = main.page_size_bytes
+        if is_mixed(self.presets):
+            padded = size * layer.num_kv_heads * token_bytes + (MIXED_PADDING if self.is_last else 0)
         speculative = vllm_config.speculative_config
         return RecentSpec(
             block_size=size,
@@ -127,8 +136,9 @@ class RecentLayer(AttentionLayerBase):
             head_size=layer.head_size,
             dtype=main.dtype,
             state_content_bytes=token_bytes,
-            page_size_padded=main.page_size_bytes,
-            sliding_window=impl.preset.retained_window,
+            page_size_padded=padded,
+            # One group has one window: the longest that any layer needs.
+            sliding_window=max(preset.retained_window for preset in self.presets),
             sinks=impl.preset.sinks,
             draft_tokens=speculative.num_speculative_tokens if speculative else 0,
         )

@@ -38,6 +38,9 @@ LAYOUTS: dict[str, CellLayout] = {
     "kv4": plan_cells(Codec(4, 128, scale_dtype=FP16), Codec(4, 128, scale_dtype=FP16), 128, 32),
     "k8v8 80": plan_cells(Codec(8, 80, scale_dtype=FP16), Codec(8, 40, scale_dtype=FP16), 80, 16),
     "k15v15 groups": plan_cells(Codec(1.5, 20), Codec(1.5, 20), 80, 16),
+    "k3v3": plan_cells(Codec(3, 128), Codec(3, 32), 128, 128),
+    "k3v2 80": plan_cells(Codec(3, 16), Codec(2, 80), 80, 48),
+    "k3v3 channels": plan_cells(Codec(3, 32, per_channel=True), Codec(3, 16), 16, 32),
     "small": plan_cells(Codec(2, 8), Codec(2, 16), 16, 16),
 }
 
@@ -194,7 +197,8 @@ def test_long_contexts_are_split_and_merged(isa: str, name: str) -> None:  # noq
 
 
 def test_presets_left_to_the_reference_run_all_the_same() -> None:
-    for layout in (plan_cells(Codec(3, 32), Codec(2, 32), 32, 16), plan_cells(Codec(2, 24), Codec(2, 24), 24, 16)):
+    outliers = plan_cells(Codec(3, 32, outliers=2), Codec(2, 32), 32, 16)
+    for layout in (outliers, plan_cells(Codec(2, 24), Codec(2, 24), 24, 16)):
         step = make_step(layout, [50], window=4)
         assert torch.equal(attend(*step), reference.attend(*step, cos_sin=None, interleaved=False))
     step = make_step(LAYOUTS["small"], [50], dtype=torch.float32)

@@ -25,6 +25,8 @@ LAYOUTS: dict[str, CellLayout] = {
     "k8v8 groups": plan_cells(Codec(8, 24), Codec(8, 12, scale_dtype=FP16), 48, 16),
     "k15v2 groups": plan_cells(Codec(1.5, 20), Codec(2, 8), 160, 16),
     "small": plan_cells(Codec(2, 16), Codec(1.5, 16), 16, 8),
+    "k3v3": plan_cells(Codec(3, 128), Codec(3, 32), 128, 16),
+    "k3v15 groups": plan_cells(Codec(3, 24), Codec(1.5, 16), 48, 32),
     "large": plan_cells(Codec(4, 256), Codec(2, 128), 256, 128),
 }
 
@@ -154,7 +156,7 @@ def test_misfits_are_refused_by_name(isa: str) -> None:  # noqa: F811
 @pytest.mark.parametrize(
     "layout",
     [
-        plan_cells(Codec(3, 16), Codec(2, 16), 16, 8),
+        plan_cells(Codec(3, 16, outliers=2), Codec(3, 16), 16, 8),
         plan_cells(Codec(2, 16, outliers=2), Codec(2, 16), 16, 8),
         plan_cells(Codec(2, 24), Codec(2, 24), 24, 8),
         plan_cells(Codec(2, 48, per_channel=True), Codec(2, 16), 48, 48),

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quality of quantized KV caches, in the engine: perplexity, planted outliers, and keys found in long prompts.
+
+    python -m bench.quality.kv_cache [text] [planted] [passkey] [--quick] [--work DIR] [--out DIR]
+
+    text      perplexity of the shipped model on its held-out texts, prompts of 480 tokens
+    planted   mean KL divergence from bf16 on a random model whose keys have planted outliers and biases, and the error
+              of its layers' attention output (computed without an engine, on the same tokens)
+    passkey   share of keys that a small model trained to find them still finds, in prompts of 400 tokens
+
+Every arm is an engine of its own, one after the other; its result becomes a record in the case kv_TABLE. --work keeps
+models between runs: the retriever takes minutes to train.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.quality.kv_engine import STOCK, Arm, answer, score_tokens, score_vocabulary, start_engine
+from bench.quality.kv_models import draw_tokens, make_planted_model
+from bench.quality.passkey import KEY_TOKENS, make_prompts, train_model
+from bench.records import RESULTS, ROOT, Metric, Record, describe_environment, write_record
+
+MODEL = ROOT / "bench" / "models" / "tiny_moe"
+TEXTS = {"kjv": "kjv_val.txt", "py": "py_val.txt"}
+TEXT_TOKENS = 480
+PLANTED_TOKENS, PLANTED_SEED, GROUP_SIZE = 400, 7, 32
+#: Positions from here on have most of their context quantized.
+PLANTED_FIRST = 200
+PASSKEY_TOKENS = 400
+
+#: Two bits, a whole head in one group, nothing in full precision and no clip: what the presets are measured against.
+NAIVE = Arm("naive_2_bits", "skvq_k2v2", {"window": 0, "sinks": 0, "clip": 1.0})
+NO_WINDOW = Arm("skvq_k2v2_no_window", "skvq_k2v2", {"window": 0, "sinks": 0})
+#: How far bf16 differs from itself when a prompt is cut into other chunks: no cache can be nearer.
+OTHER_CHUNKS = Arm("bf16_other_chunks", None, {}, {"max_num_batched_tokens": 64})
+
+
+def list_presets() -> list[Arm]:
+    """Every name of the pack with its defaults."""
+    from vllm_ext.config import KV_CACHE_DTYPES
+
+    return [Arm(name, name) for name in KV_CACHE_DTYPES]
+
+
+def measure_text(work: Path, size: int, record: Callable[..., None]) -> None:
+    """Perplexity of both texts."""
+    from vllm_ext.compress.calibration import cut_windows, load_tokenizer
+
+    tokenizer = load_tokenizer(MODEL)
+    prompts = {name: cut_windows(MODEL / file, tokenizer, TEXT_TOKENS)[:size].tolist() for name, file in TEXTS.items()}
+    plain: dict[str, float] = {}
+    for arm in [Arm(STOCK), OTHER_CHUNKS, NAIVE, NO_WINDOW, *list_presets()]:
+        metrics: dict[str, Metric] = {}
+        with start_engine(MODEL, arm) as llm:
+            for name, some in prompts.items():
+                perplexity = math.exp(-score_tokens(llm, some).mean())
+                worse = 100 * (perplexity / plain.setdefault(name, perplexity) - 1)
+                metrics |= {f"perplexity_{name}": Metric(perplexity, ""), f"worse_{name}": Metric(worse, "%")}
+        record(arm, metrics, {"tokens": TEXT_TOKENS, "prompts": size})
+
+
+def measure_planted(work: Path, size: int, record: Callable[..., None]) -> None:
+    """Divergence from bf16, and error of attention."""
+    model = make_planted_model(work / "planted")
+    prompts = draw_tokens(size, PLANTED_TOKENS, 4096, PLANTED_SEED)
+    errors, calibrated = measure_attention(model, prompts, work)
+    grouped = Arm("skvq_k2v2_g32", "skvq_k2v2", {"group_size": GROUP_SIZE})
+    arms = [Arm(STOCK), OTHER_CHUNKS, NAIVE, NO_WINDOW, *list_presets(), grouped, *calibrated]
+    plain = None
+    for arm in arms:
+        with start_engine(model, arm) as llm:
+            rows = score_vocabulary(llm, prompts, PLANTED_FIRST).astype(np.float64)
+        plain = rows if plain is None else plain
+        divergence = float((np.exp(plain) * (plain - rows)).sum(-1).mean())
+        agreement = float((plain.argmax(-1) == rows.argmax(-1)).mean())
+        metrics = {"divergence": Metric(1e3 * divergence, "mnats"), "same_token": Metric(100 * agreement, "%")}
+        if arm.name in errors:
+            metrics["attention_error"] = Metric(100 * errors[arm.name], "%")
+        record(arm, metrics, {"tokens": PLANTED_TOKENS, "prompts": size, "first": PLANTED_FIRST})
+
+
+def measure_attention(model: Path, prompts: list[list[int]], work: Path) -> tuple[dict[str, float], list[Arm]]:
+    """({arm: mean relative error of a layer's attention output on the prompts}, the calibrated arms).
+
+    Calibrated on other tokens than the prompts.
+    """
+    import torch
+
+    from vllm_ext.kv_cache.calibrate import NOTHING, calibrate_model, load_task, record_passes
+    from vllm_ext.kv_cache.calibrate_attention import find_angles, measure_output_error
+    from vllm_ext.kv_cache.presets import PRESETS
+    from vllm_ext.kv_cache.sidecar import read_sidecar, write_sidecar
+
+    task = load_task(model, ["random"], seed=0, context=512, num_windows=16)
+    size = task.head_dim
+    grouped = PRESETS["skvq_k2v2"].fit(size, GROUP_SIZE)
+    presets = {arm.name: PRESETS[arm.name].fit(size) for arm in list_presets() if arm.name in PRESETS}
+    presets |= {
+        NAIVE.name: replace(PRESETS["skvq_k2v2"].fit(size), window=0, sinks=0, clips=(1.0,)),
+        NO_WINDOW.name: replace(PRESETS["skvq_k2v2"].fit(size), window=0, sinks=0),
+        "skvq_k2v2_g32": grouped,
+    }
+    sides = {name: {layer.cache_name: NOTHING for layer in task.layers} for name in presets}
+    arms = []
+    for name, base in (("skvq_k2v2", "skvq_k2v2"), ("kv4", "kv4"), ("skvq_k2v2_g32", "skvq_k2v2")):
+        calibrated, preset = f"{name}_calibrated", presets[name]
+        path = work / f"{calibrated}.safetensors"
+        path.unlink(missing_ok=True)
+        calibrate_model(task, preset, path)
+        block = {"group_size": preset.key.group_size, "calibration": str(path)}
+        arms.append(Arm(calibrated, base, block))
+        presets[calibrated] = preset
+        sides[calibrated] = read_sidecar(path, preset, task.num_kv_heads, size)
+    # The last one again, without the order of channels.
+    unordered = Arm(f"{arms[-1].name}_no_order", base, {**block, "calibration": str(work / "no_order.safetensors")})
+    presets[unordered.name] = preset
+    sides[unordered.name] = {
+        layer: (key._replace(order=None), value._replace(order=None))
+        for layer, (key, value) in sides[arms[-1].name].items()
+    }
+    write_sidecar(work / "no_order.safetensors", sides[unordered.name], preset, task.num_kv_heads, size)
+    angles = find_angles(task.model, PLANTED_TOKENS)
+    found: dict[str, list[float]] = {name: [] for name in presets}
+    for layer, recorded in record_passes(task, torch.tensor(prompts)):
+        for name, preset in presets.items():
+            tensors = sides[name].get(layer.cache_name, NOTHING)
+            found[name].append(measure_output_error(recorded, preset, tensors, layer.scaling, angles))
+    return {name: float(np.mean(values)) for name, values in found.items()}, [*arms, unordered]
+
+
+def measure_passkey(work: Path, size: int, record: Callable[..., None]) -> None:
+    """Share of keys that are found, whole and token by token."""
+    model = train_model(work / "passkey", progress=True)
+    prompts, keys = make_prompts(size, PASSKEY_TOKENS, seed=1)
+    for arm in [Arm(STOCK), NAIVE, NO_WINDOW, *list_presets()]:
+        with start_engine(model, arm) as llm:
+            answers = np.array(answer(llm, prompts, KEY_TOKENS))
+        right = answers == np.array(keys)
+        metrics = {
+            "found": Metric(100 * float(right.all(1).mean()), "%"),
+            "first_token": Metric(100 * float(right[:, 0].mean()), "%"),
+        }
+        record(arm, metrics, {"tokens": PASSKEY_TOKENS, "prompts": size, "key_tokens": KEY_TOKENS})
+
+
+#: Table: (its function, prompts, prompts with --quick).
+TABLES: dict[str, tuple[Callable[..., None], int, int]] = {
+    "text": (measure_text, 24, 2),
+    "planted": (measure_planted, 6, 1),
+    "passkey": (measure_passkey, 200, 16),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m bench.quality.kv_cache", description="Quality of KV caches.")
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"default all: {', '.join(TABLES)}")
+    parser.add_argument("--quick", action="store_true", help="few prompts: shows that it runs, not a result")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="keep models here")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="folder of the records")
+    options = parser.parse_args(argv)
+    unknown = [name for name in options.tables if name not in TABLES]
+    if unknown:
+        parser.error(f"no table {unknown[0]!r}; known: {', '.join(TABLES)}")
+    with tempfile.TemporaryDirectory(prefix="vllm-ext-kv-quality-") as folder:
+        work = options.work or Path(folder)
+        work.mkdir(parents=True, exist_ok=True)
+        environment = describe_environment()
+        for name in options.tables or TABLES:
+            measure, full, quick = TABLES[name]
+
+            def record(arm: Arm, metrics: dict[str, Metric], settings: dict[str, Any], name: str = name) -> None:
+                described = {**settings, "stock_arm": STOCK, "kv_cache_dtype": arm.dtype, **arm.arguments}
+                described |= {"block": {key: value for key, value in arm.block.items() if key != "calibration"}}
+                write_record(
+                    options.out.resolve(),
+                    Record(f"kv_{name}", arm.name, 0, metrics, settings=described, **environment),
+                )
+                values = ", ".join(f"{key} {one.value:.4g}" for key, one in metrics.items() if one.value is not None)
+                print(f"kv_{name}: {arm.name}: {values}", file=sys.stderr, flush=True)
+
+            measure(work, quick if options.quick else full, record)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
