@@ -12,14 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from vllm import LLM
 
-from tests.quantization.family_models import FAMILY_PRESETS, make_family, make_full_plan, write_plan
+from tests.quantization.family_models import FAMILY_PRESETS, LAYERS, make_family, make_full_plan, write_plan
 from tests.quantization.packed_models import fake_quantize_model
-from tests.quantization.test_plan_engine import score_with_transformers, score_with_vllm
+from tests.quantization.test_plan_engine import score_with_model, score_with_transformers, score_with_vllm
 from vllm_ext import cli
 from vllm_ext.compress.quantize import quantize_model
 from vllm_ext.quantization.checkpoint import validate_checkpoint
+from vllm_ext.quantization.moe import list_storage
 
 pytestmark = pytest.mark.engine
 
@@ -107,10 +109,45 @@ def test_two_ranks_are_the_rounded_model(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_packed", [True, False], ids=["packed", "online"])
-def test_dummy_weights_run(is_packed: bool, tmp_path: Path, engine_in_process: None) -> None:
+@pytest.mark.parametrize("preset", ["tiny-deepseek-v2", "tiny-deepseek-v2-grouped"])
+def test_normalised_routing_weights(preset: str, tmp_path: Path, engine_in_process: None) -> None:
+    """`norm_topk_prob`, which vLLM applies and transformers' DeepSeek-V2 does not read, with a dense first layer."""
+    model = make_family(preset, tmp_path / "model")
+    path = model / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "norm_topk_prob": True}))
+    plan, windows = make_full_plan(model), make_windows()
+    quantize_model(model, tmp_path / "packed", plan=plan)
+    served = score_served(windows, tmp_path / "packed", distributed_executor_backend="uni")
+    rounded = fake_quantize_model(str(model), tmp_path / "rounded", plan)
+    assert (served - score_with_normalised_routing(rounded, windows)).abs().max() < 1e-4
+    # Weights that do not sum up to one are far away, and so is the unrounded model.
+    assert (served - score_with_transformers(rounded, windows)).abs().max() > 0.05
+    assert (served - score_with_normalised_routing(model, windows)).abs().max() > 0.05
+
+
+def score_with_normalised_routing(directory: Path, windows: list[list[int]]) -> torch.Tensor:
+    """As `score_with_transformers`, each token's routing weights divided by their sum before they are scaled."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    routers = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
+    assert len(routers) == LAYERS - 1
+
+    def normalise(router: torch.nn.Module, _inputs: Any, output: Any) -> Any:
+        logits, weights, ids = output
+        return logits, weights / weights.sum(-1, keepdim=True) * router.routed_scaling_factor, ids
+
+    for router in routers:
+        router.register_forward_hook(normalise)
+    return score_with_model(model, windows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("preset", "is_packed"),
+    [*((preset, True) for preset in FAMILY_PRESETS), ("tiny-qwen2-moe", False), ("tiny-llama", False)],
+)
+def test_dummy_weights_run(preset: str, is_packed: bool, tmp_path: Path, engine_in_process: None) -> None:
     """`--load-format dummy`: no file of weights is read, and the shapes are those of the plan."""
-    model = make_family("tiny-qwen2-moe", tmp_path / "model")
+    model = make_family(preset, tmp_path / "model")
     plan = make_full_plan(model)
     options: dict[str, Any] = {"hf_overrides": {"quantization_config": plan.to_config()}}
     if is_packed:
@@ -120,9 +157,12 @@ def test_dummy_weights_run(is_packed: bool, tmp_path: Path, engine_in_process: N
     llm = start(model, load_format="dummy", distributed_executor_backend="uni", **options)
     try:
         scores = score_with_vllm(llm, make_windows())
+        (storage,) = llm.apply_model(list_storage)
     finally:
         llm.llm_engine.engine_core.shutdown()
     assert len(scores) == 78
+    assert torch.isfinite(scores).all()
+    assert {name.split(".")[2] for name in storage} == {str(layer) for layer in range(LAYERS)}
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,9 @@ CASES = 500
 #: Far beyond what any of them takes, far below a hang.
 SECONDS = 5.0
 
+#: Keys of config.json that say which tensors there are, beside those that experts are compared with.
+OF_ALL_LAYERS = ("num_hidden_layers", "tie_word_embeddings")
+
 ODD_VALUES: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2, 7, 10**30, -(10**18), 0.5, float("nan"), float("inf"), "", "x", "w4a16_g64", "w3a8",
     "\u0000", "😀" * 50, [], [0], ["x"], [[[[]]]], {}, {"gate_up": "w4a16_g32"}, {"": ""}, {"plan": {}}, "experts.0",
@@ -145,7 +148,7 @@ def test_configs_and_plans(packed: Path, tmp_path: Path) -> None:
     def is_ours(place: tuple[Any, ...]) -> bool:
         # A plan without its hash may be changed at will; sizes of the model are compared where experts need them.
         if place[0] != "quantization_config":
-            return place[0] in ("num_experts", "hidden_size", "moe_intermediate_size")
+            return place[0] in ("num_experts", "hidden_size", "moe_intermediate_size", *OF_ALL_LAYERS)
         return len(place) > 1 and place[:3] != ("quantization_config", "producer", "other_tensors")
 
     for number in range(CASES):

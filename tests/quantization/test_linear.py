@@ -134,10 +134,11 @@ def test_a_reload_fills_the_arena_in_place(play_rank: Any) -> None:
     assert tolerances.relative_error(layer(x)[0], expected) < 1e-5
 
 
-def test_an_incomplete_checkpoint_is_not_rounded(play_rank: Any) -> None:
+@pytest.mark.parametrize("arrived", [("q", "v"), ()])
+def test_an_incomplete_checkpoint_is_not_rounded(arrived: tuple[str, ...], play_rank: Any) -> None:
     layer = make_qkv("w4a16_g64", is_packed=False)
     weights = qkv_weights()
-    for shard in ("q", "v"):
+    for shard in arrived:
         layer.weight.weight_loader(layer.weight, weights[shard], shard)
     # vLLM's own last step processes layers that are not complete, too.
     message = rf"^{PARENT}\.qkv_proj\.weight is not in the checkpoint, or not all of it: .* of 32768 elements came"
@@ -217,9 +218,9 @@ def test_online_equals_packed(dtype: torch.dtype, play_rank: Any) -> None:
     method = online.quant_method
     assert isinstance(method, MxMoEOnlineLinearMethod)
     assert online.weight.is_meta
-    # What vLLM does when a layer's weights are complete.
-    online.weight = torch.nn.Parameter(torch.cat(list(weights.values())), requires_grad=False)
-    method.process_weights_after_loading(online)
+    for shard, weight in weights.items():
+        online.weight.weight_loader(online.weight, weight, shard)
+    # With the last part vLLM has seen the layer complete and called the method.
     assert torch.equal(online.linear_arena, packed.linear_arena)
     assert torch.equal(online.linear_table, packed.linear_table)
     assert online.weight.numel() == 0
@@ -325,11 +326,12 @@ def test_wrong_tensors_are_named(suffix: str, change: Any, found: str, kind: str
 
 def test_damaged_full_weights_are_named(play_rank: Any) -> None:
     layer = make_qkv("w4a16_g64", is_packed=False)
-    weight = torch.randn(256, HIDDEN)
-    weight[3, 4] = torch.nan
-    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    weights = qkv_weights()
+    weights["q"][3, 4] = torch.nan
+    for shard in ("q", "k"):
+        layer.weight.weight_loader(layer.weight, weights[shard], shard)
     with pytest.raises(ValueError, match=rf"{PARENT}.qkv_proj has 1 NaN .* \[3, 4\]"):
-        layer.quant_method.process_weights_after_loading(layer)
+        layer.weight.weight_loader(layer.weight, weights["v"], "v")
 
 
 def test_a_tensor_fused_in_the_checkpoint_is_one_part(play_rank: Any) -> None:

@@ -303,14 +303,15 @@ def test_renamed_tensors_are_named_by_vllm() -> None:
         load(make_layer(make_plan()), {"0.gate_proj.qweights": torch.zeros(2, 2)})
 
 
-def test_an_incomplete_checkpoint_is_not_rounded() -> None:
+@pytest.mark.parametrize(("arrives", "missing"), [(True, "2.up_proj"), (False, "0.gate_proj")])
+def test_an_incomplete_checkpoint_is_not_rounded(arrives: bool, missing: str) -> None:
     plan, weights = make_plan(), random_weights()
     tensors = {f"{name.removeprefix(LAYER + '.')}.weight": weight for name, weight in weights.items()}
     del tensors["2.up_proj.weight"]
     layer = make_layer(plan, is_packed=False)
-    load(layer, tensors)
-    # vLLM's own last step processes layers that are not complete, too.
-    with pytest.raises(ValueError, match=rf"^{LAYER}\.2\.up_proj\.weight is not in the checkpoint"):
+    load(layer, tensors if arrives else {})
+    # vLLM's own last step processes layers that are not complete, too, and those of which nothing came.
+    with pytest.raises(ValueError, match=rf"^{LAYER}\.{missing}\.weight is not in the checkpoint"):
         layerwise.finalize_layerwise_processing(layer, SimpleNamespace(dtype=torch.float32))
 
 

@@ -67,7 +67,11 @@ def score_with_vllm(llm: LLM, windows: list[list[int]]) -> torch.Tensor:
 
 def score_with_transformers(directory: str | Path, windows: list[list[int]]) -> torch.Tensor:
     """The same in float32 from transformers."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    return score_with_model(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval(), windows)
+
+
+def score_with_model(model: torch.nn.Module, windows: list[list[int]]) -> torch.Tensor:
+    """The same from a transformers model."""
     ids = torch.tensor(windows)
     with torch.inference_mode():
         log_probs = model(ids[:, :-1]).logits.log_softmax(-1)

@@ -19,6 +19,14 @@ import torch
 
 from vllm_ext import __version__
 from vllm_ext.quantization.atomic_directory import check_output, make_directory
+from vllm_ext.quantization.model_config import (
+    NUM_EXPERTS_KEYS,
+    check_head,
+    check_layer_count,
+    count_experts,
+    read_config,
+    read_size,
+)
 from vllm_ext.quantization.plan import ExpertSchemes, ModuleSchemes, Plan, PlanError, is_expert
 from vllm_ext.quantization.safetensors_io import CheckpointError, ShardWriter, TensorInfo, TensorReader, suggest
 from vllm_ext.quantization.scheme import Scheme
@@ -40,8 +48,6 @@ COMPANION_FOLDERS = ("additional_chat_templates",)
 _NOT_COMPANIONS = ("config.json", "*.index.json")
 
 _QUANTIZED_TENSOR = re.compile(r"(?P<linear>.+)\.(?P<suffix>qweight|scales|zeros)")
-#: Names under which Hugging Face configurations give their number of routed experts.
-NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True)
@@ -226,6 +232,8 @@ def validate_checkpoint(directory: Path) -> Checkpoint:
     for name in checkpoint.plan.producer.get("other_tensors", ()):
         if name not in infos:
             raise CheckpointError(f"{name} is missing{suggest(name, infos)}: copy or quantize the checkpoint again")
+    check_layer_count(checkpoint.config, infos)
+    check_head(checkpoint.config, infos)
     return checkpoint
 
 
@@ -244,36 +252,6 @@ def read_module(checkpoint: Checkpoint, module: str) -> dict[str, dict[str, torc
         path: {suffix: checkpoint.reader.read(f"{path}.{suffix}") for suffix in scheme.tensors}
         for path, scheme in list_linears(module, schemes).items()
     }
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """config.json of a model directory. Raises CheckpointError where it is missing or not a JSON object."""
-    path = directory / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{directory} has no config.json: give the directory of a Hugging Face model")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}): copy it again") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, got {type(config).__name__}: copy it again")
-    return config
-
-
-def read_size(config: Mapping[str, Any], key: str) -> int:
-    """A size that config.json must hold. Raises CheckpointError, naming key and value, where it is none."""
-    value = config.get(key)
-    if type(value) is not int or value < 1:
-        raise CheckpointError(f"config.json has {key} = {value!r}, expected a size: copy it again")
-    return value
-
-
-def count_experts(config: Mapping[str, Any]) -> int | None:
-    """Routed experts of a layer according to config.json; None where it has no such key.
-
-    Raises CheckpointError for a value that is not a count.
-    """
-    return next((read_size(config, key) for key in NUM_EXPERTS_KEYS if config.get(key) is not None), None)
 
 
 def list_expert_layers(plan: Plan) -> dict[str, int]:

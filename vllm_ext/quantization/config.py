@@ -6,15 +6,17 @@ from __future__ import annotations
 import difflib
 import logging
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from vllm_ext.quantization.checkpoint import NUM_EXPERTS_KEYS, validate_checkpoint
+from vllm_ext.quantization.checkpoint import validate_checkpoint
+from vllm_ext.quantization.model_config import NUM_EXPERTS_KEYS, check_layers_are_there, find_layers
 from vllm_ext.quantization.plan import ExpertSchemes, Plan, PlanError
-from vllm_ext.quantization.safetensors_io import INDEX_FILE, SINGLE_FILE
+from vllm_ext.quantization.safetensors_io import INDEX_FILE, SINGLE_FILE, TensorReader
 from vllm_ext.quantization.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -102,21 +104,26 @@ class MxMoEConfig(QuantizationConfig):
         """Look at the whole model before any process loads it.
 
         Raise ValueError for a family that is refused by name (`compress.families.layout.REFUSED`). Without a plan: warn
-        once where the model declares no experts, because it would be served unquantized without a word. Packed, in a
-        local directory: raise CheckpointError or PlanError, naming the tensor, where the files are not complete
-        (`checkpoint.validate_checkpoint`). vLLM does not miss tensors of quantized models.
+        once where the model declares no experts, because it would be served unquantized without a word. In a local
+        directory: raise CheckpointError or PlanError, naming tensor or layer, for damaged headers and files or whole
+        layers that are not there, and, packed, for every tensor that is not (`checkpoint.validate_checkpoint`). vLLM
+        does not miss tensors of quantized models.
         """
-        if self.is_packed:
-            directory = Path(model_name)
-            # Without weight files the engine makes weights up (--load-format dummy), or vLLM says what it misses.
-            if (directory / INDEX_FILE).is_file() or (directory / SINGLE_FILE).is_file():
-                validate_checkpoint(directory)
+        directory = Path(model_name)
+        layers: Collection[int] = ()
+        # Without weight files the engine makes weights up (--load-format dummy), or vLLM says what it misses.
+        if (directory / INDEX_FILE).is_file() or (directory / SINGLE_FILE).is_file():
+            reader = validate_checkpoint(directory).reader if self.is_packed else TensorReader(directory)
+            layers = find_layers(reader.infos)
         if hf_config is None:
             return
         # Here and below: what plans and families are is not needed to register the method's name.
         from vllm_ext.compress.families.layout import describe_refusal
 
         text_config = hf_config.get_text_config()
+        # After --hf-overrides, which config.json does not show. Configured layer by layer, a model may have empty ones.
+        if not getattr(text_config, "block_configs", None):
+            check_layers_are_there(getattr(text_config, "num_hidden_layers", 0), layers)
         for config in (hf_config, text_config):
             refusal = describe_refusal(getattr(config, "model_type", None))
             if refusal is not None:

@@ -69,7 +69,7 @@ class MxMoEOnlineMethod(MxMoEMethodBase, OnlineMoEMethodBase):
         (`reload.layerwise.finalize_layerwise_processing`). Weights that did not come expert by expert are not checked.
         """
         arrived = list_arrived(layer)
-        if not arrived or any("expert_id" not in arguments for arguments in arrived):
+        if arrived is None or any("expert_id" not in arguments for arguments in arrived):
             return
         given = {(arguments["expert_id"], arguments["shard_id"]) for arguments in arrived}
         parts = {"w1": layer.ckpt_gate_proj_name, "w3": layer.ckpt_up_proj_name, "w2": layer.ckpt_down_proj_name}

@@ -78,21 +78,27 @@ def narrow_to_rank(tensor: torch.Tensor, split_dim: int | None, tp_rank: int, tp
     return tensor.narrow(split_dim, tp_rank * size, size)
 
 
-def list_arrived(layer: torch.nn.Module) -> list[dict[str, Any]]:
-    """Arguments of every loader call that vLLM kept for a layer it is about to process online; empty for others."""
-    if is_dummy_load():
-        return []
-    return [call.arguments for _, call in layerwise.get_layerwise_info(layer).loaded_weights]
+def list_arrived(layer: torch.nn.Module) -> list[dict[str, Any]] | None:
+    """Arguments of every loader call that vLLM kept for a layer it is about to process online.
+
+    None where it reads no checkpoint into the layer: made-up weights, and layers that stand alone. Empty where the
+    checkpoint holds nothing of the layer, which vLLM processes all the same
+    (`reload.layerwise.finalize_layerwise_processing`, "No weights were loaded").
+    """
+    info = layerwise.get_layerwise_info(layer)
+    if is_dummy_load() or not info.can_load():
+        return None
+    return [call.arguments for _, call in info.loaded_weights]
 
 
 def check_linear_arrived(layer: torch.nn.Module, name: str) -> None:
-    """Raise ValueError where only some elements of a linear layer came before it is rounded.
+    """Raise ValueError where only some elements of a linear layer, or none, came before it is rounded.
 
     vLLM processes a layer that is not complete all the same, with whatever its memory held
     (`reload.layerwise.finalize_layerwise_processing`).
     """
     info = layerwise.get_layerwise_info(layer)
-    if list_arrived(layer) and info.load_numel_total is not None and info.load_numel < info.load_numel_total:
+    if list_arrived(layer) is not None and info.load_numel < (info.load_numel_total or 0):
         raise ValueError(
             f"{describe_missing_weight(f'{name}.weight')} ({info.load_numel} of {info.load_numel_total} elements came)"
         )

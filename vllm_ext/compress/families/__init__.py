@@ -59,7 +59,10 @@ class Family(Protocol):
         """(expert ids [tokens, top k], routing weights [tokens, top k]) of a router's output."""
 
     def find_decoder(self, model: torch.nn.Module) -> Decoder:
-        """The parts of a transformers model, real or on the meta device."""
+        """The parts of a transformers model, real or on the meta device.
+
+        Raises CheckpointError for a model that transformers would run otherwise than an engine does.
+        """
 
     def layer_prefix(self, layer: int) -> str:
         """What the names of a decoder layer's tensors begin with in the checkpoint."""

@@ -14,7 +14,7 @@ from vllm_ext.compress.families.decoder import Decoder, Residual, RoutedTokens
 from vllm_ext.compress.families.fused_experts import split_fused_experts
 from vllm_ext.compress.families.layout import ATTENTION_NORM, MLP_NORM, FamilyLayout
 from vllm_ext.compress.families.structure import Block, Kind, Module
-from vllm_ext.quantization.checkpoint import count_experts, read_size
+from vllm_ext.quantization.model_config import check_layer_count, count_experts, read_size
 from vllm_ext.quantization.safetensors_io import CheckpointError, TensorInfo, TensorReader, suggest
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -102,7 +102,17 @@ class CheckpointFamily:
         return ids, weights
 
     def find_decoder(self, model: torch.nn.Module) -> Decoder:
-        """The parts of a transformers model, real or on the meta device."""
+        """The parts of a transformers model, real or on the meta device.
+
+        Raises CheckpointError for a model that transformers would run otherwise than an engine does.
+        """
+        for key in self.layout.unread:
+            if getattr(model.config, key, False):
+                raise CheckpointError(
+                    f"config.json has {key} = {getattr(model.config, key)!r}, which vLLM applies and transformers' "
+                    f"{type(model).__name__} does not read: calibration would see another model than is served; "
+                    f"quantize without --calibration"
+                )
         base: Any = model.model
         return Decoder(base, base.embed_tokens, base.layers, base.norm, model.lm_head)
 
@@ -239,11 +249,12 @@ class CheckpointFamily:
     def _check_layers(
         self, config: Mapping[str, Any], infos: Mapping[str, TensorInfo], modules: Sequence[Module]
     ) -> None:
-        """Raise CheckpointError for a layer that lacks a part, or a tensor that others of its kind have, and for an
-        embedding, last norm or head that is not there.
+        """Raise CheckpointError for a layer that lacks a part, or a tensor that others of its kind have, for one that
+        config.json does not count, and for an embedding, last norm or head that is not there.
 
         Nothing later would notice: vLLM does not miss tensors of quantized models.
         """
+        check_layer_count(config, infos)
         for name in (_EMBEDDING, _NORM, *([_HEAD] if config.get("tie_word_embeddings") is False else [])):
             if name not in infos:
                 raise CheckpointError(f"{name} is missing{suggest(name, infos)}: copy the checkpoint again")

@@ -39,7 +39,8 @@ class FamilyLayout:
     vLLM fuses or which have no other scheme, stand together.
     experts: where the routed experts are, None for a dense model. projections: names of gate, up and down of an
     expert. expert_size: key of config.json with their intermediate size. renamed: {beginning of a path in the
-    checkpoint: in transformers' decoder layer}, where they differ. kept: {path: why it stays as it is}.
+    checkpoint: in transformers' decoder layer}, where they differ. kept: {path: why it stays as it is}. unread: keys of
+    config.json that vLLM applies where they are true, and transformers' class does not.
     """
 
     name: str
@@ -52,6 +53,7 @@ class FamilyLayout:
     expert_size: str = "moe_intermediate_size"
     renamed: Mapping[str, str] = field(default_factory=dict)
     kept: Mapping[str, str] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
 
 
 def _attention() -> dict[str, Role]:
@@ -149,6 +151,8 @@ LAYOUTS = (
             "self_attn.kv_b_proj": "vLLM's latent attention keeps a dequantized copy of it, so that quantizing it "
             "would cost accuracy and save no memory"
         },
+        # No published DeepSeek-V2 sets it.
+        unread=("norm_topk_prob",),
     ),
     FamilyLayout(
         name="Llama, Qwen2 and Qwen3 (dense)",
