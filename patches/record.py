@@ -23,7 +23,8 @@ class Symbol:
 class PatchRecord:
     """One reason to change vLLM.
 
-    `feature` is a name of config.FEATURES, or "core" for what serves all of them. `apply` names the function
+    `feature` is a name of config.FEATURES, or "core" for what serves all of them; `also` names further features that
+    need it. `apply` names the function
     that makes the change, as `module:function`, imported only when the record is applied; it must be idempotent.
     `without` completes the sentence "left out, so ...".
     """
@@ -37,3 +38,4 @@ class PatchRecord:
     without: str
     removal: str
     apply: str
+    also: tuple[str, ...] = ()

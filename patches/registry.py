@@ -90,6 +90,65 @@ RECORDS: tuple[PatchRecord, ...] = (
         without="requests that are not greedy get tokens of another distribution where they speculate on a CPU",
         removal="vLLM's CPU kernel writes its result",
         apply="vllm_ext.patches.cpu_sampling:wrap_expand_batch_to_tokens",
+        also=("structured",),
+    ),
+    PatchRecord(
+        name="structured_name",
+        feature="structured",
+        process="every",
+        symbols=(Symbol("vllm.config.structured_outputs:StructuredOutputsConfig.compute_hash", "3be8fd00be68"),),
+        reason="the names of --structured-outputs-config.backend are a closed list in vLLM, and the command line is "
+        "parsed before any configuration is known",
+        change="adds the name vllm_ext to that list; vLLM's own names keep their meaning",
+        without="structured generation is switched on by --additional-config.vllm_ext.structured only",
+        removal="vLLM lets plugins register structured-output backends",
+        apply="vllm_ext.patches.structured_backend:add_backend_name",
+    ),
+    PatchRecord(
+        name="structured_backend",
+        feature="structured",
+        process="engine",
+        symbols=(
+            Symbol("vllm.sampling_params:SamplingParams._validate_structured_outputs", "bd3e5d654898"),
+            Symbol("vllm.v1.engine.async_llm:AsyncLLM.add_request", "c2098751f35d"),
+            Symbol("vllm.v1.structured_output:StructuredOutputManager.__init__", "6d452b83ca24"),
+            Symbol("vllm.v1.structured_output:StructuredOutputManager.grammar_init", "0920572169cf"),
+        ),
+        reason="vLLM's first structured request chooses the one backend of an engine; requests are validated on the "
+        "event loop and compiled without limits",
+        change="where the configuration names our backend, requests are checked off the event loop and every one is "
+        "compiled by the engine that honours it; other engines pass through",
+        without="engines with structured generation of the pack are refused",
+        removal="vLLM takes structured-output backends from plugins, one per request",
+        apply="vllm_ext.patches.structured_backend:wrap_requests",
+    ),
+    PatchRecord(
+        name="structured_carrier",
+        feature="structured",
+        process="engine",
+        symbols=(
+            Symbol("vllm.sampling_params:SamplingParams._validate_spec_decode", "6f5a0a6139b8"),
+            Symbol("vllm.v1.sample.logits_processor:build_logitsprocs", "522caa04be96"),
+            Symbol("vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample", "2887086d95a9"),
+        ),
+        reason="vLLM verifies drafts only beside a speculative configuration, which makes it refuse min_p and "
+        "logit_bias and sample all requests by rejection",
+        change="where that configuration is the pack's own, such requests are served, without drafts, and steps "
+        "without drafts are sampled as without speculation; other engines pass through",
+        without="tokens that a grammar forces are drafted only beside a drafter of the user's",
+        removal="vLLM verifies drafts of the scheduler without a speculative configuration",
+        apply="vllm_ext.patches.structured_carrier:wrap_speculation",
+    ),
+    PatchRecord(
+        name="structured_masks",
+        feature="structured",
+        process="engine",
+        symbols=(Symbol("vllm.v1.structured_output.utils:apply_grammar_bitmask", "54dfbad4640c"),),
+        reason="on CPUs vLLM takes logits to float32 and back to mask them, row by row",
+        change="masks logits on the CPU in the dtype that they have; other devices pass through",
+        without="masks cost more on CPUs",
+        removal="vLLM masks bfloat16 logits directly",
+        apply="vllm_ext.patches.structured_masks:wrap_apply_grammar_bitmask",
     ),
     PatchRecord(
         name="kv_cache_dtypes",
@@ -132,7 +191,7 @@ def select_records(features: Iterable[str], process: str) -> list[PatchRecord]:
     wanted = set(features)
     if wanted:
         wanted.add("core")
-    return [record for record in RECORDS if record.process == process and record.feature in wanted]
+    return [record for record in RECORDS if record.process == process and wanted & {record.feature, *record.also}]
 
 
 def find_mismatch(record: PatchRecord) -> str | None:

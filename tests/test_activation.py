@@ -84,7 +84,7 @@ def test_unknown_key_stops_before_the_engine(tiny_moe: str) -> None:
 
 
 def test_refused_combinations(tiny_moe: str) -> None:
-    with pytest.raises(config.ConfigError, match="mxmoe does not run with --enable-lora"):
+    with pytest.raises(config.ConfigError, match="mxmoe does not run with --enable-lora and routed experts"):
         make_config(tiny_moe, quantization="mxmoe", enable_lora=True)
     with pytest.raises(config.ConfigError, match="smartspec does not run with --scheduler-cls CLASS"):
         make_config(tiny_moe, additional_config={"vllm_ext": {"smartspec": {}}}, scheduler_cls="my.Scheduler")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +15,14 @@ from hypothesis import strategies as st
 from vllm_ext import config
 
 STOCK = {
+    "model": "some/model",
     "speculative_config": None,
     "pipeline_parallel_size": 1,
     "enable_eplb": False,
     "enable_lora": False,
     "enforce_eager": False,
+    "optimization_level": 2,
+    "compilation_config": SimpleNamespace(mode=None),
     "data_parallel_size": 1,
     "scheduler_cls": None,
     "worker_cls": "auto",
@@ -31,6 +35,8 @@ STOCK = {
     "kv_sharing_fast_prefill": False,
     "decode_context_parallel_size": 1,
     "prefill_context_parallel_size": 1,
+    "structured_outputs_config": None,
+    "skip_tokenizer_init": False,
 }
 
 
@@ -63,6 +69,7 @@ def test_defaults_and_blocks() -> None:
         ({"smartspec": {"k_max": True}}, r"k_max must be int, not True"),
         ({"smartspec": {"drafter": "tree"}}, r"drafter must be one of 'carrier', 'trie', not 'tree'"),
         ({"smartspec": 3}, r"vllm_ext\.smartspec must be a mapping of settings, not 3"),
+        ({"structured": {"whitespace": "none"}}, r"whitespace must be one of 'any', 'compact' or int, not 'none'"),
         ("smartspec", r"vllm_ext must be a mapping of settings, not 'smartspec'"),
         ({"semipd": {"slo_ttft_ms": 10**400}}, r"slo_ttft_ms must be float, not 1000"),
         ({"semipd": {"slo_ttft_ms": float("nan")}}, r"slo_ttft_ms must be float, not nan"),
@@ -100,13 +107,18 @@ def test_features_in_use() -> None:
     assert config.find_features(config.parse({"semipd": {"enabled": False}}), None) == ()
     assert config.find_features(config.parse(None), "mxmoe", "kv4") == ("mxmoe", "kv_cache")
     assert config.find_features(config.parse(None), None, "fp8") == ()
+    assert config.find_features(config.parse(None), None, is_backend_ours=True) == ("structured",)
+    with pytest.raises(config.ConfigError, match=r"backend vllm_ext needs vllm_ext\.structured, which is switched off"):
+        config.find_features(config.parse({"structured": {"enabled": False}}), None, is_backend_ours=True)
+    assert config.names_our_backend(engine_args(structured_outputs_config=SimpleNamespace(backend="vllm_ext")))
+    assert not config.names_our_backend(engine_args(structured_outputs_config={"backend": "xgrammar"}))
 
 
 @pytest.mark.parametrize(
     ("features", "changes", "message"),
     [
         (("mxmoe",), {"enable_eplb": True}, "mxmoe does not run with --enable-eplb: .*drop --enable-eplb"),
-        (("mxmoe",), {"enable_lora": True}, "mxmoe does not run with --enable-lora: "),
+        (("mxmoe",), {"enable_lora": True}, "mxmoe does not run with --enable-lora and routed experts: "),
         (("mxmoe",), {"data_parallel_size": 2}, "mxmoe does not run with --data-parallel-size above 1: "),
         (("smartspec",), {"scheduler_cls": "my.Scheduler"}, "smartspec does not run with --scheduler-cls CLASS: "),
         (("structured",), {"scheduler_cls": int}, "structured does not run with --scheduler-cls CLASS: "),
@@ -120,12 +132,54 @@ def test_features_in_use() -> None:
             "smartspec does not run with --pipeline-parallel-size",
         ),
         (("smartspec",), {**NGRAM, "enable_lora": True}, "smartspec does not run with --enable-lora: "),
-        (("structured",), {}, r"vllm_ext\.structured .*is not part of vllm-ext .*structured\.enabled to false"),
+        (("nested",), {}, r"vllm_ext\.nested .*is not part of vllm-ext .*nested\.enabled to false"),
+        (
+            ("structured",),
+            {"structured_outputs_config": {"backend": "outlines"}},
+            "structured does not run with --structured-outputs-config.backend guidance, outlines or",
+        ),
+        (("structured",), {"skip_tokenizer_init": True}, "structured does not run with --skip-tokenizer-init"),
     ],
 )
 def test_refusals_name_both_sides_and_the_fix(features: tuple[str, ...], changes: dict, message: str) -> None:
     with pytest.raises(config.ConfigError, match=message):
         config.check_compatibility(features, engine_args(**changes))
+
+
+@pytest.mark.parametrize(
+    "eager",
+    [{"enforce_eager": True}, {"optimization_level": 0}, {"compilation_config": SimpleNamespace(mode=0)}],
+    ids=["flag", "level", "mode"],
+)
+def test_eager_pipelines_are_refused_on_cpus(eager: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "_is_cpu", lambda: True)
+    message = r"mxmoe does not run with --pipeline-parallel-size .* on CPUs: .*; drop --enforce-eager, or use --tensor-"
+    with pytest.raises(config.ConfigError, match=message):
+        config.check_compatibility(("mxmoe",), engine_args(pipeline_parallel_size=2, **eager))
+    config.check_compatibility(("mxmoe",), engine_args(pipeline_parallel_size=2))
+    config.check_compatibility(("mxmoe",), engine_args(**eager))
+    monkeypatch.setattr(config, "_is_cpu", lambda: False)
+    config.check_compatibility(("mxmoe",), engine_args(pipeline_parallel_size=2, **eager))
+
+
+@pytest.mark.parametrize(
+    ("declared", "expected"),
+    [
+        ({"model_type": "llama"}, False),
+        ({"num_experts": 8}, True),
+        ({"num_local_experts": 1}, True),
+        ({"num_experts": 0}, False),
+        ({"text_config": {"n_routed_experts": 64}}, True),
+        ({"block_configs": [{}]}, True),
+        (None, True),
+    ],
+)
+def test_models_that_declare_experts(declared: dict[str, Any] | None, expected: bool, tmp_path: Path) -> None:
+    if declared is not None:
+        (tmp_path / "config.json").write_text(json.dumps(declared))
+    assert config.may_have_experts(str(tmp_path)) is expected
+    if not expected:
+        config.check_compatibility(("mxmoe",), engine_args(enable_lora=True, model=str(tmp_path)))
 
 
 def test_cuda_graphs_are_refused_where_only_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:

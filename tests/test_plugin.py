@@ -68,7 +68,8 @@ print(json.dumps({
         # attributes of modules that register() imports for the first time are not changes
         if before.get(name) != after.get(name) and name.split(":")[0] in modules
     ),
-    "dtypes": list(vllm.config.cache.CacheDType.__args__[-5:]),
+    "dtypes": list(vllm.config.cache.CacheDType.__args__[-7:]),
+    "backends": list(vllm.config.structured_outputs.StructuredOutputsBackend.__args__),
     "methods": [name for name in quantization.QUANTIZATION_METHODS if name == "mxmoe"],
     "imported": sorted(name for name in set(sys.modules) - modules if name.startswith("vllm_ext")),
     "cuda": torch.cuda.is_initialized(),
@@ -123,9 +124,10 @@ def test_register_changes_exactly_the_fixed_list(warm: WarmChildren) -> None:
     # The entries of ALWAYS_ON, in vLLM's own names; plugins_loaded is vLLM's.
     quantization = "vllm.model_executor.layers.quantization"
     # What pydantic makes of the names when it builds the class again: validator, fields, signature.
-    made = "vllm.config.cache:CacheConfig.__"
-    assert any(name.startswith(made) for name in result.value["changed"])
+    made = ("vllm.config.cache:CacheConfig.__", "vllm.config.structured_outputs:StructuredOutputsConfig.__")
+    assert all(any(name.startswith(one) for name in result.value["changed"]) for one in made)
     assert result.value["dtypes"] == list(config.KV_CACHE_DTYPES)
+    assert result.value["backends"][-1] == config.STRUCTURED_BACKEND
     assert [name for name in result.value["changed"] if not name.startswith(made)] == [
         "vllm.engine.arg_utils:EngineArgs.create_engine_config",
         f"{quantization}:QUANTIZATION_METHODS",
@@ -134,7 +136,7 @@ def test_register_changes_exactly_the_fixed_list(warm: WarmChildren) -> None:
         "vllm.utils.torch_utils:STR_DTYPE_TO_TORCH_DTYPE",
         "vllm.v1.metrics.perf:STR_DTYPE_TO_TORCH_DTYPE",  # the same dictionary
     ]
-    assert len(activation.ALWAYS_ON) == 3
+    assert len(activation.ALWAYS_ON) == 4
     assert result.value["methods"] == ["mxmoe"]
     assert result.value["cuda"] is False
     heavy = (
@@ -145,6 +147,7 @@ def test_register_changes_exactly_the_fixed_list(warm: WarmChildren) -> None:
         "compress",
         "doctor",
         "scheduling",
+        "structured",
     )
     assert not [name for name in result.value["imported"] if name.startswith(tuple(f"vllm_ext.{x}" for x in heavy))]
 

@@ -32,6 +32,7 @@ KERNEL_ENVS = ("VLLM_EXT_CACHE_DIR", "VLLM_EXT_CPU_ISA")
 ALWAYS_ON = (
     "register quantization method mxmoe",
     "add the KV-cache dtypes " + ", ".join(config.KV_CACHE_DTYPES),
+    "add the structured-output backend " + config.STRUCTURED_BACKEND,
     "wrap vllm.engine.arg_utils:EngineArgs.create_engine_config",
 )
 
@@ -48,7 +49,7 @@ def activate() -> list[str]:
         logger.warning("%s", message)
         register_stub(message)
         return []
-    changes = [register_quantization(), register_cache_dtypes(), install_hook()]
+    changes = [register_quantization(), register_cache_dtypes(), register_backend_name(), install_hook()]
     announce_environment()
     apply_patches(active_features(), process="engine")
     return [change for change in changes if change is not None]
@@ -74,6 +75,13 @@ def register_cache_dtypes() -> str | None:
     from vllm_ext.patches import registry
 
     return ALWAYS_ON[1] if registry.apply_record("kv_cache_dtypes") else None
+
+
+def register_backend_name() -> str | None:
+    """Add our name to the structured-output backends; None where vLLM's configuration is not what it was."""
+    from vllm_ext.patches import registry
+
+    return ALWAYS_ON[2] if registry.apply_record("structured_name") else None
 
 
 def describe_broken_import(error: ImportError) -> str:
@@ -115,7 +123,7 @@ def install_hook() -> str | None:
     """Wrap `EngineArgs.create_engine_config`, the one always-on hook; None where its signature has changed."""
     from vllm_ext.patches import registry
 
-    return ALWAYS_ON[2] if registry.apply_record("engine_config") else None
+    return ALWAYS_ON[3] if registry.apply_record("engine_config") else None
 
 
 def configure_engine(original: Callable[..., Any], engine_args: Any, *args: Any, **kwargs: Any) -> Any:
@@ -127,17 +135,18 @@ def configure_engine(original: Callable[..., Any], engine_args: Any, *args: Any,
     withdraw_state()
     block = config.find_block(engine_args.additional_config)
     features: tuple[str, ...] = ()
-    cache_dtype = engine_args.kv_cache_dtype
-    if block is not None or config.names_ours(engine_args.quantization) or config.names_our_cache(cache_dtype):
+    cache_dtype, is_backend_ours = engine_args.kv_cache_dtype, config.names_our_backend(engine_args)
+    named = config.names_ours(engine_args.quantization) or config.names_our_cache(cache_dtype) or is_backend_ours
+    if block is not None or named:
         settings = config.parse(block)
-        features = config.find_features(settings, engine_args.quantization, cache_dtype)
+        features = config.find_features(settings, engine_args.quantization, cache_dtype, is_backend_ours)
         prepare_features(features, engine_args)
     try:
         vllm_config = original(engine_args, *args, **kwargs)
         # A packed checkpoint names its method in its own config.json, which only the original reads.
         quantization = vllm_config.model_config.quantization
         if config.names_ours(quantization) and not config.names_ours(engine_args.quantization):
-            features = config.find_features(config.parse(block), quantization, cache_dtype)
+            features = config.find_features(config.parse(block), quantization, cache_dtype, is_backend_ours)
             prepare_features(features, engine_args)
         if features or block is not None:
             start_features(features, vllm_config)
@@ -171,6 +180,12 @@ def start_features(features: tuple[str, ...], vllm_config: Any) -> None:
         from vllm_ext.kv_cache import engine_setup
 
         engine_setup.check_engine(vllm_config)
+    if "structured" in features:
+        from vllm_ext.structured import carrier
+        from vllm_ext.structured import engine_setup as structured_setup
+
+        structured_setup.prepare_engine(vllm_config)
+        carrier.attach_carrier(vllm_config)
     take_seats(features, vllm_config)
     apply_patches(features, process="api")
     # EngineCore may run in this process, or be forked from it with vLLM's plugins already loaded.

@@ -39,7 +39,9 @@ class SmartSpecSettings:
 
 @dataclass(frozen=True)
 class StructuredSettings:
-    """Structured generation: routing, compile budgets (milliseconds, MiB), forced tokens, pre-warm."""
+    """Structured generation: routing, compile budgets (milliseconds, MiB), forced tokens, file of specs to compile at
+    the start, directory of compiled ones, whitespace in JSON (at most so many characters between two elements).
+    """
 
     enabled: bool = True
     forced_tokens: Literal["auto", "on", "off"] = "auto"
@@ -47,7 +49,7 @@ class StructuredSettings:
     max_compile_mib: float | None = None
     prewarm: str | None = None
     store_dir: str | None = None
-    whitespace: str | None = None
+    whitespace: Literal["any", "compact"] | int | None = None
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,8 @@ def _parse_fields(cls: type, values: Any, path: str) -> Any:
 
 def _parse_value(annotation: Any, value: Any, path: str) -> Any:
     """Check one value against a field's annotation; nested dataclasses are parsed, ints pass as floats."""
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    is_union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
+    options = typing.get_args(annotation) if is_union else (annotation,)
     for option in options:
         if dataclasses.is_dataclass(option) and isinstance(option, type):
             return _parse_fields(option, value, path)
@@ -192,8 +195,7 @@ FEATURES: Mapping[str, Feature] = {
             "structured",
             "structured generation with budgets and forced tokens",
             "structured",
-            False,
-            ("scheduler_cls",),
+            owns=("scheduler_cls",),
         ),
         Feature(
             "semipd",
@@ -211,7 +213,10 @@ FEATURES: Mapping[str, Feature] = {
 QUANTIZATION_FEATURES = {"mxmoe": "mxmoe"}
 
 #: Values of `--kv-cache-dtype` that are ours; vllm_ext/kv_cache/presets.py says what each stands for.
-KV_CACHE_DTYPES = ("skvq_k2v2", "skvq_k2v15", "kivi_k2v2", "kivi_k4v4", "kv4")
+KV_CACHE_DTYPES = ("skvq_k2v2", "skvq_k2v15", "kivi_k2v2", "kivi_k4v4", "kv4", "kvquant_k3v3", "kvplan")
+
+#: The value of `--structured-outputs-config.backend` that is ours.
+STRUCTURED_BACKEND = "vllm_ext"
 
 
 @dataclass(frozen=True)
@@ -237,10 +242,29 @@ def _is_cpu() -> bool:
     return bool(current_platform.is_cpu())
 
 
+def _runs_eagerly(engine_args: Any) -> bool:
+    """Whether nothing is compiled, by any of vLLM's three ways to say so."""
+    mode = engine_args.compilation_config.mode
+    return bool(engine_args.enforce_eager) or mode == 0 or (mode is None and engine_args.optimization_level == 0)
+
+
 def _is_class_given(name: str) -> Callable[[Any], bool]:
     """Whether the user chose this class: vLLM's defaults are None, "auto" and the names of its own executors."""
     stock = (None, "auto", "mp", "ray", "uni", "external_launcher")
     return lambda engine_args: getattr(engine_args, name) not in stock
+
+
+def may_have_experts(model: str) -> bool:
+    """Whether the config.json of a model directory declares routed experts; True where it cannot be read here."""
+    from vllm_ext.quantization.model_config import NUM_EXPERTS_KEYS, read_config
+
+    try:
+        declared = read_config(Path(model))
+    except (OSError, ValueError):
+        return True
+    text = declared.get("text_config")
+    places = (declared, text if isinstance(text, Mapping) else {})
+    return any(place.get(key) for place in places for key in (*NUM_EXPERTS_KEYS, "block_configs"))
 
 
 def _drafts_with_a_model(speculative_config: Any) -> bool:
@@ -259,10 +283,10 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "mxmoe",
-        "--enable-lora",
-        lambda engine_args: bool(engine_args.enable_lora),
+        "--enable-lora and routed experts",
+        lambda engine_args: bool(engine_args.enable_lora) and may_have_experts(engine_args.model),
         "vLLM adds expert adapters inside its own MoE kernels, which mixed-width experts do not use",
-        "drop --enable-lora, or serve the bf16 model",
+        "drop --enable-lora, or serve the bf16 model; of dense models in a local directory adapters work",
     ),
     Refusal(
         "mxmoe",
@@ -273,9 +297,18 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "mxmoe",
+        "--pipeline-parallel-size above 1 in eager engines on CPUs",
+        lambda engine_args: engine_args.pipeline_parallel_size > 1 and _is_cpu() and _runs_eagerly(engine_args),
+        "vLLM 0.32 makes the buffers between stages in the warm-up of compiled CPU engines alone; an eager one, "
+        "quantized or not, dies at its first request",
+        "drop --enforce-eager, or use --tensor-parallel-size",
+    ),
+    Refusal(
+        "mxmoe",
         "CUDA graphs",
         lambda engine_args: _is_cuda() and not engine_args.enforce_eager,
-        "on CUDA this release runs the float32 reference, which reads the expert table on the host",
+        "the GPU kernels have not been captured on a GPU yet, and the reference, which stands in for them where they "
+        "do not run, reads the expert table on the host",
         "add --enforce-eager",
     ),
     *(
@@ -316,6 +349,20 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda engine_args: bool(engine_args.enable_lora),
         "adapters change acceptance and step time, which is not tested yet",
         "drop --enable-lora, or switch smartspec off",
+    ),
+    Refusal(
+        "structured",
+        "--structured-outputs-config.backend guidance, outlines or lm-format-enforcer",
+        lambda engine_args: _names_other_backend(engine_args),
+        "the pack's backend chooses the engine of every request by itself",
+        "drop the backend, or switch structured off",
+    ),
+    Refusal(
+        "structured",
+        "--skip-tokenizer-init",
+        lambda engine_args: bool(engine_args.skip_tokenizer_init),
+        "grammars are compiled for a tokenizer",
+        "drop --skip-tokenizer-init, or switch structured off",
     ),
     Refusal(
         "kv_cache",
@@ -390,17 +437,45 @@ def names_our_cache(kv_cache_dtype: str | None) -> bool:
     return kv_cache_dtype in KV_CACHE_DTYPES
 
 
+def read_structured(engine_args: Any, name: str) -> Any:
+    """A field of `--structured-outputs-config`, which is an object, a mapping, or missing."""
+    given = getattr(engine_args, "structured_outputs_config", None)
+    return given.get(name) if isinstance(given, Mapping) else getattr(given, name, None)
+
+
+def names_our_backend(engine_args: Any) -> bool:
+    """Whether `--structured-outputs-config.backend` is the pack's."""
+    return bool(read_structured(engine_args, "backend") == STRUCTURED_BACKEND)
+
+
+def _names_other_backend(engine_args: Any) -> bool:
+    return read_structured(engine_args, "backend") not in (None, "auto", "xgrammar", STRUCTURED_BACKEND)
+
+
 def names_ours(quantization: str | None) -> bool:
     """Whether a value of `--quantization` is one of the pack's methods."""
     return quantization is not None and quantization.lower() in QUANTIZATION_FEATURES
 
 
-def find_features(settings: Settings, quantization: str | None, kv_cache_dtype: str | None = None) -> tuple[str, ...]:
+def find_features(
+    settings: Settings,
+    quantization: str | None,
+    kv_cache_dtype: str | None = None,
+    is_backend_ours: bool = False,
+) -> tuple[str, ...]:
     """Names of the features in use, in the order of `FEATURES`; `quantization` as vLLM resolved or was given it.
 
-    Raises ConfigError for a `kv_cache_dtype` of ours with its feature switched off.
+    is_backend_ours: the structured-output backend is named. Raises ConfigError for a `kv_cache_dtype` or a backend of
+    ours with its feature switched off.
     """
     wanted = {QUANTIZATION_FEATURES.get((quantization or "").lower())}
+    if is_backend_ours:
+        if settings.structured is not None and not settings.structured.enabled:
+            raise ConfigError(
+                f"--structured-outputs-config.backend {STRUCTURED_BACKEND} needs vllm_ext.structured, which is "
+                "switched off: drop structured.enabled, or name a backend of vLLM's own"
+            )
+        wanted.add("structured")
     if names_our_cache(kv_cache_dtype):
         if settings.kv_cache is not None and not settings.kv_cache.enabled:
             raise ConfigError(

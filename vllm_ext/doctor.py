@@ -24,8 +24,14 @@ from vllm_ext import __version__, compat, config
 PROBE_TIMEOUT_SECONDS = 180
 
 #: What the child process reports when nothing of ours is there: class behind mxmoe, hook, why mxmoe cannot run, and
-#: names of KV-cache dtypes that vLLM knows.
-NOT_REGISTERED: dict[str, Any] = {"mxmoe": None, "hook": False, "broken": None, "cache_dtypes": []}
+#: names of KV-cache dtypes that vLLM knows, and whether it knows the structured-output backend.
+NOT_REGISTERED: dict[str, Any] = {
+    "mxmoe": None,
+    "hook": False,
+    "broken": None,
+    "cache_dtypes": [],
+    "structured_backend": False,
+}
 #: First word of the child's result line; libraries print other lines.
 _RESULT_MARK = "vllm-ext-registration "
 
@@ -143,6 +149,7 @@ def report_registration() -> None:
     The modules a quantized model needs are imported too: `register()` leaves them alone.
     """
     from vllm.config.cache import CacheDType
+    from vllm.config.structured_outputs import StructuredOutputsBackend
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.layers import quantization
     from vllm.plugins import load_general_plugins
@@ -158,7 +165,13 @@ def report_registration() -> None:
     except ImportError as error:
         broken = activation.describe_broken_import(error)
     dtypes = [name for name in config.KV_CACHE_DTYPES if name in typing.get_args(CacheDType)]
-    found = {"mxmoe": method.__name__ if method else None, "hook": hook, "broken": broken, "cache_dtypes": dtypes}
+    found = {
+        "mxmoe": method.__name__ if method else None,
+        "hook": hook,
+        "broken": broken,
+        "cache_dtypes": dtypes,
+        "structured_backend": config.STRUCTURED_BACKEND in typing.get_args(StructuredOutputsBackend),
+    }
     print(_RESULT_MARK + json.dumps(found))
 
 
@@ -205,6 +218,8 @@ def _describe_features(probe: dict[str, Any], patches: list[dict[str, str]]) -> 
             status, reason = "off", "its code does not load; see the problems"
         elif feature.name == "kv_cache" and set(probe.get("cache_dtypes", ())) != set(config.KV_CACHE_DTYPES):
             status, reason = "off", "its names are not among those of --kv-cache-dtype"
+        elif feature.name == "structured" and not probe.get("structured_backend"):
+            status, reason = "off", "its name is not among those of --structured-outputs-config.backend"
         elif broken:
             status, reason = "off", f"{broken[0]['target']}: {broken[0]['status']}"
         described[feature.name] = {"status": status, "reason": reason, "switch": feature.switch}

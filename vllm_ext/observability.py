@@ -91,6 +91,19 @@ METRICS: tuple[Metric, ...] = (
         "counter",
         "(query token, layer) pairs whose attention read quantized pages, over all layers and ranks.",
     ),
+    Metric("vllm_ext:structured_xgrammar_requests_total", "counter", "Structured requests that xgrammar serves."),
+    Metric("vllm_ext:structured_guidance_requests_total", "counter", "Structured requests that llguidance serves."),
+    Metric(
+        "vllm_ext:structured_refused_total",
+        "counter",
+        "Specifications refused: a keyword that no engine honours, or over a limit.",
+    ),
+    Metric("vllm_ext:structured_trials_total", "counter", "Costly specifications tried in a process of their own."),
+    Metric("vllm_ext:structured_compiles_total", "counter", "Specifications compiled in the engine."),
+    Metric("vllm_ext:structured_compile_seconds_total", "counter", "Time that took, in threads beside it."),
+    Metric(
+        "vllm_ext:structured_over_budget_total", "counter", "Requests ended because their masks took too much time."
+    ),
     Metric("vllm_ext:smartspec_draft_length", "gauge", "Drafts asked for the next step, mean over its requests."),
     Metric(
         "vllm_ext:smartspec_goodput_tokens_per_second", "gauge", "Expected tokens of a step over its expected time."
@@ -112,6 +125,18 @@ METRICS: tuple[Metric, ...] = (
     Metric("vllm_ext:smartspec_trie_matched_rows_total", "counter", "Of these, requests for which drafts were found."),
     Metric("vllm_ext:smartspec_trie_drafted_tokens_total", "counter", "Drafts found in tries."),
     Metric("vllm_ext:smartspec_trie_prunes_total", "counter", "Times that a trie was cut to make room."),
+    Metric(
+        "vllm_ext:structured_forced_tokens_active",
+        "gauge",
+        "1 where tokens that a grammar forces are drafted, 0 where not.",
+    ),
+    Metric("vllm_ext:structured_forced_tokens_total", "counter", "Drafts verified that a grammar forced, by text."),
+    Metric("vllm_ext:structured_forced_accepted_tokens_total", "counter", "Of these, drafts accepted."),
+    Metric(
+        "vllm_ext:structured_forced_certain_tokens_total",
+        "counter",
+        "Of these, drafts that were the only token their mask allowed.",
+    ),
 )
 
 _INDEX = {metric.name: position for position, metric in enumerate(METRICS)}

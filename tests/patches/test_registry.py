@@ -89,7 +89,8 @@ def test_check_runs_on_an_unpacked_wheel(tmp_path: Path, capsys: pytest.CaptureF
     root = tmp_path / "vllm"
     for symbol in [symbol for record in registry.RECORDS for symbol in record.symbols]:
         module, _ = signature.split_target(symbol.target)
-        path = Path(*module.split(".")[1:]).with_suffix(".py")
+        folder = Path(*module.split(".")[1:])
+        path = folder / "__init__.py" if (installed / folder).is_dir() else folder.with_suffix(".py")
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(installed / path, root / path)
     (root / "__init__.py").write_text("raise RuntimeError('the check must not import vLLM')")

@@ -14,7 +14,10 @@ import importlib
 from collections.abc import Iterable, Mapping
 
 #: Feature -> "module:Class" of its scheduler mixin, outermost first. Imported only where it is used.
-MIXINS: Mapping[str, str] = {"smartspec": "vllm_ext.scheduling.goodput:GoodputMixin"}
+MIXINS: Mapping[str, str] = {
+    "structured": "vllm_ext.scheduling.forced_tokens:ForcedTokensMixin",
+    "smartspec": "vllm_ext.scheduling.goodput:GoodputMixin",
+}
 
 _STOCK = {
     "AsyncScheduler": "vllm.v1.core.sched.async_scheduler:AsyncScheduler",

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The backend in vLLM's own manager, without a model: engines by request, order, aborts, pre-warming, limits."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import xgrammar as xgr
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.exceptions import VLLMValidationError
+from vllm.plugins import load_general_plugins
+from vllm.sampling_params import StructuredOutputsParams
+from vllm.tokenizers import cached_tokenizer_from_config
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.structured_output.backend_guidance import GuidanceGrammar
+from vllm.v1.structured_output.backend_xgrammar import XgrammarGrammar
+from vllm.v1.structured_output.request import StructuredOutputRequest
+
+from vllm_ext.structured import budgets, validation
+from vllm_ext.structured.budgets import BudgetedGuidance
+from vllm_ext.structured.routing import plan_spec
+from vllm_ext.structured.store import SpecStore, read_specs
+
+EASY = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
+HARD = {"allOf": [{"type": "string"}, {"enum": ["yes", "no"]}]}
+
+
+class Server:
+    """An engine's configuration, manager and checks."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        self.config = vllm_config
+        self.tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
+        self.manager = StructuredOutputManager(vllm_config)
+
+    def check(self, **given: Any) -> SamplingParams:
+        """Parameters as a request's, validated."""
+        params = SamplingParams(structured_outputs=StructuredOutputsParams(**given))
+        params._validate_structured_outputs(
+            self.config.model_config, self.config.structured_outputs_config, self.tokenizer
+        )
+        return params
+
+    def start(self, params: SamplingParams) -> Any:
+        """A request with these parameters, its grammar begun."""
+        structured = StructuredOutputRequest.from_sampling_params(params)
+        request: Any = SimpleNamespace(sampling_params=params, structured_output_request=structured, request_id="r")
+        self.manager.grammar_init(request)
+        return request
+
+    def compile(self, **given: Any) -> Any:
+        """The grammar of a request, or the exception in its place."""
+        structured = self.start(self.check(**given)).structured_output_request
+        for _ in range(3000):
+            if structured.is_grammar_ready:
+                return structured.grammar
+            time.sleep(0.01)
+        raise AssertionError("the grammar is not ready after 30 s")
+
+
+def configure(model: str, **block: Any) -> Any:
+    load_general_plugins()
+    settings = {"structured": {"forced_tokens": "off", **block}}
+    return EngineArgs(model=model, max_model_len=256, additional_config={"vllm_ext": settings}).create_engine_config()
+
+
+@pytest.fixture(scope="module")
+def server(tiny_moe: str) -> Iterator[Server]:
+    server = Server(configure(tiny_moe))
+    yield server
+    server.manager.clear_backend()
+    validation.close_gates()
+
+
+def test_every_request_has_its_engine_in_any_order(server: Server) -> None:
+    for schema, kind in ((EASY, XgrammarGrammar), (HARD, GuidanceGrammar)) * 2:
+        assert isinstance(server.compile(json=schema), kind)
+    for given, kind in (
+        ({"regex": "a^b|c$"}, None),
+        ({"choice": ["red", 'gr"een']}, XgrammarGrammar),
+        ({"grammar": 'root ::= "a"'}, XgrammarGrammar),
+        ({"grammar": 'start: "a"'}, XgrammarGrammar),
+        ({"json_object": True}, XgrammarGrammar),
+        ({"json": {"enum": [f"word {i}" for i in range(1000)]}}, BudgetedGuidance),
+    ):
+        if kind is None:
+            with pytest.raises(VLLMValidationError):
+                server.check(**given)
+        else:
+            assert isinstance(server.compile(**given), kind)
+
+
+def test_masks_of_both_engines_have_one_shape(server: Server) -> None:
+    easy, hard = server.compile(json=EASY), server.compile(json=HARD)
+    masks = server.manager.backend.allocate_token_bitmask(2)
+    easy.fill_bitmask(masks, 0)
+    hard.fill_bitmask(masks, 1)
+    first = [{token for token in range(len(server.tokenizer)) if row[token // 32] >> token % 32 & 1} for row in masks]
+    texts = [{server.tokenizer.decode([token])[:1] for token in row} for row in first]
+    assert texts[0] == {"{"}
+    assert texts[1] == {'"'}
+
+
+def test_parameters_can_be_used_again(server: Server) -> None:
+    params = server.check(json=HARD)
+    again = copy.deepcopy(params)
+    again._validate_structured_outputs(
+        server.config.model_config, server.config.structured_outputs_config, server.tokenizer
+    )
+    assert again.structured_outputs._backend == params.structured_outputs._backend == "vllm_ext/guidance"
+    assert again.structured_outputs.json == HARD
+
+
+def test_the_users_arguments_keep_their_backend(tiny_moe: str) -> None:
+    load_general_plugins()
+    arguments = EngineArgs(
+        model=tiny_moe, max_model_len=256, additional_config={"vllm_ext": {"structured": {"forced_tokens": "off"}}}
+    )
+    ours = arguments.create_engine_config().structured_outputs_config
+    assert (ours.backend, arguments.structured_outputs_config.backend) == ("vllm_ext", "auto")
+    stock = EngineArgs(model=tiny_moe, max_model_len=256).create_engine_config().structured_outputs_config
+    assert stock.backend == "auto"
+
+
+def test_engines_that_are_not_ours_pass_through(server: Server, tiny_moe: str) -> None:
+    stock = Server(EngineArgs(model=tiny_moe, max_model_len=256).create_engine_config())
+    assert stock.manager.backend is None
+    assert stock.check(json=HARD).structured_outputs._backend == "guidance"
+    assert isinstance(stock.compile(json=EASY), XgrammarGrammar)
+    assert type(stock.manager.backend).__name__ == "XgrammarBackend"
+    stock.manager.clear_backend()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"json": {"not": {}}}, "keyword 'not' at #/not"),
+        ({"json": {"a": [[[[{}]]]] * 10, "b": "x" * 600_000}}, "bytes"),
+        ({"json": json.loads('{"a":' * 80 + "1" + "}" * 80)}, "more than 64 levels"),
+        ({"regex": "a{1,999999999}"}, "too large"),
+        ({"choice": []}, "empty"),
+        ({"grammar": " "}, "empty"),
+        ({"json": " "}, "empty"),
+        ({"json_object": False}, "must be true"),
+        ({"regex": "(?=a)b"}, "does not take the regex"),
+        ({"json": "{"}, "not JSON"),
+    ],
+)
+def test_refusals_are_errors_of_the_request(server: Server, given: Any, message: str) -> None:
+    for _ in range(2):  # the second time from memory
+        with pytest.raises(VLLMValidationError, match=message):
+            server.check(**given)
+
+
+def test_an_aborted_request_leaves_the_queue(server: Server) -> None:
+    """vLLM drops an aborted request, and with it the only strong reference to what it waits for."""
+    release = threading.Event()
+    lane = server.manager.backend._lanes[True]
+    blocked = lane.submit(release.wait, 30)
+    request = server.start(server.check(json={"type": "integer", "minimum": 41}))
+    future = request.structured_output_request._grammar
+    del request
+    gc.collect()
+    assert future.cancelled()
+    release.set()
+    assert blocked.result(30)
+
+
+def test_masks_over_their_budget_end_the_request(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_spec("json", json.dumps({"enum": [f"word {i}" for i in range(1000)]}))
+    grammar: Any = server.manager.backend.make_grammar(plan)
+    masks = server.manager.backend.allocate_token_bitmask(1)
+    grammar.fill_bitmask(masks, 0)
+    token = next(token for token in range(len(server.tokenizer)) if server.tokenizer.decode([token]) == '"')
+    assert grammar.accept_tokens("r", [token])
+    grammar.debt_ms = 0.0  # the first mask may take any time on a busy machine
+    grammar.charge(budgets.CREDIT_MS)
+    assert not grammar.is_exhausted
+    for _ in range(5):
+        grammar.charge(0.0)  # quick masks pay back
+    assert grammar.debt_ms < budgets.CREDIT_MS
+    grammar.charge(2 * budgets.CREDIT_MS)
+    assert not grammar.accept_tokens("r", [token])
+
+
+def test_the_store_brings_back_what_was_compiled(server: Server, tmp_path: Path) -> None:
+    info = server.manager.backend._store._info
+    options = SimpleNamespace(prewarm=None, store_dir=tmp_path / "store", whitespace="any")
+    store = SpecStore(options, info)  # type: ignore[arg-type]
+    plan = plan_spec("json", json.dumps(EASY))
+    compiled = xgr.GrammarCompiler(info).compile_json_schema(plan.text)
+    assert store.load(plan) is None
+    store.save(plan, compiled, seconds=10.0)
+    store.save(plan_spec("regex", "[a-z]+"), None, seconds=0.1)
+    assert (tmp_path / "store").stat().st_mode & 0o777 == 0o700
+
+    again = SpecStore(options, info)  # type: ignore[arg-type]
+    assert {kind for kind, _ in again.list_specs()} == {"json", "regex"}
+    assert again.load(plan).memory_size_bytes > 0
+    # What loads slower than it compiles is not kept, and what is damaged is dropped.
+    other = plan_spec("json", json.dumps({"type": "integer"}))
+    again.save(other, compiled, seconds=1e-9)
+    assert again.load(other) is None
+    (kept,) = (tmp_path / "store").glob("*.compiled.json")
+    kept.write_text("{}")
+    assert again.load(plan).memory_size_bytes > 0, "it stays in memory"
+    assert SpecStore(options, info).load(plan) is None  # type: ignore[arg-type]
+    assert not kept.exists()
+
+
+def test_prewarm_files(tmp_path: Path, messages: list[str]) -> None:
+    file = tmp_path / "specs.jsonl"
+    file.write_text('{"json": {"type": "integer"}}\n\n{"regex": "a+"}\nnonsense\n{"other": 1}\n')
+    assert list(read_specs(file)) == [("json", '{"type": "integer"}'), ("regex", "a+")]
+    assert len(messages) == 2
+    file.write_text('[{"choice": ["a", "b"]}]')
+    assert list(read_specs(file)) == [("choice", '["a", "b"]')]
+
+
+def test_the_name_alone_switches_everything_on(tiny_moe: str) -> None:
+    load_general_plugins()
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    given = ["--model", tiny_moe, "--max-model-len", "256", "--structured-outputs-config.backend", "vllm_ext"]
+    arguments = AsyncEngineArgs.from_cli_args(parser.parse_args(given))
+    built = arguments.create_engine_config()
+    assert built.structured_outputs_config.backend == "vllm_ext"
+    assert built.additional_config == {"vllm_ext": {"structured": {}}}
+    assert not arguments.additional_config
+    validation.close_gates()
+
+
+def test_settings_are_checked_at_the_start(tiny_moe: str, tmp_path: Path) -> None:
+    for block, message in (
+        ({"max_compile_ms": 0}, "max_compile_ms must be above 0"),
+        ({"whitespace": -1}, "whitespace must be any, compact or a count"),
+        ({"prewarm": str(tmp_path / "gone")}, "prewarm: no file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            configure(tiny_moe, **block)

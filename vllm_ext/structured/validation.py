@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of structured requests in the API process: off its event loop, once per specification, and bounded.
+
+    request -> remembered verdict, or: measured, planned (routing.py), then parsed here if plain, else tried in a
+    process that can be killed (trials.py) -> served by an engine, or refused with what is wrong
+
+vLLM validates every request anew on the event loop, and compiles without a limit where the request is served.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.structured_output.request import get_structured_output_key
+
+from vllm_ext import observability
+from vllm_ext.structured import cost, engines
+from vllm_ext.structured.options import Options, read_options
+from vllm_ext.structured.routing import Plan, RefusedError, plan_spec
+from vllm_ext.structured.trials import TrialPool
+
+logger = logging.getLogger("vllm.vllm_ext")
+
+#: The name of this backend, in vLLM's configuration and in requests.
+BACKEND = "vllm_ext"
+#: Verdicts remembered, by specification.
+MOST_VERDICTS = 1024
+#: A specification that was slow is tried again after so long: the machine may have been busy.
+SLOW_SECONDS = 60.0
+#: A request is answered after so long; the check goes on, and a repeated request finds its verdict.
+MOST_SECONDS = 0.8
+#: Levels of objects and arrays; vLLM's own limit (MAX_STRUCTURED_OUTPUT_JSON_NESTING).
+MOST_LEVELS = 64
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is known of a specification: the engine that serves it, or why none does; until when (monotonic)."""
+
+    engine: str | None
+    refusal: str = ""
+    until: float = float("inf")
+
+
+@dataclass
+class _Work:
+    """A check under way, and how many requests wait for it."""
+
+    result: Future[Verdict]
+    trial: Future[dict[str, Any]] | None = None
+    waiting: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Gate:
+    """The checks of one engine. Thread-safe."""
+
+    def __init__(self, options: Options, model_config: Any, structured_config: Any) -> None:
+        """model_config, structured_config: vLLM's, of the finished configuration."""
+        self._options, self._model_config, self._structured_config = options, model_config, structured_config
+        self._verdicts: OrderedDict[bytes, Verdict] = OrderedDict()
+        self._working: dict[bytes, _Work] = {}
+        self._lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="vllm-ext-validation")
+        self._tokenizer: Any = None
+        self._trials = TrialPool(self._make_setup, options.max_compile_ms, options.max_compile_mib)
+
+    def start(self, tokenizer: Any) -> None:
+        """Start the process that tries grammars, in the background, before a request needs it."""
+        if self._tokenizer is None and tokenizer is not None:
+            self._tokenizer = tokenizer
+            self._threads.submit(self._trials.start)
+
+    async def prepare(self, params: Any, tokenizer: Any) -> None:
+        """Settle the verdict on a request's specification without holding the event loop.
+
+        params: StructuredOutputsParams. Raises VLLMValidationError (HTTP 400). Cancelling ends the trial, if no other
+        request waits for it.
+        """
+        self._tokenizer = self._tokenizer or tokenizer
+        loop = asyncio.get_running_loop()
+        kind, text, key = await loop.run_in_executor(self._threads, read_spec, params)
+        verdict = self._recall(key)
+        if verdict is None:
+            work = self._begin(key, kind, text)
+            try:
+                verdict = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(work.result)), MOST_SECONDS)
+            except TimeoutError:
+                verdict = Verdict(None, f"the {kind} specification is costly and still being checked: try again")
+            except asyncio.CancelledError:
+                self._leave(work)
+                raise
+        _raise_refusal(verdict)
+
+    def check(self, params: Any, tokenizer: Any) -> str:
+        """The engine of a request, settled here if `prepare` was not called before. Raises VLLMValidationError."""
+        self._tokenizer = self._tokenizer or tokenizer
+        kind, text, key = read_spec(params)
+        verdict = self._recall(key) or self._begin(key, kind, text).result.result()
+        _raise_refusal(verdict)
+        assert verdict.engine is not None
+        return verdict.engine
+
+    def close(self) -> None:
+        """End threads and processes."""
+        self._trials.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _recall(self, key: bytes) -> Verdict | None:
+        with self._lock:
+            verdict = self._verdicts.get(key)
+            if verdict is None or verdict.until < time.monotonic():
+                return None
+            self._verdicts.move_to_end(key)
+            return verdict
+
+    def _begin(self, key: bytes, kind: Any, text: str) -> _Work:
+        """The check of a specification: one, however many requests bring it."""
+        with self._lock:
+            work = self._working.get(key)
+            if work is None:
+                work = self._working[key] = _Work(Future())
+                self._threads.submit(self._decide, key, kind, text, work)
+            work.waiting += 1
+            return work
+
+    def _leave(self, work: _Work) -> None:
+        with self._lock:
+            work.waiting -= 1
+            trial = work.trial if work.waiting == 0 else None
+        if trial is not None:
+            trial.cancel()
+
+    def _decide(self, key: bytes, kind: Any, text: str, work: _Work) -> None:
+        """Plan, and parse what is plain; what is not goes on in `_try_next` when its trial ends."""
+        try:
+            plan = plan_spec(kind, text, self._has_guidance())
+        except RefusedError as error:
+            self._settle(key, work, Verdict(None, str(error)))
+        except Exception as error:  # a defect of ours must answer this request, and nobody else's
+            logger.exception("vllm-ext: a structured specification could not be checked")
+            self._settle(key, work, Verdict(None, f"{type(error).__name__}: {error}", 0.0))
+        else:
+            self._try_next(key, work, list(_chain(plan)), "")
+
+    def _try_next(self, key: bytes, work: _Work, plans: list[Plan], refusal: str) -> None:
+        while plans and plans[0].is_plain:
+            plan = plans.pop(0)
+            try:
+                self._parse(plan)
+            except engines.GrammarError as error:
+                refusal = _explain(plan, "refused", str(error), self._options)
+                continue
+            self._settle(key, work, Verdict(plan.engine))
+            return
+        if not plans:
+            self._settle(key, work, Verdict(None, refusal))
+            return
+        plan = plans.pop(0)
+        work.trial = self._trials.submit(plan)
+        observability.add("vllm_ext:structured_trials_total", 1)
+
+        def go_on(trial: Future[dict[str, Any]]) -> None:
+            if trial.cancelled():
+                self._settle(key, work, Verdict(None, "the request was withdrawn", 0.0))
+                return
+            outcome = trial.result()
+            if outcome["outcome"] == "ok":
+                self._settle(key, work, Verdict(plan.engine))
+                return
+            said = _explain(plan, outcome["outcome"], outcome["message"], self._options)
+            if plans:
+                self._threads.submit(self._try_next, key, work, plans, said)
+                return
+            until = float("inf") if outcome["outcome"] in ("refused", "memory") else time.monotonic() + SLOW_SECONDS
+            self._settle(key, work, Verdict(None, said, 0.0 if outcome["outcome"] == "busy" else until))
+
+        work.trial.add_done_callback(go_on)
+
+    def _settle(self, key: bytes, work: _Work, verdict: Verdict) -> None:
+        with self._lock:
+            self._working.pop(key, None)
+            if verdict.until > 0:
+                self._verdicts[key] = verdict
+                while len(self._verdicts) > MOST_VERDICTS:
+                    self._verdicts.popitem(last=False)
+        if verdict.engine is None:
+            observability.add("vllm_ext:structured_refused_total", 1)
+        work.result.set_result(verdict)
+
+    def _parse(self, plan: Plan) -> None:
+        if plan.engine == "guidance":
+            engines.check_guidance(plan, self._options.whitespace, getattr(self._tokenizer, "llg_tokenizer", None))
+        else:
+            engines.parse_xgrammar(plan, self._options.whitespace)
+
+    def _has_guidance(self) -> bool:
+        from vllm.v1.structured_output.backend_guidance import GuidanceBackend
+
+        return GuidanceBackend.is_tokenizer_supported(self._tokenizer) and fits_vocabulary(
+            self._tokenizer, self._model_config.get_vocab_size()
+        )
+
+    def _make_setup(self) -> dict[str, Any]:
+        """Both engines' vocabularies as text, for the process that tries grammars."""
+        from types import SimpleNamespace
+
+        from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
+
+        names = SimpleNamespace(
+            structured_outputs_config=self._structured_config, model_config=self._model_config, speculative_config=None
+        )
+        vocab_size = self._model_config.get_vocab_size()
+        backend = XgrammarBackend(names, self._tokenizer, vocab_size)
+        guidance = None
+        if self._has_guidance() and hasattr(self._tokenizer, "backend_tokenizer"):
+            guidance = {
+                "tokenizer": self._tokenizer.backend_tokenizer.to_str(),
+                "n_vocab": max(vocab_size, len(self._tokenizer)),
+                "eos_token": self._tokenizer.eos_token_id,
+            }
+        return {
+            "xgrammar": engines.read_vocabulary(backend.compiler).serialize_json(),
+            "guidance": guidance,
+            "whitespace": self._options.whitespace,
+        }
+
+
+def fits_vocabulary(tokenizer: Any, vocab_size: int) -> bool:
+    """Whether masks of both engines have one width: llguidance's have a bit for every token of the tokenizer."""
+    return (max(vocab_size, len(tokenizer)) + 31) // 32 == (vocab_size + 31) // 32
+
+
+def read_spec(params: Any) -> tuple[str, str, bytes]:
+    """(kind, text, digest) of StructuredOutputsParams, once it is known to be small. Raises VLLMValidationError."""
+    for value in (params.json, params.choice):
+        if not isinstance(value, str | None):
+            _measure(value)
+    if params.json_object is False:
+        raise VLLMValidationError("structured_outputs.json_object must be true where it is given")
+    if isinstance(params.choice, list) and not params.choice:
+        raise VLLMValidationError("structured_outputs.choice is an empty list")
+    for name in ("json", "grammar", "structural_tag"):
+        if isinstance(getattr(params, name), str) and not getattr(params, name).strip():
+            raise VLLMValidationError(f"structured_outputs.{name} is an empty string")
+    option, text = get_structured_output_key(params)
+    kind = option.name.lower()
+    digest = hashlib.sha256(f"{kind}\0{text}".encode("utf-8", "surrogatepass")).digest()
+    return kind, text, digest
+
+
+def _measure(value: Any) -> None:
+    """Refuse what is too large or too deep before it is written as text."""
+    size, level = 0, [value]
+    for _ in range(MOST_LEVELS + 1):
+        deeper: list[Any] = []
+        for each in level:
+            size += 2 + (len(each) if isinstance(each, str) else 0)
+            if isinstance(each, dict):
+                size += sum(map(len, filter(lambda name: isinstance(name, str), each)))
+                deeper.extend(each.values())
+            elif isinstance(each, list):
+                deeper.extend(each)
+            if size + 2 * len(deeper) > cost.MAX_SPEC_BYTES:
+                raise VLLMValidationError(f"the specification has more than {cost.MAX_SPEC_BYTES} bytes")
+        if not deeper:
+            return
+        level = deeper
+    raise VLLMValidationError(f"the specification nests objects and arrays more than {MOST_LEVELS} levels deep")
+
+
+def _chain(plan: Plan | None) -> Iterator[Plan]:
+    while plan is not None:
+        yield plan
+        plan = plan.fallback
+
+
+def _explain(plan: Plan, outcome: str, message: str, options: Options) -> str:
+    """What a request is told about an engine's answer."""
+    engine = "llguidance" if plan.engine == "guidance" else "xgrammar"
+    if outcome == "slow":
+        limit = f"{options.max_compile_ms:g} ms (structured.max_compile_ms)"
+        return f"the {plan.kind} specification takes longer to compile than {limit}: make it smaller"
+    if outcome == "memory":
+        limit = f"{options.max_compile_mib:g} MiB (structured.max_compile_mib)"
+        return f"the {plan.kind} specification needs more memory to compile than {limit}: make it smaller"
+    if outcome == "busy":
+        return f"other costly specifications are being checked and this {plan.kind} is one too: try again"
+    because = f" (chosen because {plan.reason})" if plan.reason else ""
+    return f"{engine} does not take the {plan.kind} specification{because}: {message}"
+
+
+def _raise_refusal(verdict: Verdict) -> None:
+    if verdict.engine is None:
+        raise VLLMValidationError(verdict.refusal)
+
+
+# --- the gate of each engine of this process ------------------------------------------------------------------------
+
+_gates: dict[int, tuple[Any, Gate]] = {}
+
+
+def open_gate(vllm_config: Any) -> Gate:
+    """The gate of an engine, made once. Raises config.ConfigError for its settings."""
+    structured_config = vllm_config.structured_outputs_config
+    found = _gates.get(id(structured_config))
+    return found[1] if found else _add_gate(read_options(vllm_config), vllm_config.model_config, structured_config)
+
+
+def find_gate(model_config: Any, structured_config: Any) -> Gate:
+    """The gate opened for this configuration; one with default limits where another process opened it."""
+    found = _gates.get(id(structured_config))
+    return found[1] if found else _add_gate(Options(), model_config, structured_config)
+
+
+def _add_gate(options: Options, model_config: Any, structured_config: Any) -> Gate:
+    gate = Gate(options, model_config, structured_config)
+    # Found by the configuration that every check is given. It is held, so that its identity is not another's later.
+    _gates[id(structured_config)] = (structured_config, gate)
+    return gate
+
+
+def close_gates() -> None:
+    """End the checks of engines that this process configured before."""
+    while _gates:
+        _, gate = _gates.popitem()[1]
+        gate.close()
