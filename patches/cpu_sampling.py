@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
-import functools
+from typing import Any
 
 import torch
+
+from vllm_ext.patches.wrapping import wrap
 
 
 def wrap_expand_batch_to_tokens() -> None:
@@ -17,11 +19,10 @@ def wrap_expand_batch_to_tokens() -> None:
     """
     from vllm.v1.sample import rejection_sampler
 
-    original = rejection_sampler.expand_batch_to_tokens
-    if getattr(original, "_wrapped_by_vllm_ext", False):
-        return
+    wrap(rejection_sampler, "expand_batch_to_tokens", _expand_on_cpu)
 
-    @functools.wraps(original)
+
+def _expand_on_cpu(original: Any) -> Any:
     def expand_batch_to_tokens(
         x: torch.Tensor, cu_num_tokens: torch.Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
     ) -> torch.Tensor:
@@ -29,8 +30,7 @@ def wrap_expand_batch_to_tokens() -> None:
             return original(x, cu_num_tokens, num_tokens, replace_from, replace_to)
         return expand(x, cu_num_tokens, num_tokens, replace_from, replace_to)
 
-    expand_batch_to_tokens._wrapped_by_vllm_ext = True  # type: ignore[attr-defined]
-    rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
+    return expand_batch_to_tokens
 
 
 def expand(

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from vllm_ext import config
+from vllm_ext.patches.wrapping import wrap
 
 
 def add_cache_dtypes() -> None:
@@ -31,14 +31,14 @@ def add_cache_dtypes() -> None:
 
 def wrap_attention() -> None:
     """Give attention layers with a dtype of ours our backend, their name, and pages for their window."""
-    from vllm.config import get_current_vllm_config
     from vllm.model_executor.layers.attention.attention import Attention
 
-    original = Attention.__init__
-    if getattr(original, "_wrapped_by_vllm_ext", False):
-        return
+    wrap(Attention, "__init__", _give_backend)
 
-    @functools.wraps(original)
+
+def _give_backend(original: Any) -> Any:
+    from vllm.config import get_current_vllm_config
+
     def make_attention(self: Any, *args: Any, **kwargs: Any) -> None:
         # The CPU platform ignores chosen backends, so the layer is handed its backend.
         cache_config = kwargs.get("cache_config", args[6] if len(args) > 6 else None)
@@ -50,5 +50,4 @@ def wrap_attention() -> None:
 
         attach.make_layer(original, self, *args, **kwargs)
 
-    make_attention._wrapped_by_vllm_ext = True  # type: ignore[attr-defined]
-    Attention.__init__ = make_attention
+    return make_attention

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from typing import Any
+
+from vllm_ext.patches.wrapping import wrap
 
 
 def wrap_attach_router() -> None:
@@ -17,11 +18,10 @@ def wrap_attach_router() -> None:
     """
     from vllm.entrypoints.serve.instrumentator import metrics
 
-    original = metrics.attach_router
-    if getattr(original, "_wrapped_by_vllm_ext", False):
-        return
+    wrap(metrics, "attach_router", _add_route)
 
-    @functools.wraps(original)
+
+def _add_route(original: Any) -> Any:
     def attach_router(app: Any) -> None:
         original(app)
         if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
@@ -29,8 +29,7 @@ def wrap_attach_router() -> None:
 
             app.routes.insert(0, Route("/metrics", _serve_shared_metrics))
 
-    attach_router._wrapped_by_vllm_ext = True  # type: ignore[attr-defined]
-    metrics.attach_router = attach_router
+    return attach_router
 
 
 def _serve_shared_metrics(_request: Any) -> Any:

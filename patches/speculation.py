@@ -3,19 +3,19 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
+
+from vllm_ext.patches.wrapping import wrap
 
 
 def wrap_propose_draft_token_ids() -> None:
     """Wrap `GPUModelRunner.propose_draft_token_ids` (V1, the CPU runner included) to honour `draft_lengths`."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    original = GPUModelRunner.propose_draft_token_ids
-    if getattr(original, "_wrapped_by_vllm_ext", False):
-        return
+    wrap(GPUModelRunner, "propose_draft_token_ids", _honour_draft_lengths)
 
-    @functools.wraps(original)
+
+def _honour_draft_lengths(original: Any) -> Any:
     def propose_draft_token_ids(
         self: Any, scheduler_output: Any, sampled_token_ids: Any, *args: Any, **kwargs: Any
     ) -> Any:
@@ -33,19 +33,17 @@ def wrap_propose_draft_token_ids() -> None:
             return drafts
         return [draft[: lengths.get(rid, len(draft))] for rid, draft in zip(ids, drafts, strict=False)]
 
-    propose_draft_token_ids._wrapped_by_vllm_ext = True  # type: ignore[attr-defined]
-    GPUModelRunner.propose_draft_token_ids = propose_draft_token_ids
+    return propose_draft_token_ids
 
 
 def wrap_compile_or_warm_up_model() -> None:
     """Wrap `Executor.compile_or_warm_up_model`: afterwards, measure step times for engines that use smartspec."""
     from vllm.v1.executor.abstract import Executor
 
-    original = Executor.compile_or_warm_up_model
-    if getattr(original, "_wrapped_by_vllm_ext", False):
-        return
+    wrap(Executor, "compile_or_warm_up_model", _measure_afterwards)
 
-    @functools.wraps(original)
+
+def _measure_afterwards(original: Any) -> Any:
     def compile_or_warm_up_model(self: Any) -> None:
         original(self)
         if "smartspec" in str(self.vllm_config.scheduler_config.scheduler_cls):
@@ -53,5 +51,4 @@ def wrap_compile_or_warm_up_model() -> None:
 
             step_sweep.store_measured_prior(self)
 
-    compile_or_warm_up_model._wrapped_by_vllm_ext = True  # type: ignore[attr-defined]
-    Executor.compile_or_warm_up_model = compile_or_warm_up_model
+    return compile_or_warm_up_model

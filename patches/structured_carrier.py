@@ -3,43 +3,34 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
+
+from vllm_ext.patches.wrapping import wrap
 
 
 def wrap_speculation() -> None:
     """Make engines with our carrier sample as engines without speculation do, wherever nothing is drafted."""
-    _wrap_validation()
-    _wrap_processors()
-    _wrap_sampling()
-
-
-def _wrap_validation() -> None:
-    """Requests with min_p or logit_bias are served: they get no drafts."""
     from vllm.sampling_params import SamplingParams
+    from vllm.v1.worker import gpu_model_runner
 
-    original = SamplingParams._validate_spec_decode
-    if getattr(original, "_wrapped_by_vllm_ext", False):
-        return
+    wrap(SamplingParams, "_validate_spec_decode", _pass_carrier)
+    wrap(gpu_model_runner, "build_logitsprocs", _keep_processors)
+    wrap(gpu_model_runner.GPUModelRunner, "_sample", _sample_without_drafts)
 
-    @functools.wraps(original)
+
+def _pass_carrier(original: Any) -> Any:
+    """Requests with min_p or logit_bias are served: they get no drafts."""
+
     def validate_spec_decode(self: Any, speculative_config: Any) -> None:
         original(self, None if _is_carrier(speculative_config) else speculative_config)
 
-    validate_spec_decode._wrapped_by_vllm_ext = True  # type: ignore[attr-defined]
-    SamplingParams._validate_spec_decode = validate_spec_decode
+    return validate_spec_decode
 
 
-def _wrap_processors() -> None:
+def _keep_processors(original: Any) -> Any:
     """Min-p and logit bias are applied, which vLLM leaves out beside speculation."""
     from vllm.v1.sample import logits_processor
-    from vllm.v1.worker import gpu_model_runner
 
-    original = gpu_model_runner.build_logitsprocs
-    if getattr(original, "_wrapped_by_vllm_ext", False):
-        return
-
-    @functools.wraps(original)
     def build_logitsprocs(
         vllm_config: Any, device: Any, is_pin_memory: bool, is_pooling_model: bool, custom_logitsprocs: Any = ()
     ) -> Any:
@@ -49,19 +40,12 @@ def _wrap_processors() -> None:
             make(vllm_config, device, is_pin_memory) for make in logits_processor.BUILTIN_LOGITS_PROCESSORS
         )
 
-    build_logitsprocs._wrapped_by_vllm_ext = True  # type: ignore[attr-defined]
-    gpu_model_runner.build_logitsprocs = build_logitsprocs
+    return build_logitsprocs
 
 
-def _wrap_sampling() -> None:
+def _sample_without_drafts(original: Any) -> Any:
     """A step without drafts goes to the sampler, not to the rejection sampler."""
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    original = GPUModelRunner._sample
-    if getattr(original, "_wrapped_by_vllm_ext", False):
-        return
-
-    @functools.wraps(original)
     def sample(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
         if (
             spec_decode_metadata is not None
@@ -71,8 +55,7 @@ def _wrap_sampling() -> None:
             spec_decode_metadata = None
         return original(self, logits, spec_decode_metadata)
 
-    sample._wrapped_by_vllm_ext = True  # type: ignore[attr-defined]
-    GPUModelRunner._sample = sample
+    return sample
 
 
 def _is_carrier(speculative_config: Any) -> bool:

@@ -3,19 +3,19 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
+
+from vllm_ext.patches.wrapping import wrap
 
 
 def wrap_apply_grammar_bitmask() -> None:
     """Give the V1 model runner `masks.apply_mask_on_cpu` for logits on the CPU; others pass through."""
     from vllm.v1.worker import gpu_model_runner
 
-    original = gpu_model_runner.apply_grammar_bitmask
-    if getattr(original, "_wrapped_by_vllm_ext", False):
-        return
+    wrap(gpu_model_runner, "apply_grammar_bitmask", _apply_on_cpu)
 
-    @functools.wraps(original)
+
+def _apply_on_cpu(original: Any) -> Any:
     def apply_grammar_bitmask(scheduler_output: Any, grammar_output: Any, input_batch: Any, logits: Any) -> None:
         if not logits.is_cpu:
             original(scheduler_output, grammar_output, input_batch, logits)
@@ -24,5 +24,4 @@ def wrap_apply_grammar_bitmask() -> None:
 
         apply_mask_on_cpu(scheduler_output, grammar_output, input_batch, logits)
 
-    apply_grammar_bitmask._wrapped_by_vllm_ext = True  # type: ignore[attr-defined]
-    gpu_model_runner.apply_grammar_bitmask = apply_grammar_bitmask
+    return apply_grammar_bitmask

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
+
+from vllm_ext.patches.wrapping import wrap
 
 
 def wrap_model_runner() -> None:
@@ -16,21 +17,19 @@ def wrap_model_runner() -> None:
     """
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    construct, original = GPUModelRunner.__init__, GPUModelRunner.propose_draft_token_ids
-    if not getattr(construct, "_makes_trie", False):
+    wrap(GPUModelRunner, "__init__", _add_proposer, mark="_makes_trie")
+    wrap(GPUModelRunner, "propose_draft_token_ids", _ask_proposer, mark="_asks_trie")
 
-        @functools.wraps(construct)
-        def make_runner(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-            construct(self, vllm_config, *args, **kwargs)
-            self.trie_proposer = _make_proposer(vllm_config) if hasattr(self, "drafter") else None
 
-        make_runner._makes_trie = True  # type: ignore[attr-defined]
-        GPUModelRunner.__init__ = make_runner
+def _add_proposer(original: Any) -> Any:
+    def make_runner(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, vllm_config, *args, **kwargs)
+        self.trie_proposer = _make_proposer(vllm_config) if hasattr(self, "drafter") else None
 
-    if getattr(original, "_asks_trie", False):
-        return
+    return make_runner
 
-    @functools.wraps(original)
+
+def _ask_proposer(original: Any) -> Any:
     def propose_draft_token_ids(
         self: Any, scheduler_output: Any, sampled_token_ids: Any, *args: Any, **kwargs: Any
     ) -> Any:
@@ -44,8 +43,7 @@ def wrap_model_runner() -> None:
             scheduler_output.num_spec_tokens_to_schedule,
         )
 
-    propose_draft_token_ids._asks_trie = True  # type: ignore[attr-defined]
-    GPUModelRunner.propose_draft_token_ids = propose_draft_token_ids
+    return propose_draft_token_ids
 
 
 def _make_proposer(vllm_config: Any) -> Any:

@@ -155,10 +155,11 @@ def report_registration() -> None:
     from vllm.plugins import load_general_plugins
 
     from vllm_ext import activation
+    from vllm_ext.patches.wrapping import MARK
 
     load_general_plugins()
     method = quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG.get("mxmoe")
-    hook = getattr(EngineArgs.create_engine_config, "_wrapped_by_vllm_ext", False)
+    hook = getattr(EngineArgs.create_engine_config, MARK, False)
     broken = None
     try:
         import vllm_ext.quantization.online  # noqa: F401

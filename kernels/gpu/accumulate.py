@@ -52,6 +52,15 @@ def round_to(values, IS_FP16: tl.constexpr, USE_ASM: tl.constexpr):
 
 
 @triton.jit
+def store_rounded(target, values, mask, USE_ASM: tl.constexpr):
+    """Store float32 values in the type that `target` points to: float32, or bf16 or fp16 by `round_to`."""
+    if target.dtype.element_ty == tl.float32:
+        tl.store(target, values, mask=mask)
+    else:
+        tl.store(target, round_to(values, target.dtype.element_ty == tl.float16, USE_ASM), mask=mask)
+
+
+@triton.jit
 def _take_piece(weights, PIECE: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr):
     """Columns of one piece of a chunk, [ROWS, 128 / PIECES]; a renaming of registers."""
     if PIECES == 1:

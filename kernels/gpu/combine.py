@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .accumulate import round_to
+from .accumulate import store_rounded
 from .sorting import load_local_ids
 
 #: Columns that one thread block sums.
@@ -47,8 +47,7 @@ def sum_experts_kernel(
         for _ in range(0, split):
             total += tl.load(source, mask=is_here, other=0).to(tl.float32)
             source += stride
-    rounded = round_to(total, out.dtype.element_ty == tl.float16, USE_ASM)
-    tl.store(out + token.to(tl.int64) * hidden_size + columns, rounded, mask=mask)
+    store_rounded(out + token.to(tl.int64) * hidden_size + columns, total, mask, USE_ASM)
 
 
 @triton.jit(do_not_specialize=["num_rows", "split"])
@@ -74,8 +73,7 @@ def sum_parts_kernel(
         source += num_rows.to(tl.int64) * out_features
     if HAS_BIAS:
         total += tl.load(bias + columns, mask=mask, other=0).to(tl.float32)
-    rounded = round_to(total, out.dtype.element_ty == tl.float16, USE_ASM)
-    tl.store(out + row.to(tl.int64) * out_features + columns, rounded, mask=mask)
+    store_rounded(out + row.to(tl.int64) * out_features + columns, total, mask, USE_ASM)
 
 
 def sum_experts(

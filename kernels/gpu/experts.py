@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ..arena import NUM_FIELDS
 from ..mixed_moe.layout import Block
-from .accumulate import accumulate_block, round_to
+from .accumulate import accumulate_block, store_rounded
 
 FIELDS = tl.constexpr(NUM_FIELDS)
 BLOCKS = tl.constexpr(len(Block))
@@ -115,7 +115,7 @@ def gate_up_kernel(
     channels = tile_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
     target = hidden + positions.to(tl.int64)[:, None] * intermediate_size + channels[None, :]
     mask = token_mask[:, None] & (channels < intermediate_size)[None, :]
-    tl.store(target, round_to(tl.trans(outputs), hidden.dtype.element_ty == tl.float16, USE_ASM), mask=mask)
+    store_rounded(target, tl.trans(outputs), mask, USE_ASM)
 
 
 @triton.jit(do_not_specialize=["num_pairs", "split"])
@@ -203,8 +203,4 @@ def down_kernel(
         acc = acc * tl.load(routing + pair, mask=token_mask, other=0).to(tl.float32)[None, :]
     target = parts + (part.to(tl.int64) * num_pairs + pair)[:, None] * hidden_size + outputs[None, :]
     mask = token_mask[:, None] & (outputs < hidden_size)[None, :]
-    results = tl.trans(acc)
-    if parts.dtype.element_ty == tl.float32:
-        tl.store(target, results, mask=mask)
-    else:
-        tl.store(target, round_to(results, parts.dtype.element_ty == tl.float16, USE_ASM), mask=mask)
+    store_rounded(target, tl.trans(acc), mask, USE_ASM)

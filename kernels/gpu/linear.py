@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..mixed_linear import layout
-from .accumulate import accumulate_block, round_to
+from .accumulate import accumulate_block, store_rounded
 
 NUM_COLUMNS = tl.constexpr(layout.NUM_COLUMNS)
 NUM_ROWS = tl.constexpr(layout.NUM_ROWS)
@@ -107,8 +107,4 @@ def linear_kernel(
         acc += tl.load(bias + outputs, mask=row_mask, other=0).to(tl.float32)[:, None]
     target = out + (part.to(tl.int64) * num_x_rows + tokens)[:, None] * out_features + outputs[None, :]
     mask = token_mask[:, None] & row_mask[None, :]
-    results = tl.trans(acc)
-    if out.dtype.element_ty == tl.float32:
-        tl.store(target, results, mask=mask)
-    else:
-        tl.store(target, round_to(results, out.dtype.element_ty == tl.float16, USE_ASM), mask=mask)
+    store_rounded(target, tl.trans(acc), mask, USE_ASM)

@@ -4,6 +4,8 @@ device."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..fallback import warn_no_fast_path
@@ -14,24 +16,20 @@ from .arguments import check_arguments
 SCHEMA = "mixed_linear(Tensor x, Tensor arena, Tensor table, int out_features, Tensor? bias) -> Tensor"
 
 
-def _mixed_linear_cuda(
-    x: torch.Tensor, arena: torch.Tensor, table: torch.Tensor, out_features: int, bias: torch.Tensor | None
-) -> torch.Tensor:
+def _mixed_linear_cuda(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     if launch.serves(x):
         # Loads triton, which a process without such calls must not do.
         from . import triton
 
-        out = triton.mixed_linear(x, arena, table, out_features, bias)
+        out = triton.mixed_linear(x, *arguments)
         if out is not None:
             return out
-    return _mixed_linear_reference(x, arena, table, out_features, bias)
+    return _mixed_linear_reference(x, *arguments)
 
 
-def _mixed_linear_reference(
-    x: torch.Tensor, arena: torch.Tensor, table: torch.Tensor, out_features: int, bias: torch.Tensor | None
-) -> torch.Tensor:
+def _mixed_linear_reference(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     warn_no_fast_path("mixed_linear", x.device.type)
-    return reference.mixed_linear(x, arena, table, out_features, bias)
+    return reference.mixed_linear(x, *arguments)
 
 
 def _mixed_linear_fake(

@@ -26,6 +26,7 @@ def mixed_moe(
     intermediate_size: int,
     activation: str,
     weight_on_input: bool,
+    *,
     observer: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
     """Same arguments, result and errors as `vllm_ext.kernels.mixed_moe.mixed_moe`.

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -22,78 +23,24 @@ SCHEMA = (
 call_observer: Callable[[int], None] | None = None
 
 
-def _mixed_moe_cpu(
-    x: torch.Tensor,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
-    arena: torch.Tensor,
-    table: torch.Tensor,
-    expert_map: torch.Tensor | None,
-    intermediate_size: int,
-    activation: str,
-    weight_on_input: bool,
-) -> torch.Tensor:
-    return cpu.mixed_moe(
-        x,
-        topk_ids,
-        topk_weights,
-        arena,
-        table,
-        expert_map,
-        intermediate_size,
-        activation,
-        weight_on_input,
-        observer=call_observer,
-    )
+def _mixed_moe_cpu(*arguments: Any) -> torch.Tensor:
+    return cpu.mixed_moe(*arguments, observer=call_observer)
 
 
-def _mixed_moe_cuda(
-    x: torch.Tensor,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
-    arena: torch.Tensor,
-    table: torch.Tensor,
-    expert_map: torch.Tensor | None,
-    intermediate_size: int,
-    activation: str,
-    weight_on_input: bool,
-) -> torch.Tensor:
-    arguments = (
-        x, topk_ids, topk_weights, arena, table, expert_map, intermediate_size, activation, weight_on_input
-    )  # fmt: skip
+def _mixed_moe_cuda(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     if launch.serves(x):
         # Loads triton, which a process without such calls must not do.
         from . import triton
 
-        out = triton.mixed_moe(*arguments)
+        out = triton.mixed_moe(x, *arguments)
         if out is not None:
             return out
-    return _mixed_moe_reference(*arguments)
+    return _mixed_moe_reference(x, *arguments)
 
 
-def _mixed_moe_reference(
-    x: torch.Tensor,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
-    arena: torch.Tensor,
-    table: torch.Tensor,
-    expert_map: torch.Tensor | None,
-    intermediate_size: int,
-    activation: str,
-    weight_on_input: bool,
-) -> torch.Tensor:
+def _mixed_moe_reference(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     warn_no_fast_path("mixed_moe", x.device.type)
-    return reference.mixed_moe(
-        x,
-        topk_ids,
-        topk_weights,
-        arena,
-        table,
-        expert_map,
-        intermediate_size,
-        activation,
-        weight_on_input,
-    )
+    return reference.mixed_moe(x, *arguments)
 
 
 def _mixed_moe_fake(

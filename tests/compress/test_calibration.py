@@ -116,3 +116,13 @@ def test_tokenizer_of_the_shipped_model(tiny_moe: str) -> None:
     windows = make_windows([Path(tiny_moe) / "kjv_val.txt"], tokenizer, context=64, num_windows=3)
     assert windows.shape == (3, 64)
     assert windows.max() < len(tokenizer) == 4096
+
+
+def test_no_token_past_the_models_vocabulary(text: Path) -> None:
+    windows = make_windows([RANDOM], Characters(), context=50, num_windows=40, vocab_size=30)
+    assert (windows.min(), windows.max()) == (0, 29)
+    # A vocabulary that is padded past the tokenizer's changes nothing.
+    plain = make_windows([RANDOM], Characters(), context=50, num_windows=4)
+    assert np.array_equal(plain, make_windows([RANDOM], Characters(), context=50, num_windows=4, vocab_size=500))
+    with pytest.raises(CalibrationError, match=r"text.txt has token 122, and the model has embeddings of 100"):
+        make_windows([text], Characters(), context=50, num_windows=20, vocab_size=100)

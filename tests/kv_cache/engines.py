@@ -102,3 +102,13 @@ def make_prompts() -> list[list[int]]:
 
 #: Tokens of `make_prompts` that the second round of an engine with blocks of 32 finds computed.
 CACHED = [288, 192, 128, 32]
+
+
+def list_tokens_twice(llm: LLM, count: int) -> list[list[int]]:
+    """Tokens of `make_prompts`; a second round, from the pages of the first, must give them again."""
+    prompts = make_prompts()
+    first = list_tokens(generate(llm, prompts, count))
+    again = generate(llm, prompts, count)
+    assert [one.num_cached_tokens for one in again] == CACHED
+    assert list_tokens(again) == first
+    return first

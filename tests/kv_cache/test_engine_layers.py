@@ -12,7 +12,7 @@ from vllm.config import CompilationMode
 
 from bench.quality.kv_engine import STOCK, Arm, score_vocabulary, start_engine
 from bench.quality.kv_models import draw_tokens, make_planted_model
-from tests.kv_cache.engines import CACHED, SMALL, find_scheduler, generate, list_tokens, make_prompts, read_text, start
+from tests.kv_cache.engines import SMALL, find_scheduler, generate, list_tokens, list_tokens_twice, read_text, start
 from tests.scheduling.engine import read_counters
 from vllm_ext.cli import main
 from vllm_ext.config import KVCacheSettings
@@ -38,7 +38,7 @@ PLAN = {"0": "k4v4", "1": "kivi_k2v2", "2": "k2v15", "3": "k8v8"}
 )
 def test_chunks_and_prefix_hits_of_a_plan_give_the_same_tokens(plan: dict[str, str], engine_in_process: None) -> None:
     """With the consistency check in every step; the second round of every engine comes from the first's pages."""
-    block, prompts = {**SMALL, "layer_bits": plan}, make_prompts()
+    block = {**SMALL, "layer_bits": plan}
     expected = None
     for size in (50, 2048):
         with start("skvq_k2v2", block, max_num_batched_tokens=size) as llm:
@@ -47,24 +47,17 @@ def test_chunks_and_prefix_hits_of_a_plan_give_the_same_tokens(plan: dict[str, s
             capacity = compute_capacity(presets, Geometry(LAYERS, 2, 64, 32, 4), CACHE_BYTES, 512)
             assert cache.kv_cache_size_tokens == capacity.tokens
             assert find_scheduler(llm).kv_cache_config.num_blocks == CACHE_BYTES // capacity.page_bytes
-            first = list_tokens(generate(llm, prompts, COUNT))
-            again = generate(llm, prompts, COUNT)
-            assert [one.num_cached_tokens for one in again] == CACHED
-            assert list_tokens(again) == first
+            first = list_tokens_twice(llm, COUNT)
         expected = expected or first
         assert first == expected
 
 
 def test_a_compiled_model_gives_the_tokens_of_an_eager_one(engine_in_process: None) -> None:
-    prompts = make_prompts()
     found = {}
     for is_eager in (True, False):
         with start("skvq_k2v2", SMALL, enforce_eager=is_eager, max_num_batched_tokens=128) as llm:
             assert (llm.llm_engine.vllm_config.compilation_config.mode == CompilationMode.NONE) == is_eager
-            found[is_eager] = list_tokens(generate(llm, prompts, COUNT))
-            again = generate(llm, prompts, COUNT)
-            assert [one.num_cached_tokens for one in again] == CACHED
-            assert list_tokens(again) == found[is_eager]
+            found[is_eager] = list_tokens_twice(llm, COUNT)
     assert found[True] == found[False]
 
 

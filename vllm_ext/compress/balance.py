@@ -95,8 +95,9 @@ def make_balanced_windows(
     Runs the model over POOL_FACTOR times as many windows, one layer in memory at a time. Returns int64
     [windows, context]. Raises CalibrationError as `make_windows`.
     """
-    draw = make_windows(calibration, tokenizer, seed=seed, num_windows=num_windows)
-    more = make_windows(calibration, tokenizer, seed=seed, num_windows=POOL_FACTOR * num_windows)
+    known = source.config.get("vocab_size")
+    draw = make_windows(calibration, tokenizer, seed=seed, num_windows=num_windows, vocab_size=known)
+    more = make_windows(calibration, tokenizer, seed=seed, num_windows=POOL_FACTOR * num_windows, vocab_size=known)
     known = {window.tobytes() for window in draw}
     others = [window for window in more if window.tobytes() not in known]
     pool = np.concatenate([draw, np.stack(others)]) if others else draw

@@ -85,27 +85,37 @@ def make_windows(
     seed: int = 0,
     context: int = CONTEXT,
     num_windows: int = NUM_WINDOWS,
+    vocab_size: int | None = None,
 ) -> np.ndarray:
     """Windows of calibration tokens, int64 [windows, context].
 
     sources: text files, *.jsonl files, or RANDOM. The documents of a file are joined by the tokenizer's end-of-text
     token and cut into consecutive windows; the same number of windows is drawn from every source, without
     repetition, all of them where a file has fewer. The same files and seed give the same windows.
-    Raises CalibrationError for no source, and for a file that is empty or shorter than one window.
+    vocab_size: tokens that the model has embeddings of, where its tokenizer may know more; none past it is drawn.
+    Raises CalibrationError for no source, for a file that is empty or shorter than one window, and for text with a
+    token past vocab_size.
     """
     if not sources:
         raise CalibrationError(f"no calibration source: give a text file, a *.jsonl file, or {RANDOM!r}")
     if context < 1 or num_windows < len(sources):
         raise CalibrationError(f"{num_windows} windows of {context} tokens cannot come from {len(sources)} sources")
+    known = len(tokenizer) if vocab_size is None else min(vocab_size, len(tokenizer))
     generator = np.random.default_rng(seed)
     parts = []
     for index, source in enumerate(sources):
         wanted = num_windows // len(sources) + (index < num_windows % len(sources))
         if str(source) == RANDOM:
-            parts.append(generator.integers(0, len(tokenizer), (wanted, context), dtype=np.int64))
+            parts.append(generator.integers(0, known, (wanted, context), dtype=np.int64))
             continue
         windows = cut_windows(Path(source), tokenizer, context)
-        parts.append(windows[np.sort(generator.permutation(len(windows))[:wanted])])
+        drawn = windows[np.sort(generator.permutation(len(windows))[:wanted])]
+        if vocab_size is not None and drawn.size and (largest := int(drawn.max())) >= vocab_size:
+            raise CalibrationError(
+                f"text file {source} has token {largest}, and the model has embeddings of {vocab_size}: its tokenizer "
+                "is that of another model"
+            )
+        parts.append(drawn)
     return np.concatenate(parts)
 
 

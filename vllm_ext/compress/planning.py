@@ -96,7 +96,8 @@ def make_plan(
     cache = None
     notes: list[str] = []
     if calibration:
-        windows = make_windows(calibration, load_tokenizer(source.directory), seed=seed, num_windows=num_windows)
+        tokenizer, known = load_tokenizer(source.directory), source.config.get("vocab_size")
+        windows = make_windows(calibration, tokenizer, seed=seed, num_windows=num_windows, vocab_size=known)
         notes += describe_shortage(windows, num_windows)
         used, held = split_held_out(windows)
         if options.work is not None:

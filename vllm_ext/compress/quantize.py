@@ -137,7 +137,8 @@ def quantize_model(
                 source, calibration, tokenizer, seed=seed, num_windows=drawn, progress=progress
             )
         else:
-            windows = make_windows(calibration, tokenizer, seed=seed, num_windows=drawn)
+            known = source.config.get("vocab_size")
+            windows = make_windows(calibration, tokenizer, seed=seed, num_windows=drawn, vocab_size=known)
     if rotate:
         source = rotate_source(source, seed)
     folder, cache = work or Path(output).with_name(f".{Path(output).name}.work"), None

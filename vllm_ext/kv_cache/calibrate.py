@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -120,8 +121,16 @@ def load_task(
         raise CalibrationError(
             f"{num_windows} windows cannot be divided into calibration and held-out text: take 2 or more"
         )
+    known = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("vocab_size")
     windows = torch.from_numpy(
-        make_windows(sources, load_tokenizer(directory), seed=seed, context=context, num_windows=num_windows)
+        make_windows(
+            sources,
+            load_tokenizer(directory),
+            seed=seed,
+            context=context,
+            num_windows=num_windows,
+            vocab_size=known,
+        )
     )
     if len(windows) < 2:
         raise CalibrationError(
@@ -131,8 +140,6 @@ def load_task(
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(windows)))
     held_out = max(1, round(len(windows) * HELD_OUT_SHARE))
     model = load_model(directory, dtype if dtype == "auto" else getattr(torch, dtype))
-    # Random tokens are drawn from the tokenizer's, of which some models have no embedding.
-    windows = windows.clamp(max=model.get_input_embeddings().num_embeddings - 1)
     return Task(
         model, find_layers(model), windows[order[held_out:].sort().values], windows[order[:held_out].sort().values]
     )

@@ -25,12 +25,13 @@ from vllm.v1.structured_output.backend_types import StructuredOutputGrammar, Str
 from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend, XgrammarGrammar
 
 from vllm_ext import observability
+from vllm_ext.config import STRUCTURED_BACKEND
 from vllm_ext.structured import cost, engines
 from vllm_ext.structured.budgets import make_budgeted
 from vllm_ext.structured.options import Options, read_options
 from vllm_ext.structured.routing import Plan, RefusedError, plan_spec
 from vllm_ext.structured.store import SpecStore
-from vllm_ext.structured.validation import BACKEND, fits_vocabulary
+from vllm_ext.structured.validation import fits_vocabulary
 
 logger = logging.getLogger("vllm.vllm_ext")
 
@@ -46,7 +47,7 @@ NICENESS = 5
 
 def is_ours(vllm_config: Any) -> bool:
     """Whether an engine's structured requests are the pack's: its finished configuration names our backend."""
-    return bool(vllm_config.structured_outputs_config.backend == BACKEND)
+    return bool(vllm_config.structured_outputs_config.backend == STRUCTURED_BACKEND)
 
 
 @dataclass

@@ -31,8 +31,6 @@ from vllm_ext.structured.trials import TrialPool
 
 logger = logging.getLogger("vllm.vllm_ext")
 
-#: The name of this backend, in vLLM's configuration and in requests.
-BACKEND = "vllm_ext"
 #: Verdicts remembered, by specification.
 MOST_VERDICTS = 1024
 #: A specification that was slow is tried again after so long: the machine may have been busy.
