@@ -68,7 +68,7 @@ class GoodputMixin:
         running = self.running  # type: ignore[attr-defined]
         self._ids = [request.request_id for request in running]
         self._context = sum([request.num_computed_tokens for request in running])
-        drafted = [len(request.spec_token_ids) for request in running]
+        drafted = list(map(len, [request.spec_token_ids for request in running]))
         if self._plan.trims and any(drafted):
             drafted = self._trim(running, np.array(drafted, np.int64)).tolist()
         self._proposed = frozenset(itertools.compress(self._ids, drafted))
@@ -146,26 +146,29 @@ class GoodputMixin:
         sampled, index = model_runner_output.sampled_token_ids, model_runner_output.req_id_to_index
         if not sampled:
             return [], np.zeros(0, np.int64), np.zeros(0, np.int64)
-        find_request, running = self.requests.get, RequestStatus.RUNNING  # type: ignore[attr-defined]
-        drafts, proposed = scheduler_output.scheduled_spec_decode_tokens, notes.proposed
-        ids: list[str] = []
-        num_drafts: list[int] = []
-        num_sampled: list[int] = []
-        for rid in scheduler_output.num_scheduled_tokens:
-            request = find_request(rid)
-            # Output of before a preemption is counted twice once the request runs again.
-            if request is None or request.num_stale_output_tokens > 0:
-                continue
-            tokens = sampled[index[rid]]
-            if tokens and (request.status is running or not request.is_finished()):
-                ids.append(rid)
-                num_sampled.append(len(tokens))
-                num_drafts.append(len(drafts[rid]) if rid in drafts and rid in proposed else 0)
-        drafted = np.array(num_drafts, np.int64)
+        drafts, running = scheduler_output.scheduled_spec_decode_tokens, RequestStatus.RUNNING
+        ids = list(scheduler_output.num_scheduled_tokens)
+        # Over maps of bound methods: 256 requests are many for the body of a loop.
+        outputs = map(sampled.__getitem__, map(index.__getitem__, ids))
+        num_sampled = np.fromiter(map(len, outputs), np.int64, len(ids))
+        if not drafts.keys() <= notes.proposed:
+            drafts = {rid: tokens for rid, tokens in drafts.items() if rid in notes.proposed}
+        drafted = np.fromiter(map(len, map(drafts.get, ids, itertools.repeat(()))), np.int64, len(ids))
+        # Output of before a preemption is counted twice once the request runs again.
+        is_current = [
+            request is not None
+            and request.num_stale_output_tokens == 0
+            and (request.status is running or not request.is_finished())
+            for request in map(self.requests.get, ids)  # type: ignore[attr-defined]
+        ]
+        counts = np.array(is_current) & (num_sampled > 0)
+        if not counts.all():
+            ids = list(itertools.compress(ids, counts))
+            num_sampled, drafted = num_sampled[counts], drafted[counts]
         if invalid := scheduler_output.num_invalid_spec_tokens:
             # vLLM pads new rows with drafts of -1 and drafts that the grammar forbids with -1: no trials of ours.
             drafted = np.maximum(drafted - [invalid.get(rid, 0) for rid in ids], 0)
-        accepted = np.minimum(np.array(num_sampled, np.int64) - 1, drafted)
+        accepted = np.minimum(num_sampled - 1, drafted)
         for row, rid in enumerate(ids) if notes.certain else ():
             drafted[row], accepted[row] = count_trials(drafted[row], accepted[row], notes.certain.get(rid, 0))
         return ids, drafted, accepted

@@ -41,9 +41,11 @@ class _Batch(NamedTuple):
     requests: list[Any]
     #: Weights by priority, float64 [n]; None where priorities do not count.
     urgency: np.ndarray | None
-    #: Rows with a deadline, int64 [m], and of these: deadline and start of decoding in seconds of time.time, output
-    #: tokens at that start, and the most tokens that may be put out, float64 [m].
-    rows: np.ndarray
+    #: Whether any has a deadline. If so, of each: tokens that it put out (the list that vLLM appends to), deadline
+    #: (infinite for none) and start of decoding in seconds of time.time, output tokens at that start, and the most
+    #: tokens that it may put out, float64 [n].
+    has_deadlines: bool
+    outputs: list[list[int]]
     deadlines: np.ndarray
     started: np.ndarray
     tokens_at_start: np.ndarray
@@ -66,45 +68,44 @@ class RequestPolicy:
 
     def __call__(self, request_ids: Sequence[Hashable]) -> np.ndarray:
         """float64 [n], mean 1."""
-        requests = [self._requests[rid] for rid in request_ids]  # type: ignore[index]
+        requests = list(map(self._requests.__getitem__, request_ids))  # type: ignore[arg-type]
         # By identity: another request of the same id is another request.
         if requests != self._batch.requests:
             self._batch = self._read_batch(requests)
-        weights = np.ones(len(requests)) if self._batch.urgency is None else self._batch.urgency.copy()
-        if len(self._batch.rows):
-            weights[self._batch.rows] *= self._weigh_deadlines(self._batch)
-        return normalize(weights)
+        weights = self._batch.urgency
+        if self._batch.has_deadlines:
+            hurry = self._weigh_deadlines(self._batch)
+            weights = hurry if weights is None else weights * hurry
+        return np.ones(len(requests)) if weights is None else normalize(weights)
 
     def _weigh_deadlines(self, batch: _Batch) -> np.ndarray:
-        now, requests = self._clock(), batch.requests
-        made = np.array([requests[row].num_output_tokens for row in batch.rows.tolist()], np.float64)
+        now = self._clock()
+        made = np.array(list(map(len, batch.outputs)), np.float64)
         since = made - batch.tokens_at_start
-        pace = np.where(since > 0, (now - batch.started) / np.maximum(since, 1.0), 0.0)
-        return weigh_deadlines((batch.deadlines - now) * 1e3, batch.max_tokens - made, pace * 1e3)
+        pace = (now - batch.started) / np.where(since > 0, since, np.inf)
+        return weigh_deadlines(batch.deadlines - now, batch.max_tokens - made, pace)
 
     def _read_batch(self, requests: list[Any]) -> _Batch:
         urgency = None
         if self._priorities:
             urgency = weigh_priorities(np.array([request.priority for request in requests], np.int64))
-        rows: list[int] = []
-        dues: list[_Due] = []
         now = self._clock()
-        for row, request in enumerate(requests if self._deadlines else ()):
-            due = self._due.get(request.request_id)
-            if due is None or due.arrival != request.arrival_time:
-                due = self._note_due(request, now)
-            if due.deadline < math.inf:
-                rows.append(row)
-                dues.append(due)
+        dues = [self._find_due(request, now) for request in requests if self._deadlines]
         return _Batch(
             requests,
             urgency,
-            np.array(rows, np.int64),
+            any(due.deadline < math.inf for due in dues),
+            # vLLM's read-only view of it counts on its being the same list for the request's whole life, too.
+            [request._output_token_ids for request in requests],
             np.array([due.deadline for due in dues]),
             np.array([due.started for due in dues]),
             np.array([due.tokens_at_start for due in dues], np.float64),
-            np.array([requests[row].max_tokens for row in rows], np.float64),
+            np.array([request.max_tokens for request in requests], np.float64),
         )
+
+    def _find_due(self, request: Any, now: float) -> _Due:
+        due = self._due.get(request.request_id)
+        return due if due is not None and due.arrival == request.arrival_time else self._note_due(request, now)
 
     def _note_due(self, request: Any, now: float) -> _Due:
         if len(self._due) > 2 * len(self._requests) + 64:

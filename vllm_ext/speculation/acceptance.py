@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,6 +19,19 @@ STRENGTHS = (2.0, 60.0)
 SPREAD_RATE = 0.03
 #: Trials that all counts together are worth after a change, at one position.
 TRIALS_AFTER_CHANGE = 1.0
+
+
+class _Known(NamedTuple):
+    """What is known of the requests of a batch, and of all requests at the time."""
+
+    #: Discounted successes and trials, float64 [2, k_max, n].
+    counts: np.ndarray
+    #: Successes of each request over all its positions, and what an average request had in its place, float64 [n].
+    succeeded: np.ndarray
+    expected: np.ndarray
+    #: Chances of an average request: at each position, float64 [k_max], and over all positions.
+    shared: np.ndarray
+    pooled: float
 
 
 class AcceptanceModel:
@@ -67,17 +81,16 @@ class AcceptanceModel:
         self._change = ChangeDetector()
         self._slots: dict[Hashable, int] = {}
         self._free: list[int] = []
-        #: Discounted successes and trials, [k_max, slots], so that what is done for all requests runs along rows; and
-        #: of all requests together, [k_max].
-        self._successes = np.zeros((k_max, 0))
-        self._trials = np.zeros((k_max, 0))
-        self._shared_successes = np.zeros(k_max)
-        self._shared_trials = np.zeros(k_max)
+        #: Discounted successes and trials, [2, k_max, slots], so that what is done for all requests runs along rows;
+        #: and of all requests together, [2, k_max].
+        self._counts = np.zeros((2, k_max, 0))
+        self._shared_counts = np.zeros((2, k_max))
         self._positions = np.arange(k_max)[:, None]
-        #: The requests asked for last, their slots, and what is predicted of them until something is learned: a step
-        #: asks for the same ones when it trims, when it plans, and when it learns.
+        #: The requests asked for last and their slots: a step asks for the same ones when it trims, plans and learns.
         self._last_ids: list[Hashable] = []
         self._last_slots = np.zeros(0, np.int64)
+        #: What is known and predicted of these until something is learned.
+        self._last_known: _Known | None = None
         self._last_survival: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -90,7 +103,8 @@ class AcceptanceModel:
             slots = self._slots
             found = np.array([slots[rid] if rid in slots else self._add(rid) for rid in ids], np.int64)
             found.flags.writeable = False
-            self._last_ids, self._last_slots, self._last_survival = ids, found, None
+            self._last_ids, self._last_slots = ids, found
+            self._last_known = self._last_survival = None
         return self._last_slots
 
     def keep_only(self, request_ids: frozenset[Hashable] | set[Hashable] | dict[Hashable, object]) -> None:
@@ -104,7 +118,8 @@ class AcceptanceModel:
         slot = self._slots.pop(request_id, None)
         if slot is not None:
             self._free.append(slot)
-            self._last_ids, self._last_slots, self._last_survival = [], np.zeros(0, np.int64), None
+            self._last_ids, self._last_slots = [], np.zeros(0, np.int64)
+            self._last_known = self._last_survival = None
 
     def observe(self, slots: np.ndarray, drafted: np.ndarray, accepted: np.ndarray) -> None:
         """Learn from one verified step.
@@ -114,29 +129,28 @@ class AcceptanceModel:
         """
         if not len(slots):
             return
-        if (accepted > drafted).any() or (drafted > self.k_max).any() or (accepted < 0).any():
+        if (accepted > drafted).any() or drafted.max() > self.k_max or accepted.min() < 0:
             raise ValueError(f"accepted {accepted.tolist()} of drafted {drafted.tolist()} with k_max {self.k_max}")
-        first = drafted > 0
-        if self._change.observe(self.predict_first(slots)[first], accepted[first] > 0):
+        first, passed, expected = drafted > 0, accepted > 0, self.predict_first(slots)
+        if not first.all():
+            expected, passed = expected[first], passed[first]
+        if self._change.observe(expected, passed):
             self._forget_outcomes()
-        self._last_survival = None
-        succeeded = self._positions < accepted
-        tried = self._positions < np.minimum(accepted + 1, drafted)
-        memory = np.where(first, self._request_memory, self._idle_memory)
-        successes, trials = self._successes.take(slots, axis=1), self._trials.take(slots, axis=1)
-        successes *= memory
-        successes += succeeded
-        trials *= memory
-        trials += tried
-        self._successes[:, slots] = successes
-        self._trials[:, slots] = trials
-        num_tried = np.count_nonzero(tried, axis=1)
+        # Drafts that succeeded and drafts that were tried, as numbers of positions; then position by position.
+        reached = np.array([accepted, np.minimum(accepted + 1, drafted)])
+        outcomes = self._positions < reached[:, None, :]
+        counts = self._find_known(slots).counts
+        counts *= np.where(first, self._request_memory, self._idle_memory)
+        counts += outcomes
+        self._counts[:, :, slots] = counts
+        totals = np.count_nonzero(outcomes, axis=2)
         # What is known of a position that nobody tried fades slowly: it is tried again some time.
-        memory = np.where(num_tried > 0, self._shared_memory, self._untried_memory)
-        self._shared_successes = self._shared_successes * memory + np.count_nonzero(succeeded, axis=1) / len(slots)
-        self._shared_trials = self._shared_trials * memory + num_tried / len(slots)
-        if num_tried[0]:
-            self._learn_spread(successes, trials)
+        self._shared_counts *= np.where(totals[1] > 0, self._shared_memory, self._untried_memory)
+        self._shared_counts += totals / len(slots)
+        known = self._summarize(counts)
+        self._last_known, self._last_survival = known if slots is self._last_slots else None, None
+        if totals[1, 0]:
+            self._learn_spread(known)
 
     def predict_survival(self, slots: np.ndarray) -> np.ndarray:
         """P(the first j drafts are all accepted), j = 1..k_max: float64 [n, k_max], falling along j.
@@ -159,62 +173,61 @@ class AcceptanceModel:
 
     def _predict_hazards(self, slots: np.ndarray) -> np.ndarray:
         """P(j accepted | j-1 accepted): float64 [k_max, n]."""
-        shared, pooled = self._predict_shared()
-        hazards, trials = self._successes.take(slots, axis=1), self._trials.take(slots, axis=1)
+        (successes, trials), succeeded, expected, shared, pooled = self._find_known(slots)
         # A beta distribution with this variance has seen so many trials.
         strength = min(max(pooled * (1 - pooled) / max(self._spread, 1e-9), STRENGTHS[0]), STRENGTHS[1])
         # What a request does over all its positions, against what all requests do at the same positions.
-        factor = (np.add.reduce(hazards, axis=0) + strength * pooled) / (shared @ trials + strength * pooled)
-        prior = shared[:, None] * factor
-        np.minimum(prior, HIGHEST, out=prior)
-        prior *= strength
-        hazards += prior
-        trials += strength
-        hazards /= trials
+        factor = (succeeded + strength * pooled) / (expected + strength * pooled)
+        hazards = shared[:, None] * factor
+        np.minimum(hazards, HIGHEST, out=hazards)
+        hazards *= strength
+        hazards += successes
+        hazards /= trials + strength
         return np.clip(hazards, LOWEST, HIGHEST, out=hazards)
+
+    def _find_known(self, slots: np.ndarray) -> _Known:
+        if slots is not self._last_slots:
+            return self._summarize(self._counts.take(slots, axis=2))
+        if self._last_known is None:
+            self._last_known = self._summarize(self._counts.take(slots, axis=2))
+        return self._last_known
+
+    def _summarize(self, counts: np.ndarray) -> _Known:
+        """counts: float64 [2, k_max, n]."""
+        strength = self._shared_strength
+        successes, trials = self._shared_counts
+        total_successes, total_trials = np.add.reduce(self._shared_counts, axis=1).tolist()
+        pooled = (total_successes + self._initial) / (total_trials + 1.0)
+        shared = (successes + strength * pooled) / (trials + strength)
+        return _Known(counts, np.add.reduce(counts[0], axis=0), shared @ counts[1], shared, pooled)
 
     def _forget_outcomes(self) -> None:
         """Keep what was learned as a guess: another text, another load, and none of it holds."""
-        kept = min(1.0, TRIALS_AFTER_CHANGE / max(float(self._shared_trials.max()), 1e-9))
-        self._shared_successes *= kept
-        self._shared_trials *= kept
-        kept = min(1.0, TRIALS_AFTER_CHANGE / max(float(self._trials.max()), 1e-9))
-        self._successes *= kept
-        self._trials *= kept
+        for counts in (self._shared_counts, self._counts):
+            counts *= min(1.0, TRIALS_AFTER_CHANGE / max(float(counts[1].max()), 1e-9))
+        self._last_known = self._last_survival = None
 
-    def _predict_shared(self) -> tuple[np.ndarray, float]:
-        """(chance at each position [k_max], chance over all positions) of an average request."""
-        strength = self._shared_strength
-        total = self._shared_trials.sum()
-        pooled = (self._shared_successes.sum() + self._initial) / (total + 1.0)
-        shared = (self._shared_successes + strength * pooled) / (self._shared_trials + strength)
-        return shared, float(pooled)
-
-    def _learn_spread(self, successes: np.ndarray, trials: np.ndarray) -> None:
-        """Method of moments: how far requests are from the chance of all, less what luck alone accounts for.
-
-        successes, trials: counts of the requests of a step, [k_max, n].
-        """
-        total = np.add.reduce(trials, axis=0)
-        known = total > 2.0
-        if not known.any():
-            return
-        shared, _ = self._predict_shared()
-        total = total[known]
-        expected = (shared @ trials)[known] / total
-        rate = np.add.reduce(successes, axis=0)[known] / total
+    def _learn_spread(self, known: _Known) -> None:
+        """Method of moments: how far requests are from the chance of all, less what luck alone accounts for."""
+        total, succeeded, expected = np.add.reduce(known.counts[1], axis=0), known.succeeded, known.expected
+        enough = total > 2.0
+        if not enough.all():
+            if not enough.any():
+                return
+            total, succeeded, expected = total[enough], succeeded[enough], expected[enough]
+        expected = expected / total
         # Discounted trials: a sum of weights w has the variance of sum(w)^2 / sum(w^2) trials of weight one.
         noise = expected * (1 - expected) / (total * (1 + self._request_memory))
-        self._spread += SPREAD_RATE * (float(((rate - expected) ** 2 - noise).mean()) - self._spread)
+        surplus = np.square(succeeded / total - expected) - noise
+        self._spread += SPREAD_RATE * (float(np.add.reduce(surplus)) / len(surplus) - self._spread)
 
     def _add(self, request_id: Hashable) -> int:
         if not self._free:
-            size = self._trials.shape[1]
-            self._free = list(range(size + max(16, size) - 1, size - 1, -1))
-            grown = np.zeros((self.k_max, max(16, size)))
-            self._successes = np.concatenate([self._successes, grown], axis=1)
-            self._trials = np.concatenate([self._trials, grown], axis=1)
+            size = self._counts.shape[2]
+            more = max(16, size)
+            self._free = list(range(size + more - 1, size - 1, -1))
+            self._counts = np.concatenate([self._counts, np.zeros((2, self.k_max, more))], axis=2)
         slot = self._free.pop()
         self._slots[request_id] = slot
-        self._successes[:, slot] = self._trials[:, slot] = 0.0
+        self._counts[:, :, slot] = 0.0
         return slot

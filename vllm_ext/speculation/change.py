@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 #: Requests of a batch that count as independent witnesses at most: their estimates share what is wrong with them.
@@ -36,8 +38,9 @@ class ChangeDetector:
         count = len(expected)
         if not count:
             return False
-        variance = float((expected * (1 - expected)).mean()) / min(count, MOST_WITNESSES)
-        surprise = float(succeeded.mean() - expected.mean()) / np.sqrt(max(variance, 1e-6))
+        total = float(np.add.reduce(expected))
+        variance = (total - float(expected @ expected)) / count / min(count, MOST_WITNESSES)
+        surprise = (int(np.count_nonzero(succeeded)) - total) / count / math.sqrt(max(variance, 1e-6))
         surprise = min(max(surprise, -LARGEST_SURPRISE), LARGEST_SURPRISE)
         self._above = max(0.0, self._above + surprise - self._reference)
         self._below = max(0.0, self._below - surprise - self._reference)

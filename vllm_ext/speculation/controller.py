@@ -9,7 +9,14 @@ from typing import NamedTuple
 import numpy as np
 
 from vllm_ext.speculation.acceptance import AcceptanceModel
-from vllm_ext.speculation.goodput import Choice, DraftCost, choose_lengths, choose_padded, choose_uniform
+from vllm_ext.speculation.goodput import (
+    Choice,
+    DraftCost,
+    choose_lengths,
+    choose_padded,
+    choose_uniform,
+    value_drafts,
+)
 from vllm_ext.speculation.step_time import StepFeatures, StepTimeModel
 
 #: Steps between two probes while nothing is speculated: at first, wanted while probes tell nothing new, at most, and
@@ -35,6 +42,16 @@ class Batch(NamedTuple):
     request_ids: Sequence[Hashable]
     tokens: int
     context_tokens: int
+
+
+class _Outlook(NamedTuple):
+    """What is believed of a batch's drafts: chances [n, k_max], the policy's weights, and `value_drafts` of both (None
+    where all lengths are the same)."""
+
+    batch: Batch
+    survival: np.ndarray
+    weights: np.ndarray | None
+    values: np.ndarray | None
 
 
 class Decision(NamedTuple):
@@ -95,31 +112,25 @@ class GoodputController:
         self._steps = 0
         self._last_passes = 0
         self._policy = policy
-        #: Slots and weights of the requests that were trimmed, until the next step of them is planned.
-        self._weighed: tuple[np.ndarray, np.ndarray] | None = None
+        #: What was trimmed, and what would be drafted next for the same batch: until that is planned.
+        self._prepared: tuple[_Outlook, Choice] | None = None
 
     def plan_drafts(self, batch: Batch, caps: np.ndarray | None = None) -> Decision:
         """Draft lengths for the next step of these requests. caps: int [n], the longest allowed; None for k_max."""
-        slots = self.acceptance.find_slots(batch.request_ids)
-        survival = self.acceptance.predict_survival(slots)
-        caps = np.full(len(slots), self.k_max) if caps is None else np.minimum(caps, self.k_max)
-        weights = self._weigh(batch, slots)
-        self._weighed = None
-        cost = self._describe_cost(batch)
-        caps = np.minimum(caps, self._limit_unknown())
-        choice = self._choose(survival, caps, cost, weights, batch)
-        if int(choice.lengths.max(initial=0)) > 0:
+        outlook, choice, limits = self._find_choice(batch, caps)
+        self._prepared = None
+        if passes := int(choice.lengths.max(initial=0)):
             self._since_draft = 0
             self._probe_interval = self._probe_every
-            self._last_passes = int(choice.lengths.max())
-            lengths = choice.lengths if self._uniform is not None else self._explore(choice.lengths, caps)
+            self._last_passes = passes
+            lengths = choice.lengths if self._uniform is not None else self._explore(choice.lengths, limits)
             return Decision(lengths, choice.tokens, choice.milliseconds, False)
         self._last_passes = 0
         self._since_draft += 1
-        if self._since_draft >= self._probe_interval and caps.max(initial=0) > 0:
-            self._since_draft = 0
-            lengths = self._make_probe(caps, cost)
-            tokens = choice.tokens + float((survival * (np.arange(self.k_max) < lengths[:, None])).sum())
+        if self._since_draft >= self._probe_interval and np.max(limits, initial=0) > 0:
+            self._since_draft, cost = 0, self._describe_cost(batch)
+            lengths = self._make_probe(np.broadcast_to(limits, choice.lengths.shape), cost)
+            tokens = choice.tokens + float((outlook.survival * (np.arange(self.k_max) < lengths[:, None])).sum())
             time = cost.fixed + cost.per_token * int(lengths.sum()) + cost.per_pass * int(lengths.max())
             # Less often while that changes nothing, and never for more than their share of the time.
             longest = (time / cost.fixed - 1) / PROBE_SHARE
@@ -132,15 +143,14 @@ class GoodputController:
         """How many of each request's drafts to verify, int64 [n], at most `drafted`. A probe is verified whole."""
         if is_probe or not len(drafted):
             return drafted
-        slots = self.acceptance.find_slots(batch.request_ids)
-        features = StepFeatures(batch.tokens, batch.context_tokens, len(slots), 0, 0)
-        cost = self.step_time.describe_cost(features)
-        # Only the forward pass is still to be paid.
-        paid = DraftCost(cost.fixed, self.step_time.coefficients["tokens"], 0.0)
-        weights = self._weigh(batch, slots)
-        if weights is not None:
-            self._weighed = (slots, weights)
-        return choose_lengths(self.acceptance.predict_survival(slots), drafted, paid, weights).lengths
+        outlook = self._look_ahead(batch)
+        features = StepFeatures(batch.tokens, batch.context_tokens, len(drafted), 0, 0)
+        cost = self.step_time.describe_verification(features)
+        lengths = choose_lengths(outlook.survival, drafted, cost, outlook.weights, outlook.values).lengths
+        # Most often the next step is planned for the same batch. Here everything that takes is in the processor's
+        # caches; after vLLM's scheduling it takes three times as long.
+        self._prepared = (outlook, self._choose(outlook, self._limit_unknown()))
+        return lengths
 
     def observe(
         self,
@@ -155,9 +165,9 @@ class GoodputController:
         drafted, accepted: int [n], verified and accepted drafts of each request. features, milliseconds: of the whole
         step; None where its time is not known.
         """
+        self._prepared = None
         slots = self.acceptance.find_slots(request_ids)
-        tried = drafted > 0
-        if self._last_passes == 0 and tried.any():
+        if self._last_passes == 0 and (tried := drafted > 0).any():
             # A probe. More success than expected is a change: look again soon, until it is what is expected.
             expected = float(self.acceptance.predict_first(slots[tried]).sum())
             if int((accepted > 0).sum()) > expected + 0.4 * np.sqrt(tried.sum()):
@@ -170,11 +180,25 @@ class GoodputController:
         """Drop every request that is not among the running ones."""
         self.acceptance.keep_only(running)  # type: ignore[arg-type]
 
-    def _weigh(self, batch: Batch, slots: np.ndarray) -> np.ndarray | None:
-        """The policy's weights, asked for once a step where the same requests are trimmed and planned for."""
-        if self._weighed is not None and self._weighed[0] is slots:
-            return self._weighed[1]
-        return None if self._policy is None else self._policy(batch.request_ids)
+    def _look_ahead(self, batch: Batch) -> _Outlook:
+        survival = self._predict(batch)
+        weights = None if self._policy is None else self._policy(batch.request_ids)
+        return _Outlook(batch, survival, weights, value_drafts(survival, weights) if self._uniform is None else None)
+
+    def _predict(self, batch: Batch) -> np.ndarray:
+        return self.acceptance.predict_survival(self.acceptance.find_slots(batch.request_ids))
+
+    def _find_choice(self, batch: Batch, caps: np.ndarray | None) -> tuple[_Outlook, Choice, np.ndarray | int]:
+        """What the next step should draft, and the longest drafts that were allowed."""
+        most = self._limit_unknown()
+        if caps is None and self._prepared is not None:
+            outlook, choice = self._prepared
+            # The same array: the same requests, of whom nothing was learned since.
+            if outlook.survival is self._predict(batch) and outlook.batch[1:] == batch[1:]:
+                return outlook, choice, most
+        limits = most if caps is None else np.minimum(caps, most)
+        outlook = self._look_ahead(batch)
+        return outlook, self._choose(outlook, limits), limits
 
     def _limit_unknown(self) -> int:
         """Short drafts until a few steps have been measured: on a compute-bound machine long ones cost most there."""
@@ -188,17 +212,16 @@ class GoodputController:
         cost = self.step_time.describe_cost(features)
         return DraftCost(cost.fixed, cost.per_token, cost.per_pass * self._passes_per_draft)
 
-    def _choose(
-        self, survival: np.ndarray, caps: np.ndarray, cost: DraftCost, weights: np.ndarray | None, batch: Batch
-    ) -> Choice:
-        count = len(survival)
+    def _choose(self, outlook: _Outlook, caps: np.ndarray | int) -> Choice:
+        batch, survival, weights, values = outlook
+        cost = self._describe_cost(batch)
         if self._uniform is None and self._graph_sizes:
             padding = self.step_time.coefficients["tokens"]
-            return choose_padded(survival, caps, cost, padding, batch.tokens, self._graph_sizes, weights)
+            return choose_padded(survival, caps, cost, padding, batch.tokens, self._graph_sizes, weights, values)
         if self._uniform is None:
-            return choose_lengths(survival, caps, cost, weights)
-        allowed = [length for length in self._uniform if length <= int(caps.min(initial=self.k_max))]
-        costs = [cost.fixed + length * (cost.per_token * count + cost.per_pass) for length in allowed]
+            return choose_lengths(survival, caps, cost, weights, values)
+        allowed = [length for length in self._uniform if length <= np.min(caps, initial=self.k_max)]
+        costs = [cost.fixed + length * (cost.per_token * len(survival) + cost.per_pass) for length in allowed]
         # Graphs make a change of length cheap, but following noise is not free either.
         costs = [
             time / HYSTERESIS if length == self._last_passes else time
@@ -206,7 +229,7 @@ class GoodputController:
         ]
         return choose_uniform(survival, allowed, costs, weights)
 
-    def _explore(self, lengths: np.ndarray, caps: np.ndarray) -> np.ndarray:
+    def _explore(self, lengths: np.ndarray, caps: np.ndarray | int) -> np.ndarray:
         self._steps += 1
         every = EXPLORE_EVERY if self._steps < EXPLORE_AT_FIRST else EXPLORE_SELDOM
         if self._steps % every:

@@ -18,14 +18,14 @@ same as tokens over time.
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-#: (numbers of drafts, float64 without fractions; passes) -> milliseconds of the step.
-_MeasureTimes = Callable[[np.ndarray, int], np.ndarray]
+#: (number of drafts or float64 of them, passes) -> milliseconds of the step, as many.
+_MeasureTimes = Callable[[Any, int], Any]
 
 
 class DraftCost(NamedTuple):
@@ -50,13 +50,36 @@ class Choice(NamedTuple):
         return self.tokens / self.milliseconds
 
 
+def value_drafts(survival: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """What each draft adds to the objective's first sum, float64 [k_max, n]: the same for any costs and caps.
+
+    survival, weights: as in `choose_lengths`. Values fall along k_max, so the best drafts are prefixes.
+    """
+    # Positions first: sums along a draft are then sums of whole rows.
+    survival = survival.T
+    values = np.empty(survival.shape)
+    values[0] = 1.0
+    for place in range(1, len(values)):
+        np.add(values[place - 1], survival[place - 1], out=values[place])
+    np.divide(survival, values, out=values)
+    np.log1p(values, out=values)
+    if weights is not None:
+        values *= weights
+    return values
+
+
 def choose_lengths(
-    survival: np.ndarray, caps: np.ndarray, cost: DraftCost, weights: np.ndarray | None = None
+    survival: np.ndarray,
+    caps: np.ndarray | int,
+    cost: DraftCost,
+    weights: np.ndarray | None = None,
+    values: np.ndarray | None = None,
 ) -> Choice:
     """The best length for every request, exactly.
 
-    survival: float64 [n, k_max], falling along k_max. caps: int [n], the longest draft of each request. weights:
-    float64 [n], what progress of each request is worth; None for 1.
+    survival: float64 [n, k_max], falling along k_max. caps: int [n], the longest draft of each request, or one for all.
+    weights: float64 [n], what progress of each request is worth; None for 1. values: `value_drafts` of both, where the
+    caller has them.
     Raises ValueError for a fixed cost that is not positive, or negative costs.
 
     Source: SmartSpec (arXiv:2406.14066, section 4) tries every length for the whole batch until tokens over time fall.
@@ -64,20 +87,21 @@ def choose_lengths(
     number of them is tried.
     """
 
-    def measure(drafts: np.ndarray, passes: int) -> np.ndarray:
+    def measure(drafts: Any, passes: int) -> Any:
         return (cost.fixed + cost.per_pass * passes) + cost.per_token * drafts
 
-    return _choose(survival, caps, cost, weights, measure, cost.per_token)
+    return _choose(survival, caps, cost, weights, values, measure, cost.per_token)
 
 
 def choose_padded(
     survival: np.ndarray,
-    caps: np.ndarray,
+    caps: np.ndarray | int,
     cost: DraftCost,
     padding: float,
     base_tokens: int,
     sizes: Sequence[int],
     weights: np.ndarray | None = None,
+    values: np.ndarray | None = None,
 ) -> Choice:
     """The best lengths where a forward pass costs as much as the next of `sizes` tokens, as captured CUDA graphs do.
 
@@ -86,15 +110,15 @@ def choose_padded(
     """
     ladder = np.array(sorted(sizes), np.int64)
     if not len(ladder) or ladder[-1] < base_tokens:
-        return choose_lengths(survival, caps, cost, weights)
+        return choose_lengths(survival, caps, cost, weights, values)
 
-    def measure(drafts: np.ndarray, passes: int) -> np.ndarray:
+    def measure(drafts: Any, passes: int) -> Any:
         tokens = base_tokens + drafts
         padded = np.maximum(ladder[np.minimum(np.searchsorted(ladder, tokens), len(ladder) - 1)], tokens)
         padded_time = padding * (padded - base_tokens) + (cost.per_token - padding) * drafts
         return cost.fixed + padded_time + cost.per_pass * passes
 
-    return _choose(survival, caps, cost, weights, measure, max(cost.per_token - padding, 0.0))
+    return _choose(survival, caps, cost, weights, values, measure, max(cost.per_token - padding, 0.0))
 
 
 def choose_uniform(
@@ -122,9 +146,10 @@ def choose_uniform(
 
 def _choose(
     survival: np.ndarray,
-    caps: np.ndarray,
+    caps: np.ndarray | int,
     cost: DraftCost,
     weights: np.ndarray | None,
+    values: np.ndarray | None,
     measure: _MeasureTimes,
     slope: float,
 ) -> Choice:
@@ -132,42 +157,45 @@ def _choose(
     if not cost.fixed > 0 or cost.per_token < 0 or cost.per_pass < 0:
         raise ValueError(f"times must be positive, got {cost}")
     num_requests, k_max = survival.shape
-    total = float(num_requests if weights is None else weights.sum())
-    # Positions first: sums along a draft are then sums of whole rows.
-    survival = np.ascontiguousarray(survival.T)
-    if (caps < k_max).any():
-        survival = np.where(np.arange(k_max)[:, None] < caps, survival, 0.0)
-    made = survival.copy()
-    for shorter, longer in itertools.pairwise(made):
-        longer += shorter
-    # What each draft adds to its request's logarithm; falls along a draft, so the best drafts are prefixes.
-    value = np.log1p(survival / (1.0 + made - survival))
-    if weights is not None:
-        value *= weights
+    total = float(num_requests if weights is None else np.add.reduce(weights))
+    if values is None:
+        values = value_drafts(survival, weights)
+    if not isinstance(caps, int) or caps < k_max:
+        values = np.where(np.arange(k_max)[:, None] < caps, values, 0.0)
     # Without passes to pay for, more positions to choose from are never worse.
     candidates = range(1, k_max + 1) if cost.per_pass else (k_max,)
-    counts = np.arange(value.size + 1, dtype=np.float64)
     # (objective, passes, drafts, the least valuable of them)
-    best = (-total * float(np.log(measure(counts[:1], 0)[0])), 0, 0, 0.0)
+    best = (-total * float(np.log(measure(0.0, 0))), 0, 0, 0.0)
     for passes in candidates:
-        order = np.sort(value[:passes], axis=None)
-        # Of s milliseconds in t the logarithm of time grows by s / t or more: what is worth less is never taken.
-        price = total * slope / float(measure(counts[order.size : order.size + 1], passes)[0])
-        worthy = order.size - int(order.searchsorted(price, side="right"))
-        if worthy:
-            order = order[: -worthy - 1 : -1]
-            progress = np.add.accumulate(order)
-            progress -= total * np.log(measure(counts[1 : worthy + 1], passes))
-            last = int(progress.argmax())
-            best = max(best, (float(progress[last]), passes, last + 1, float(order[last])))
+        best = max(best, _choose_count(values[:passes], total, measure, slope))
     _, passes, count, threshold = best
     if not count:
-        return Choice(np.zeros(num_requests, np.int64), float(num_requests), float(measure(counts[:1], 0)[0]))
-    taken = value[:passes] >= threshold
+        return Choice(np.zeros(num_requests, np.int64), float(num_requests), float(measure(0.0, 0)))
+    values = values[:passes]
+    taken = values >= threshold
     surplus = int(np.count_nonzero(taken)) - count
     if surplus:
         # Of drafts worth the same, earlier positions.
-        taken.ravel()[np.flatnonzero(value[:passes] == threshold)[-surplus:]] = False
+        taken.ravel()[np.flatnonzero(values == threshold)[-surplus:]] = False
     lengths = np.add.reduce(taken, axis=0, dtype=np.int64)
-    tokens = num_requests + float(survival[:passes].ravel() @ taken.ravel())
-    return Choice(lengths, tokens, float(measure(counts[count : count + 1], passes)[0]))
+    tokens = num_requests + float(survival.T[:passes].ravel() @ taken.ravel())
+    return Choice(lengths, tokens, float(measure(float(count), passes)))
+
+
+def _choose_count(
+    values: np.ndarray, total: float, measure: _MeasureTimes, slope: float
+) -> tuple[float, int, int, float]:
+    """(objective, passes, drafts, the least valuable of them) for the best number of drafts, at least one, out of
+    values [passes, n]; an objective of -inf where none is worth its time."""
+    passes, order = len(values), np.sort(values, axis=None)
+    # Of s milliseconds in t the logarithm of time grows by s / t or more: what is worth less is never taken.
+    price = total * slope / float(measure(float(order.size), passes))
+    worthy = order.size - int(order.searchsorted(price, side="right"))
+    if not worthy:
+        return -math.inf, passes, 0, 0.0
+    order = order[: -worthy - 1 : -1]
+    times = measure(np.arange(1.0, worthy + 1), passes)
+    progress = np.add.accumulate(order)
+    progress -= total * np.log(times, out=times)
+    last = int(progress.argmax())
+    return float(progress[last]), passes, last + 1, float(order[last])

@@ -23,22 +23,21 @@ def weigh_priorities(priorities: np.ndarray) -> np.ndarray:
     return np.maximum(0.5 ** levels.astype(np.float64), 1 / MOST_WEIGHT)
 
 
-def weigh_deadlines(
-    milliseconds_left: np.ndarray, tokens_left: np.ndarray, milliseconds_per_token: np.ndarray
-) -> np.ndarray:
+def weigh_deadlines(seconds_left: np.ndarray, tokens_left: np.ndarray, seconds_per_token: np.ndarray) -> np.ndarray:
     """How many times faster than now a request must become to be in time, float64 [n], 1 to MOST_WEIGHT.
 
-    milliseconds_left: float [n], infinite without a deadline. tokens_left: float [n], the most that it may still put
-    out. milliseconds_per_token: float [n], measured; 0 where nothing was measured yet. A request that is on time weighs
-    1, and so does one that is past its deadline: what is late anyway takes nothing from those that can be in time.
+    seconds_left: float [n], infinite without a deadline. tokens_left: float [n], the most that it may still put out.
+    seconds_per_token: float [n], measured; 0 where nothing was measured yet. A request that is on time weighs 1, and so
+    does one that is past its deadline: what is late anyway takes nothing from those that can be in time.
     """
-    in_time = milliseconds_left > 0
-    needed = tokens_left * milliseconds_per_token / np.maximum(milliseconds_left, 1e-3)
-    return np.where(in_time, np.clip(needed, 1.0, MOST_WEIGHT), 1.0)
+    needed = tokens_left * seconds_per_token
+    needed /= np.maximum(seconds_left, 1e-6)
+    np.clip(needed, 1.0, MOST_WEIGHT, out=needed)
+    return np.where(seconds_left > 0, needed, 1.0)
 
 
 def normalize(weights: np.ndarray) -> np.ndarray:
     """Weights of mean 1; equal ones become exactly 1."""
     if (weights == weights[:1]).all():
         return np.ones(len(weights))
-    return weights * (len(weights) / weights.sum())
+    return weights * (len(weights) / np.add.reduce(weights))

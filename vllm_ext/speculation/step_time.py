@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import json
+import operator
+import statistics
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +18,10 @@ from vllm_ext.speculation.goodput import DraftCost
 
 #: Steps of a new engine that are not representative: kernels compile, caches fill.
 WARMUP_STEPS = 8
+#: Steps before the first fit.
+FIRST_FIT = 8
+#: Milliseconds that no step is shorter than.
+SHORTEST = 1e-3
 #: A step this many times longer than predicted is a spike (a compilation, a pause of the machine) ...
 SPIKE = 3.0
 #: ... unless so many of the last ones are: then steps have become longer.
@@ -72,11 +79,16 @@ class StepTimeModel:
         if unknown or min(values.values()) < 0:
             raise ValueError(f"step times {values} must be non-negative milliseconds by {', '.join(COEFFICIENTS)}")
         self._prior = np.array([values[name] for name in COEFFICIENTS]) * _SCALES
-        self._scaled = self._prior.copy()
+        self._scaled = self._prior
+        #: Milliseconds per unit, in plain numbers: every step asks for a few, and arrays of six cost more to begin than
+        #: to compute.
+        self._plain: list[float] = (self._scaled / _SCALES).tolist()
         self._window, self._refit_every, self._ridge = window, refit_every, ridge
         self._rows = np.zeros((window, len(COEFFICIENTS)))
         self._times = np.zeros(window)
         self._count = 0
+        #: Measured over predicted times of the latest steps: spikes are judged against what is missed everywhere.
+        self._ratios: deque[float] = deque(maxlen=min(RECENT_STEPS, window))
         #: Whether the prior was measured, here or by an earlier engine, rather than guessed.
         self.is_prior_measured = prior is not None
         #: Steps before this one are forgotten.
@@ -92,63 +104,64 @@ class StepTimeModel:
     @property
     def coefficients(self) -> dict[str, float]:
         """Milliseconds by name."""
-        return dict(zip(COEFFICIENTS, (self._scaled / _SCALES).tolist(), strict=True))
+        return dict(zip(COEFFICIENTS, self._plain, strict=True))
 
     def predict(self, features: StepFeatures) -> float:
         """Milliseconds of a step."""
-        return max(1e-3, float(self._scaled[0] + self._scaled[1:] @ (np.array(features) / _SCALES[1:])))
+        step, *each = self._plain
+        return max(SHORTEST, step + sum(map(operator.mul, each, features)))
 
     def describe_cost(self, features: StepFeatures) -> DraftCost:
         """What drafts add to a step without any (`features`): for `goodput.choose_lengths`."""
-        _, token, _, _, each_pass, draft = (self._scaled / _SCALES).tolist()
+        _, token, _, _, each_pass, draft = self._plain
         return DraftCost(self.predict(features), token + draft, each_pass)
+
+    def describe_verification(self, features: StepFeatures) -> DraftCost:
+        """As `describe_cost` where the drafts are made already and only the forward pass is still to be paid."""
+        return DraftCost(self.predict(features), self._plain[1], 0.0)
 
     def observe(self, features: StepFeatures, milliseconds: float) -> None:
         """Learn from one measured step; spikes and the first steps are left out."""
         self._seen += 1
         if self._seen <= WARMUP_STEPS or not milliseconds > 0:
             return
-        if self._count >= 8 and milliseconds > SPIKE * self._typical_ratio() * self.predict(features):
+        ratio = milliseconds / self.predict(features)
+        if self._count >= FIRST_FIT and ratio > SPIKE * statistics.median(self._ratios):
             self._spikes += 1
             if self._spikes < SPIKES_IN_A_ROW:
                 return
         else:
             self._spikes = 0
         index = self._count % self._window
-        self._rows[index, 0] = 1.0
-        self._rows[index, 1:] = np.array(features) / _SCALES[1:]
+        self._rows[index] = (1.0, *features)
         self._times[index] = milliseconds
+        self._ratios.append(ratio)
         self._count += 1
-        if self._count % self._refit_every == 0 or self._count == 8:
+        if self._count % self._refit_every == 0 or self._count == FIRST_FIT:
             self._fit()
 
-    def _typical_ratio(self) -> float:
-        """Median of measured / predicted: spikes are judged against what the model misses everywhere."""
-        rows = self._select(RECENT_STEPS)
-        return _find_median(self._times[rows] / np.maximum(self._rows[rows] @ self._scaled, 1e-3))
-
     def _fit(self) -> None:
-        if not 1 / CHANGE < self._typical_ratio() < CHANGE:
+        if not 1 / CHANGE < statistics.median(self._ratios) < CHANGE:
             self._first = max(self._first, self._count - RECENT_STEPS)
-        used = self._select(self._window)
-        rows, times = self._rows[used], self._times[used]
+        used = np.arange(max(self._first, self._count - self._window), self._count) % self._window
+        rows, times = self._rows[used] / _SCALES, self._times[used]
+        # The prior's shape counts, not its size: a machine ten times slower is so in everything first.
+        typical = _find_median(times)
+        prior = self._prior * typical / _find_median(rows @ self._prior)
         # Relative errors: a step that takes twice as long may be off by twice as much.
-        weight = 1.0 / np.maximum(times, 1e-3)
+        weight = 1.0 / np.maximum(times, SHORTEST)
         for _ in range(2):
-            self._scaled = self._solve(rows * weight[:, None], times * weight, float(np.median(times)))
+            self._scaled = self._solve(rows * weight[:, None], times * weight, prior, typical)
             # One round of Huber's weights: what is left of the spikes counts less.
             error = np.abs(rows @ self._scaled - times) / times
-            limit = 2.5 * max(float(np.median(error)), 1e-3)
-            weight = np.sqrt(np.minimum(1.0, limit / np.maximum(error, 1e-9))) / np.maximum(times, 1e-3)
+            limit = 2.5 * max(_find_median(error), 1e-3)
+            weight = np.sqrt(np.minimum(1.0, limit / np.maximum(error, 1e-9))) / np.maximum(times, SHORTEST)
+        self._plain = (self._scaled / _SCALES).tolist()
+        recent = slice(-len(self._ratios), None)
+        self._ratios.extend((times[recent] / np.maximum(rows[recent] @ self._scaled, SHORTEST)).tolist())
 
-    def _select(self, count: int) -> np.ndarray:
-        """Rows of the latest steps that are not forgotten, at most `count`."""
-        return np.arange(max(self._first, self._count - min(count, self._window)), self._count) % self._window
-
-    def _solve(self, rows: np.ndarray, times: np.ndarray, typical: float) -> np.ndarray:
-        # The prior as one row for each coefficient, in units of a typical step, as the measured rows are. Its shape
-        # counts, not its size: a machine ten times slower is so in everything first.
-        prior = self._prior * typical / float(np.median(self._rows[self._select(self._window)] @ self._prior))
+    def _solve(self, rows: np.ndarray, times: np.ndarray, prior: np.ndarray, typical: float) -> np.ndarray:
+        # The prior as one row for each coefficient, in units of a typical step, as the measured rows are.
         # A prior is off by a part of itself, so small coefficients are held in proportion.
         pull = np.sqrt(self._ridge) / np.maximum(prior, SMALLEST_SHARE * typical)
         matrix = np.concatenate([rows, np.diag(pull)])
@@ -159,9 +172,8 @@ class StepTimeModel:
 
 
 def _find_median(values: np.ndarray) -> float:
-    """np.median of a few numbers, in a tenth of its time: every step asks."""
-    ordered, half = np.sort(values), len(values) // 2
-    return float(ordered[half] if len(values) % 2 else (ordered[half - 1] + ordered[half]) / 2)
+    """np.median of a few hundred numbers, in a third of its time."""
+    return statistics.median(values.tolist())
 
 
 #: Names of the coefficients, milliseconds per unit.
