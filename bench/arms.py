@@ -28,6 +28,8 @@ PLUGINS = {"stock": "", "pack": "vllm_ext"}
 PORT_TRIES = 3
 #: Of the server's log in a failed record.
 LOG_LINES = 20
+#: Seeds of warm-up runs lie beyond those of measured ones, so that no prompt is in a prefix cache before its run.
+WARMUP_SEED = 1_000_000
 END_SECONDS = 1.0
 QUANTIZE_LIMIT = 3600.0
 PACK_METRIC = "vllm_ext:"
@@ -98,6 +100,12 @@ class EngineArm:
             except ServerFailed as error:
                 if attempt == PORT_TRIES or not _is_port_taken(error):
                     raise
+
+    def start_warm(self, first_seed: int = 0) -> None:
+        """Start, and make the case's warm-up runs, whose seeds count from this one. Raises as `start` and `run` do."""
+        self.start()
+        for number in range(self.case.warmup):
+            self.run(WARMUP_SEED + first_seed + number)
 
     def stop(self) -> None:
         """Stop the engine and all its processes; without one, nothing happens."""
@@ -204,6 +212,11 @@ def find_model(case: Case, name: str, folder: Path) -> str:
         if done.returncode != 0:
             raise RunFailed(f"vllm-ext quantize ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
     return str(output)
+
+
+def describe_error(error: Exception) -> str:
+    """What the engine or the client said, or the name and text of an exception that nobody expected."""
+    return str(error) if isinstance(error, ServerFailed | RunFailed) else f"{type(error).__name__}: {error}"
 
 
 def _list_models(server: VllmServer) -> str:

@@ -28,10 +28,11 @@ from typing import TYPE_CHECKING, Any
 from bench.case import ARMS, CASES, Case, find_cases, load_cases
 from bench.comparison import compare_arms, find_arm_values, judge_arms, list_metrics
 from bench.records import RESULTS, Record, load_records
-from bench.runner import CaseFailed, CaseRunner
+from bench.runner import CaseRunner
 from bench.statistics import CONFIDENCE, Comparison, Verdict
 from bench.strict import CaseError
 from bench.tables import format_value
+from bench.tuning import CaseFailed
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench.arms import EngineArm, RunResult, find_model
+from bench.arms import EngineArm, RunResult, describe_error, find_model
 from bench.case import ARMS, Case
 from bench.client import RunFailed
 from bench.records import (
@@ -30,27 +29,15 @@ from bench.records import (
     record_path,
     write_record,
 )
-from bench.serve.server import ServerFailed
+from bench.tuning import CaseFailed, median_of, tune_stock
 
-#: Measured runs of each stock setting that is tried, after the warm-up.
-TUNE_RUNS = 3
-#: The two best settings run again, in turns, when the second is within this part of the first: one after the other, so
-#: small a difference may be the machine's.
-TUNE_CLOSE = 0.05
 #: A longer request body is recorded by its digest.
 LONG_BODY = 2000
 #: An arm that could not be started so often ends the case: another five minutes would say the same.
 START_FAILURES = 2
 SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD")
-#: Seeds of runs that are not measured lie beyond those that are, so that no prompt is in a prefix cache before its run.
-WARMUP_SEED = 1_000_000
-TUNE_SEED = 2_000_000
 
 MakeArm = Callable[..., EngineArm]
-
-
-class CaseFailed(RuntimeError):  # noqa: N818 - reads as what happened
-    """The case cannot go on; records of what ran are kept."""
 
 
 @dataclass
@@ -87,7 +74,7 @@ class CaseRunner:
         if kept:
             self.say(f"{self.case.name}: {len(kept)} finished pairs are there already")
         if missing:
-            self._tuning = next(iter(kept.values())).settings["tuning"] if kept else self._tune_stock()
+            self._tuning = next(iter(kept.values())).settings["tuning"] if kept else self._tune()
             with ExitStack() as stack:
                 stack.callback(self._stop_all)
                 for name in ARMS:
@@ -146,9 +133,7 @@ class CaseRunner:
             return None
         began = time.monotonic()
         try:
-            arm.start()
-            for number in range(self.case.warmup):
-                arm.run(WARMUP_SEED + repetition * self.case.warmup + number)
+            arm.start_warm(repetition * self.case.warmup)
         except Exception as error:  # noqa: BLE001 - as in a run; a missing `vllm` command too
             arm.stop()
             reason = describe_error(error)
@@ -159,59 +144,8 @@ class CaseRunner:
         self.say(f"{self.case.name} {name}: started and warm in {time.monotonic() - began:.0f} s")
         return None
 
-    def _tune_stock(self) -> dict[str, Any]:
-        """Try the case's stock settings, and no setting, in short runs; {"args", "metric", "trials"} of the best."""
-        if not self.case.tune:
-            return {"args": [], "metric": None, "trials": []}
-        metric = self.case.tune_metric
-        direction = self.case.metrics[metric].direction
-        settings = ((), *self.case.tune)
-        trials: list[dict[str, Any]] = [
-            {"args": list(extra), "value": None, "values": [], "error": None} for extra in settings
-        ]
-        with ExitStack() as stack:
-            arms = []
-            for number, extra in enumerate(settings):
-                # Each has its own logs.
-                place = self.folder / f"tune-{number}"
-                place.mkdir(exist_ok=True)
-                arms.append(self._make("stock", extra, place))
-                stack.callback(arms[-1].stop)
-            for trial, arm in zip(trials, arms, strict=True):
-                self._try_setting(trial, arm, range(TUNE_RUNS))
-                arm.stop()
-            close = find_close(trials, direction)
-            for number in range(TUNE_RUNS if close else 0):
-                for place_in_turn in close if number % 2 == 0 else close[::-1]:
-                    trial, arm = trials[place_in_turn], arms[place_in_turn]
-                    if trial["error"] is None:
-                        self._try_setting(trial, arm, [TUNE_RUNS + number])
-                        if self.case.servers == "in_turn":
-                            arm.stop()
-        # Those that ran again are judged by the values that they measured in turns.
-        again = [
-            {**trials[number], "value": median_of(trials[number]["values"][TUNE_RUNS:])}
-            for number in close
-            if trials[number]["error"] is None
-        ]
-        return {"args": choose_setting(again or trials, direction), "metric": metric, "trials": trials}
-
-    def _try_setting(self, trial: dict[str, Any], arm: EngineArm, numbers: Iterable[int]) -> None:
-        """Runs of one stock setting, added to its trial; what fails is noted there."""
-        metric = self.case.tune_metric
-        try:
-            if not arm.is_running:
-                arm.start()
-                for number in range(self.case.warmup):
-                    arm.run(WARMUP_SEED + number)
-            for number in numbers:
-                trial["values"].append(arm.run(TUNE_SEED + number).metrics[metric].value)
-            trial["value"] = median_of(trial["values"])
-        except Exception as error:  # noqa: BLE001 - a setting that does not work is one that is not chosen
-            trial |= {"value": None, "error": hide_paths(describe_error(error))}
-            arm.stop()
-        value = "failed" if trial["value"] is None else f"{metric} {trial['value']:.4g}"
-        self.say(f"{self.case.name} stock with {' '.join(trial['args']) or 'no setting'}: {value}")
+    def _tune(self) -> dict[str, Any]:
+        return tune_stock(self.case, lambda extra, place: self._make("stock", extra, place), self.folder, self.say)
 
     def _make(self, name: str, extra_args: Iterable[str], place: Path | None = None) -> EngineArm:
         try:
@@ -365,35 +299,3 @@ def list_passes(results: Iterable[RunResult]) -> dict[str, list[float | None]]:
         for name, metric in result.metrics.items():
             values.setdefault(name, []).append(metric.value)
     return values
-
-
-def describe_error(error: Exception) -> str:
-    """What the engine or the client said, or the name and text of an exception that nobody expected."""
-    return str(error) if isinstance(error, ServerFailed | RunFailed) else f"{type(error).__name__}: {error}"
-
-
-def median_of(values: Iterable[float | None]) -> float | None:
-    """The median of the values that are there; None without any."""
-    found = [value for value in values if value is not None]
-    return statistics.median(found) if found else None
-
-
-def find_close(trials: Sequence[Mapping[str, Any]], direction: str) -> list[int]:
-    """Positions of the two best trials where the second is within `TUNE_CLOSE` of the first; else nothing."""
-    valued = [number for number, trial in enumerate(trials) if trial["value"] is not None]
-    best = sorted(valued, key=lambda number: trials[number]["value"], reverse=direction == "higher")[:2]
-    if len(best) < 2:
-        return []
-    first, second = (trials[number]["value"] for number in best)
-    return best if abs(first - second) <= TUNE_CLOSE * abs(first) else []
-
-
-def choose_setting(trials: Iterable[Mapping[str, Any]], direction: str) -> list[str]:
-    """The args of the best trial; the first of equals. Raises CaseFailed with the last error when none has a value."""
-    every = list(trials)
-    valued = [trial for trial in every if trial["value"] is not None]
-    if not valued:
-        reason = next((trial["error"] for trial in reversed(every) if trial["error"]), "no value was measured")
-        raise CaseFailed(f"no stock setting works: {reason}")
-    choose = min if direction == "lower" else max
-    return list(choose(valued, key=lambda trial: trial["value"])["args"])

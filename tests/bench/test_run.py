@@ -22,9 +22,10 @@ from bench import arms, run, runner
 from bench.arms import EngineArm
 from bench.case import Case, parse_case
 from bench.records import Metric, Record, load_records, record_path
-from bench.runner import CaseFailed, CaseRunner, choose_setting
+from bench.runner import CaseRunner
 from bench.serve import server as server_module
 from bench.serve.server import list_group
+from bench.tuning import CaseFailed, choose_setting
 
 #: An engine that answers as bench.serve.offline does. STAND_IN is JSON: {"folder", and per arm {"cost": seconds,
 #: "dies": "start", or number of its run, "hangs": number of its run}}; it notes what happens in folder/events.
@@ -150,7 +151,7 @@ def states(records: list[Record]) -> dict[str, str]:
 def test_pairs_alternate_and_are_recorded(bench: Bench) -> None:
     bench.set(pack={"cost": 2.0})
     records = bench.make(repetitions=3).run()
-    warm = [f"{arm} {runner.WARMUP_SEED}" for arm in ("stock", "pack")]
+    warm = [f"{arm} {arms.WARMUP_SEED}" for arm in ("stock", "pack")]
     assert bench.events("run") == [*warm, "stock 0", "pack 0", "pack 1", "stock 1", "stock 2", "pack 2"]
     assert [line.split()[:2] for line in bench.events("start")] == [["stock", "none"], ["pack", "vllm_ext"]]
     assert states(records) == {f"{arm}-{n}": "ok" for arm in ("pack", "stock") for n in range(3)}
