@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import shlex
 import shutil
@@ -23,15 +22,16 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from bench.expert_bytes import count_expert_weights, read_mxmoe_metrics
 from bench.quality.perplexity import Tokenizer, load_tokenizer, measure_perplexity
 from bench.serve.server import ServerFailed, VllmServer, read_log_tail
+from bench.steps import Progress, StepFailed
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -43,12 +43,6 @@ PROMPT = "In the beginning God"
 STREAM_PROMPT = "def __init__(self"
 CHAT_MESSAGE = "And Moses said unto the people,"
 MAX_TOKENS = 24
-#: Between two lines about a starting server, where stderr is not a terminal.
-WAIT_LINE_SECONDS = 15.0
-
-WEIGHT_BYTES_METRIC = "vllm_ext:mxmoe_weight_bytes"
-WEIGHT_COUNT_METRIC = "vllm_ext:mxmoe_weight_count"
-
 #: vLLM's compiled mode on a CPU includes Python.h, which Debian ships apart from Python.
 HAS_PYTHON_HEADERS = (Path(sysconfig.get_path("include")) / "Python.h").is_file()
 
@@ -57,10 +51,6 @@ ARMS: dict[str, list[str]] = {"bf16": [], "mxmoe": ["--quantization", "mxmoe"], 
 TITLES = {"bf16": "bf16", "mxmoe": "--quantization mxmoe", "packed": "packed by vllm-ext quantize"}
 PACKED_BITS = 3.25
 SPEED_TOKENS = 128
-
-
-class DemoFailed(RuntimeError):  # noqa: N818 - reads as what happened
-    """A step failed; the message names it and says why."""
 
 
 @dataclass
@@ -79,88 +69,6 @@ class ArmResult:
     tokens_per_second: float
     startup_seconds: float
     exit_code: int | None = None
-
-
-class Progress:
-    """Steps on stderr, each with its seconds; while a server starts, one line that renews itself on a terminal."""
-
-    def __init__(self) -> None:
-        self.began = time.monotonic()
-        self._current = ""
-        self._next_line = WAIT_LINE_SECONDS
-        self._shows_wait = False
-
-    @contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        """Run a step: its name and seconds are printed at the end, an error becomes DemoFailed with its name."""
-        began = time.monotonic()
-        self._current, self._next_line = name, WAIT_LINE_SECONDS
-        try:
-            yield
-        except DemoFailed:
-            raise
-        except Exception as error:
-            raise DemoFailed(f"{name}: {error or type(error).__name__}") from error
-        finally:
-            self._clear()
-        self._print(f"{name} ({time.monotonic() - began:.1f} s)")
-
-    def show_wait(self, seconds: float, log_line: str) -> None:
-        """What the starting server said last: renewed in place, or now and then where stderr is not a terminal."""
-        line = f"{self._current}: {seconds:.0f} s: {log_line}"
-        if sys.stderr.isatty():
-            width = shutil.get_terminal_size().columns - 1
-            print(f"\r\033[K{f'          {line}'[:width]}", end="", file=sys.stderr, flush=True)
-            self._shows_wait = True
-        elif seconds >= self._next_line:
-            self._next_line += WAIT_LINE_SECONDS
-            self._print(line[:200])
-
-    def _print(self, line: str) -> None:
-        print(f"{time.monotonic() - self.began:6.1f} s  {line}", file=sys.stderr, flush=True)
-
-    def _clear(self) -> None:
-        if self._shows_wait:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
-            self._shows_wait = False
-
-
-def count_expert_weights(model: Path) -> tuple[int, int]:
-    """(bytes, weights) of the routed experts, from the headers of the model's safetensors files."""
-    num_bytes = weights = 0
-    for path in sorted(model.glob("*.safetensors")):
-        with path.open("rb") as file:
-            # The format: header length as a little-endian uint64, then the header as JSON.
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        for name, tensor in header.items():
-            if ".experts." in name:
-                begin, end = tensor["data_offsets"]
-                num_bytes += end - begin
-                weights += math.prod(tensor["shape"])
-    if weights == 0:
-        raise ValueError(f"{model} holds no tensor with '.experts.' in its name")
-    return num_bytes, weights
-
-
-def read_mxmoe_metrics(server: VllmServer, weights: int) -> tuple[int, float]:
-    """(bytes, bits per weight) of the experts that the server holds, from its `/metrics`.
-
-    Raises ValueError when the plugin does not export them, or holds fewer weights in mixed precision than `weights`.
-    """
-    values = {name: server.read_metric(name) for name in (WEIGHT_BYTES_METRIC, WEIGHT_COUNT_METRIC)}
-    missing = [name for name, value in values.items() if value is None]
-    if missing:
-        raise ValueError(
-            f"the server's /metrics has no {' and no '.join(missing)}; run `vllm-ext doctor` to see whether "
-            "the plugin is loaded (VLLM_PLUGINS, if set, must name vllm_ext)"
-        )
-    num_bytes, count = values[WEIGHT_BYTES_METRIC] or 0.0, values[WEIGHT_COUNT_METRIC] or 0.0
-    if count != weights:
-        raise ValueError(
-            f"{WEIGHT_COUNT_METRIC} is {count:.0f}, but the model has {weights} expert weights: "
-            "the bytes of the rest are not counted, so the two columns would not compare"
-        )
-    return int(num_bytes), 8 * num_bytes / count
 
 
 def ask_all(client: OpenAI, progress: Progress, arm: str) -> tuple[str, str, int, str]:
@@ -189,7 +97,7 @@ def ask_all(client: OpenAI, progress: Progress, arm: str) -> tuple[str, str, int
         chat = reply.choices[0].message.content or ""
     for request, text in (("completion", completion), ("streamed completion", "".join(pieces)), ("chat", chat)):
         if not text:
-            raise DemoFailed(f"{arm}: the answer to the {request} request is empty")
+            raise StepFailed(f"{arm}: the answer to the {request} request is empty")
     return completion, "".join(pieces), len(pieces), chat
 
 
@@ -214,12 +122,12 @@ def measure_speed(client: OpenAI, progress: Progress, arm: str) -> float:
             elif chunk.usage is not None:
                 tokens = chunk.usage.completion_tokens
     if tokens < 2 or last <= first:
-        raise DemoFailed(f"{arm}: the stream to be timed had {tokens} tokens")
+        raise StepFailed(f"{arm}: the stream to be timed had {tokens} tokens")
     return (tokens - 1) / (last - first)
 
 
 def quantize(output: Path, progress: Progress) -> None:
-    """Make the packed checkpoint with the `vllm-ext` command. Raises DemoFailed with its message."""
+    """Make the packed checkpoint with the `vllm-ext` command. Raises StepFailed with its message."""
     calibration = [part for name in ("kjv", "py") for part in ("--calibration", str(MODEL / f"{name}_train.txt"))]
     command = ["quantize", str(MODEL), "-o", str(output), "--bits", str(PACKED_BITS), *calibration]
     with progress.step(f"vllm-ext quantize --bits {PACKED_BITS}"):
@@ -227,7 +135,7 @@ def quantize(output: Path, progress: Progress) -> None:
             [sys.executable, "-m", "vllm_ext.cli", *command], capture_output=True, text=True, timeout=600
         )
         if done.returncode != 0:
-            raise DemoFailed(f"vllm-ext quantize failed with exit code {done.returncode}:\n{done.stderr[-2000:]}")
+            raise StepFailed(f"vllm-ext quantize failed with exit code {done.returncode}:\n{done.stderr[-2000:]}")
 
 
 def run_arm(
@@ -239,7 +147,7 @@ def run_arm(
     logs: Path,
     progress: Progress,
 ) -> ArmResult:
-    """Start one server on a model directory, ask it everything, and stop it. Raises DemoFailed."""
+    """Start one server on a model directory, ask it everything, and stop it. Raises StepFailed."""
     from openai import DefaultHttpxClient, OpenAI
 
     environment = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
@@ -290,12 +198,12 @@ def run_arm(
         with progress.step(f"{arm}: stop"):
             result.exit_code = server.stop()
         if result.exit_code != 0:
-            raise DemoFailed(f"{arm}: stop: the server ended with exit code {result.exit_code}")
+            raise StepFailed(f"{arm}: stop: the server ended with exit code {result.exit_code}")
         return result
-    except DemoFailed as error:
+    except StepFailed as error:
         if isinstance(error.__cause__, ServerFailed):
             raise  # its message already ends with the log
-        raise DemoFailed(f"{error}\nlast lines of {server.log_path}:\n{read_log_tail(server.log_path)}") from error
+        raise StepFailed(f"{error}\nlast lines of {server.log_path}:\n{read_log_tail(server.log_path)}") from error
     finally:
         server.stop()
 
@@ -335,16 +243,16 @@ def print_table(results: dict[str, ArmResult], windows: int | None) -> None:
 
 
 def check_requirements() -> None:
-    """Raise DemoFailed naming the pip command when a package of the demonstration is missing."""
+    """Raise StepFailed naming the pip command when a package of the demonstration is missing."""
     import importlib.util
 
     missing = [name for name in ("openai", "rich", "vllm") if importlib.util.find_spec(name) is None]
     if missing:
-        raise DemoFailed(f"{', '.join(missing)} not installed here; run `make demo`, or pip install 'vllm-ext[bench]'")
+        raise StepFailed(f"{', '.join(missing)} not installed here; run `make demo`, or pip install 'vllm-ext[bench]'")
 
 
 def run_demo(windows: int | None, serve_args: Sequence[str], logs: Path) -> dict[str, ArmResult]:
-    """All arms, one after the other, with these options of `vllm serve` for all. Raises DemoFailed."""
+    """All arms, one after the other, with these options of `vllm serve` for all. Raises StepFailed."""
     progress = Progress()
     with progress.step("prepare"):
         check_requirements()
@@ -396,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         results = run_demo(windows, options.serve_args, logs)
         failed = False
-    except DemoFailed as error:
+    except StepFailed as error:
         print(f"demo failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
