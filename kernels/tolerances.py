@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from .gpu.configurations import SCALE_WEIGHTS
+
 
 class Tolerance(NamedTuple):
     """Largest accepted `relative_error`, and why it is not smaller."""
@@ -114,11 +116,25 @@ GPU_MOE_ROUNDED: dict[torch.dtype, Tolerance] = {
     torch.float16: Tolerance(1.2e-3, "weights, the intermediate and experts' results are rounded to 11 bits"),
 }
 
+
+def choose_gpu_moe(dtype: torch.dtype, act_bits: int, scaling: int) -> Tolerance:
+    """The tolerance of a MoE layer by the Triton kernels. act_bits: the fewest of its blocks; scaling: of its tiles
+    (gpu/configurations.py)."""
+    rounds_weights = act_bits == 16 and scaling == SCALE_WEIGHTS
+    return GPU_MOE_ROUNDED[dtype] if rounds_weights else GPU_MOE[dtype, act_bits]
+
+
+def choose_gpu_linear(dtype: torch.dtype, act_bits: int, scaling: int) -> Tolerance:
+    """As `choose_gpu_moe`, of a linear layer."""
+    rounds_weights = act_bits == 16 and scaling == SCALE_WEIGHTS
+    return GPU_LINEAR_ROUNDED[dtype] if rounds_weights else GPU_LINEAR[dtype, act_bits]
+
+
 #: Outputs below which the tolerances of the compiled kernels are doubled.
 FEW_OUTPUTS = 512
 
 
-def native_limit(tolerance: Tolerance, num_outputs: int) -> float:
+def find_limit(tolerance: Tolerance, num_outputs: int) -> float:
     """The largest accepted `relative_error` of a compiled kernel's result with this many elements."""
     return tolerance.relative * (1 if num_outputs >= FEW_OUTPUTS else 2)
 

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 
 from bench.op import OpCase
-from vllm_ext.kernels.arena import BlockFormat, Layout, write_codes
+from vllm_ext.kernels.arena import BlockFormat, Layout
+from vllm_ext.kernels.blocks import write_codes
 from vllm_ext.kernels.mixed_linear import mixed_linear
 from vllm_ext.kernels.mixed_linear.layout import plan_linear
 from vllm_ext.kernels.native.load import load_ops

@@ -21,7 +21,8 @@ from torch.nn.functional import linear, silu
 from bench.kernels.conftest import Gated
 from bench.op import OpCase
 from vllm_ext.compress.rounding import round_to_nearest
-from vllm_ext.kernels.arena import BlockFormat, write_codes
+from vllm_ext.kernels.arena import BlockFormat
+from vllm_ext.kernels.blocks import write_codes
 from vllm_ext.kernels.mixed_moe import mixed_moe
 from vllm_ext.kernels.mixed_moe.layout import ArenaPlan, Block, plan_arena
 from vllm_ext.quantization.scheme import Scheme

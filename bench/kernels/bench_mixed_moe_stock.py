@@ -29,7 +29,8 @@ import numpy as np
 import torch
 
 from bench.op import OpCase
-from vllm_ext.kernels.arena import BlockFormat, Layout, write_codes
+from vllm_ext.kernels.arena import BlockFormat, Layout
+from vllm_ext.kernels.blocks import write_codes
 from vllm_ext.kernels.mixed_moe import mixed_moe
 from vllm_ext.kernels.mixed_moe.layout import Block, block_shape, plan_arena
 from vllm_ext.kernels.native.load import load_ops

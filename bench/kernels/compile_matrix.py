@@ -6,10 +6,11 @@
 
 Each kernel is a row of `bench/results/compile_matrix/table.csv`; rows compiled now replace those of the same name, and
 the page and the records beside it are written again. `--sets` (`kernels.gpu.shipped.FORMAT_SETS`; `helpers` for the
-kernels around the GEMMs) and `--missing` compile less; `--check` compiles nothing and lists what rows break. `--triton
-DIR` puts another triton before the installed one, as `pip install --target DIR --no-deps triton==3.6.0` makes it.
+kernels around the GEMMs) and `--missing` (kernels without a row, and those that changed since) compile less; `--check`
+compiles nothing and lists what rows break. `--triton DIR` puts another triton before the installed one, as `pip install
+--target DIR --no-deps triton==3.6.0` makes it.
 
-A row of six widths takes ten seconds, so everything takes an hour; an interrupted run keeps what it has.
+A kernel takes one to six seconds, so everything takes half an hour; an interrupted run keeps what it has.
 Exit codes: 0 ok, 1 a row breaks a rule or does not compile, 2 bad usage.
 """
 
@@ -25,11 +26,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.kernels.compile_report import write_report
+from bench.kernels.compile_sources import hash_kernel
 from bench.kernels.compile_table import (
-    DEPTH,
     TABLE,
     TARGETS,
-    WARP,
     Row,
     find_reason,
     list_violations,
@@ -38,6 +38,8 @@ from bench.kernels.compile_table import (
 )
 from bench.kernels.machine_code import MachineCode, find_tools, read_machine_code
 from bench.records import ROOT
+from vllm_ext.kernels.gpu.configurations import WARP_SIZE, Device
+from vllm_ext.kernels.gpu.layout import DEPTH
 
 if TYPE_CHECKING:
     from vllm_ext.kernels.gpu.configurations import Tile
@@ -51,6 +53,14 @@ HELPERS = "helpers"
 ALL_KERNELS = ("w4a16", "w4a8", "w2,4,8a16")
 WIDEST_SET, FIRST_TARGET = "w2,3,4,6,8,16a16", "sm_90"
 VARIANTS = ("w4a16", "w4a8")
+
+#: Sets for which gate_up is compiled with `shipped.DECODE_VARIANTS`, by their words.
+VARIANT_SETS = {"narrow": ("w2a16", "w3a16", "w4a16", "w8a16", "w4a8"), "narrow sums": ("w2a16", "w4a16")}
+
+#: Targets that differ from older ones in little: sm_103 has no unit for integers, sm_120 little shared memory. There
+#: gate_up is compiled, for sets that show it.
+SIMILAR_TARGETS = ("sm_103", "sm_120")
+SIMILAR_SETS = (HELPERS, "w4a16", "w8a16", "w16a16", "w4a8", "w2,4,8a16", WIDEST_SET)
 
 #: The number of processors plays no part in which tiles there are.
 PROCESSORS = 132
@@ -74,14 +84,14 @@ def list_entries(target: str, sets: Iterable[str] | None = None) -> Iterator[Ent
 
     down and linear have the loops of gate_up between other beginnings and ends, so they are compiled for some sets only
     (ALL_KERNELS; WIDEST_SET on FIRST_TARGET); and so are fp16 and a K that is no multiple of 128, for gate_up
-    (VARIANTS). Raises ValueError for an unknown set.
+    (VARIANTS). On SIMILAR_TARGETS there is less by default. Raises ValueError for an unknown set.
     """
     from vllm_ext.kernels.gpu import shipped
-    from vllm_ext.kernels.gpu.configurations import Device
 
     known = [HELPERS, *shipped.FORMAT_SETS]
     device = Device(TARGETS[target], PROCESSORS)
-    for name in known if sets is None else sets:
+    is_similar = target in SIMILAR_TARGETS
+    for name in (SIMILAR_SETS if is_similar else known) if sets is None else sets:
         if name not in known:
             raise ValueError(f"set of formats {name!r} is none of {' '.join(known)}")
         if name == HELPERS:
@@ -89,15 +99,18 @@ def list_entries(target: str, sets: Iterable[str] | None = None) -> Iterator[Ent
                 yield Entry(one, None)
             continue
         formats = shipped.FORMAT_SETS[name]
-        is_full = name in ALL_KERNELS or (name, target) == (WIDEST_SET, FIRST_TARGET)
+        is_full = not is_similar and (name in ALL_KERNELS or (name, target) == (WIDEST_SET, FIRST_TARGET))
         variants = [("bf16", True, name)]
-        if name in VARIANTS:
+        if name in VARIANTS and not is_similar:
             variants += [("fp16", True, f"{name} fp16"), ("bf16", False, f"{name} ragged")]
         for tile in shipped.list_tiles(formats, device):
             for half, even_k, label in variants:
                 gemms = list(shipped.list_gemms(tile, formats, half, label, even_k))
                 for one in gemms if is_full and label == name else gemms[:1]:
                     yield Entry(one, tile)
+        for word, tile in shipped.DECODE_VARIANTS.items():
+            if name in VARIANT_SETS[word] and not is_similar:
+                yield Entry(next(shipped.list_gemms(tile, formats, name=f"{name} {word}")), tile)
 
 
 def compile_entry(entry: Entry, target: str, tools: Path) -> Row:
@@ -118,6 +131,7 @@ def describe_row(entry: Entry, code: MachineCode, triton: str, target: str, shar
         triton=triton,
         target=target,
         kernel=entry.name,
+        source=hash_kernel(entry.shipped),
         tile_rows=tile.block_n if tile else 0,
         tile_tokens=tile.block_tokens if tile else 0,
         warps=warps,
@@ -128,7 +142,7 @@ def describe_row(entry: Entry, code: MachineCode, triton: str, target: str, shar
         instructions=code.num_instructions,
         multiply=tuple(loop.multiply for loop in loops),
         num_multiplies=tuple(loop.num_multiplies for loop in loops),
-        per_weight=tuple(round(loop.num_instructions * WARP * warps / weights, 2) for loop in loops),
+        per_weight=tuple(round(loop.num_instructions * WARP_SIZE * warps / weights, 2) for loop in loops),
         copies=tuple("+".join(f"{size}x{count}" for size, count in loop.copies.items()) for loop in loops),
         loads=tuple(loop.loads for loop in loops),
         stores=tuple(loop.stores for loop in loops),
@@ -154,15 +168,18 @@ def compile_matrix(
     rows = {row.key: row for row in read_table(table)}
     problems = []
     work = [(target, entry) for target in targets for entry in list_entries(target, sets)]
+    # All before the first is compiled: an edit meanwhile must not pass for what was compiled.
+    sources = [hash_kernel(entry.shipped) for _, entry in work]
     if sets is None:
         # Kernels that no longer ship.
         names = {(version, target, entry.name) for target, entry in work}
         rows = {key: row for key, row in rows.items() if key[:2] not in {name[:2] for name in names} or key in names}
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task(f"triton {version}", total=len(work))
-        for target, entry in work:
+        for (target, entry), source in zip(work, sources, strict=True):
             progress.update(task, description=f"triton {version} {target} {entry.name}", advance=1)
-            if only_missing and (version, target, entry.name) in rows:
+            known = rows.get((version, target, entry.name))
+            if only_missing and known is not None and known.source == source:
                 continue
             try:
                 row = compile_entry(entry, target, tools)
@@ -172,6 +189,16 @@ def compile_matrix(
             rows[row.key] = row
             write_table(table, rows.values())
     return problems
+
+
+def find_stale(rows: Iterable[Row], targets: Iterable[str] = tuple(TARGETS)) -> list[str]:
+    """Rows of kernels that changed since they were compiled, or ship no more, by kernel."""
+    sources = {(target, entry.name): hash_kernel(entry.shipped) for target in targets for entry in list_entries(target)}
+    return [
+        f"triton {row.triton}, {row.target}, {row.kernel}"
+        for row in rows
+        if row.target in targets and sources.get((row.target, row.kernel)) != row.source
+    ]
 
 
 def check_table(rows: Iterable[Row]) -> list[str]:
@@ -191,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--targets", default=",".join(TARGETS), metavar="sm_80,...")
     parser.add_argument("--sets", nargs="+", metavar="SET", help="names of shipped.FORMAT_SETS, or helpers")
-    parser.add_argument("--missing", action="store_true", help="only what has no row yet")
+    parser.add_argument("--missing", action="store_true", help="only what has no row or changed since")
     parser.add_argument("--triton", type=Path, metavar="DIR", help="a folder with another triton")
     parser.add_argument("--table", type=Path, default=TABLE, metavar="FILE")
     parser.add_argument("--check", action="store_true", help="compile nothing, list what rows break")
@@ -205,7 +232,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not options.check:
         problems = compile_matrix(options.table, targets, options.sets, options.missing)
         write_report(options.table)
-    problems += check_table(read_table(options.table))
+    rows = read_table(options.table)
+    problems += check_table(rows)
+    problems += [f"{name}: changed since, run this with --missing and its triton" for name in find_stale(rows)]
     print("\n".join(problems), end="\n" if problems else "")
     return 1 if problems else 0
 

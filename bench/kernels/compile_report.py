@@ -24,6 +24,8 @@ from bench.records import Metric, Record, describe_environment, write_record
 QUOTED = (
     "w2a16", "w3a16", "w4a16", "w6a16", "w8a16", "w16a16", "w2a8", "w3a8", "w4a8", "w6a8", "w8a8",
     "w4a16_g32", "w4a8_g32",
+    "w2a16 narrow", "w3a16 narrow", "w4a16 narrow", "w8a16 narrow", "w4a8 narrow", "w2a16 narrow sums",
+    "w4a16 narrow sums",
 )  # fmt: skip
 
 INTRODUCTION = """\
@@ -35,7 +37,8 @@ GPU. `table.csv` has all kernels and more columns. How to read it: [docs/gpu-ker
 
 A cell is the kernel `gate_up` with one set of formats and one tile (rows of the weight x tokens): registers of a
 thread, shared memory of a thread block in KiB, and instructions of a thread for each weight in the main loops, the
-loops in the order of their code. Bold: it breaks a rule, and the list below the table says which.
+loops in the order of their code. Bold: it breaks a rule, and the list below the table says which. "narrow": a tile of
+two warps that no rule chooses, for trying it out; "sums": where zero points are taken off by sums of activations.
 """
 
 
@@ -103,7 +106,7 @@ def _summarize(rows: Sequence[Row]) -> dict[str, Metric]:
         kernel, _, rest = row.kernel.partition(" ")
         formats, _, tile = rest.rpartition(" ")
         if kernel == "gate_up" and formats in QUOTED and len(row.per_weight) == 1:
-            name = f"{formats}_{tile}"
+            name = f"{formats}_{tile}".replace(" ", "_")
             metrics[f"registers_{name}"] = Metric(row.registers, "registers")
             metrics[f"shared_{name}"] = Metric(row.shared_bytes / 1024, "KiB")
             metrics[f"per_weight_{name}"] = Metric(row.per_weight[0], "instructions/weight")

@@ -13,27 +13,42 @@ from typing import Any, NamedTuple
 
 from bench.kernels.machine_code import MULTIPLIES
 from bench.records import RESULTS
+from vllm_ext.kernels.gpu import layout
+from vllm_ext.kernels.gpu.configurations import WARP_SIZE
+from vllm_ext.kernels.gpu.layout import DEPTH
 
 CASE = "compile_matrix"
 TABLE = RESULTS / CASE / "table.csv"
 
 #: Compute capabilities, and the shared memory that one thread block can have there, in bytes (CUDA C++ programming
 #: guide, table of technical specifications per compute capability).
-TARGETS = {"sm_80": (8, 0), "sm_89": (8, 9), "sm_90": (9, 0), "sm_100": (10, 0)}
-SHARED_LIMITS = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
+TARGETS = {
+    "sm_80": (8, 0), "sm_89": (8, 9), "sm_90": (9, 0), "sm_100": (10, 0), "sm_103": (10, 3), "sm_120": (12, 0),
+}  # fmt: skip
+SHARED_LIMITS = {
+    "sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_103": 227 << 10,
+    "sm_120": 99 << 10,
+}  # fmt: skip
 
-#: What multiplies on a target: `wgmma` needs sm_90a and `tcgen05` sm_100a, which Triton compiles for by itself.
-UNITS = {"sm_80": "mma.sync", "sm_89": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05"}
+#: The fastest unit of a target: `wgmma` needs sm_90a and `tcgen05` sm_100a, which Triton compiles for by itself.
+#: `find_unit` has what a kernel can have of it.
+UNITS = {
+    "sm_80": "mma.sync", "sm_89": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "sm_103": "tcgen05",
+    "sm_120": "mma.sync",
+}  # fmt: skip
+
+#: `wgmma` and `tcgen05` are instructions of this many warps together.
+UNIT_WARPS = 4
+
+#: Targets whose `tcgen05` multiplies no integers (PTX ISA: `.kind::i8` is for sm_100a, not for sm_103a).
+NO_INTEGER_UNIT = ("sm_103",)
 
 #: How far a compiler may move from the table before `compare_rows` says so: registers, and instructions per weight.
 REGISTER_SLACK = 8
 INSTRUCTION_SLACK = 0.05
 
-#: Columns of K that an iteration of a main loop takes, and the threads of a warp.
-DEPTH, WARP = 128, 32
-
-#: Stored bits of a code -> bits of its planes (kernels/gpu/layout.py).
-PLANES = {2: (2,), 3: (2, 1), 4: (4,), 6: (4, 2), 8: (8,), 16: (16,)}
+#: Stored bits of a code -> bits of its planes; 16: the weight itself.
+PLANES = {**layout.PLANES, 16: (16,)}
 
 SEPARATOR = "/"
 
@@ -42,8 +57,9 @@ SEPARATOR = "/"
 class Row:
     """One compiled kernel. Fields of the main loops have a value for each, in the order of their code.
 
-    triton: "3.9"; target: "sm_90"; kernel: `Shipped.name`; tile_rows: rows of the weight in a tile, 0 for kernels
-    without GEMM; stack_bytes: of spilled registers; local_accesses: instructions; shared_bytes: of a thread block;
+    triton: "3.9"; target: "sm_90"; kernel: `Shipped.name`; source: `compile_sources.hash_kernel`; tile_rows: of the
+    weight, 0 for kernels without GEMM; stack_bytes: of spilled registers; local_accesses: instructions; shared_bytes:
+    of a thread block;
     multiply: instruction of the tensor core; per_weight: instructions of a thread for each weight that it decodes;
     copies: bytes x count of copies into shared memory; loads: of global memory into registers; stores: to shared
     memory; spills: accesses to local memory.
@@ -52,6 +68,7 @@ class Row:
     triton: str
     target: str
     kernel: str
+    source: str
     tile_rows: int
     tile_tokens: int
     warps: int
@@ -89,10 +106,10 @@ class Known(NamedTuple):
     reason: str
 
 
-#: None of them is a GEMM on sm_90 with the newer Triton. That each still is needed is tested.
+#: None of them is on sm_90. That each still is needed is tested.
 KNOWN = (
     Known(
-        r".*", r"sm_80|sm_89|sm_100", r".*", r"spills: .* 0 of them in main loops",
+        r".*", r"sm_80|sm_89|sm_100|sm_103|sm_120", r".*", r"spills: .* 0 of them in main loops",
         "the assembler keeps a few values from before the main loop in local memory until after it",
     ),
     Known(
@@ -100,15 +117,11 @@ KNOWN = (
         "six loops whose weights Triton 3.6 takes through shared memory: use Triton 3.9, or fewer widths in a layer",
     ),
     Known(
-        r"3\.6", r"sm_90", r".* w4a8_g32 64x64|.* w4a8_g32 128x64", r"spills: .*",
-        "Triton 3.6 loads scales and sums of groups of 32 once for each thread: use groups of 128 with 8 bits",
-    ),
-    Known(
         r"3\.9", r"sm_100", r".* w4a8_g32 64x64|.* w4a8_g32 128x64", r"spills: .*",
         "four groups a chunk with scales and sums of their own take all registers: use groups of 128 with 8 bits",
     ),
     Known(
-        r"3\.9", r"sm_100", r".* w(\d,)*3(,\d+)*a(8|16) 128x\d+", r".* stores to shared memory in main loops",
+        r"3\.9", r"sm_100|sm_103", r".* w(\d,)*3(,\d+)*a(8|16) 128x\d+", r".* stores to shared memory in main loops",
         "Triton joins the two planes of 3-bit codes by way of shared memory there",
     ),
     Known(
@@ -211,15 +224,10 @@ def list_violations(row: Row) -> list[str]:
     formats = list_formats(row.kernel)
     if len(row.multiply) != len(formats):
         return [*found, f"{len(row.multiply)} main loops for {len(formats)} formats"]
-    units = {MULTIPLIES[name.split(".")[0]] for name in row.multiply}
-    if units != {UNITS[row.target]}:
-        found.append(f"multiplies by {', '.join(sorted(units))}, not by {UNITS[row.target]}")
-    else:
-        expected = sorted(_count_multiplies(row, one.act_bits) for one in formats)
-        if sorted(row.num_multiplies) != expected:
-            found.append(f"{row.num_multiplies} multiplications in main loops, expected {expected}")
+    found += _check_multiplies(row, formats)
     # For mma.sync, Triton before 3.9 gives decoded weights another layout by way of shared memory.
-    if any(row.stores) and not (UNITS[row.target] == "mma.sync" and row.triton == "3.6"):
+    is_stored = row.triton == "3.6" and any(find_unit(row, one.act_bits) == "mma.sync" for one in formats)
+    if any(row.stores) and not is_stored:
         found.append(f"{row.stores} stores to shared memory in main loops")
     if any(row.loads):
         found.append(f"{row.loads} unbuffered loads in main loops")
@@ -239,13 +247,33 @@ def find_reason(row: Row, violation: str) -> str | None:
     return None
 
 
+def find_unit(row: Row, act_bits: int) -> str:
+    """What should multiply in a row's loops with activations of so many bits: the best that they can have."""
+    is_small = row.warps < UNIT_WARPS
+    is_missing = act_bits == 8 and row.target in NO_INTEGER_UNIT
+    return "mma.sync" if is_small or is_missing else UNITS[row.target]
+
+
+def _check_multiplies(row: Row, formats: list[LoopFormat]) -> list[str]:
+    """What is wrong with the units of the main loops, and with how often they multiply."""
+    units = sorted(MULTIPLIES[name.split(".")[0]] for name in row.multiply)
+    expected = sorted(find_unit(row, one.act_bits) for one in formats)
+    if units != expected:
+        return [f"multiplies by {', '.join(sorted(set(units)))}, not by {', '.join(sorted(set(expected)))}"]
+    counts = sorted(_count_multiplies(row, one.act_bits) for one in formats)
+    if sorted(row.num_multiplies) != counts:
+        return [f"{row.num_multiplies} multiplications in main loops, expected {counts}"]
+    return []
+
+
 def _count_multiplies(row: Row, act_bits: int) -> int:
     """Instructions of a thread for a tile and 128 columns: each takes 16 columns of 16 bits, 32 of 8 bits."""
     steps = DEPTH // (16 if act_bits == 16 else 32)
-    if UNITS[row.target] == "tcgen05":
+    unit = find_unit(row, act_bits)
+    if unit == "tcgen05":
         # One instruction takes up to 128 rows and 256 tokens; one thread issues it.
         return steps * -(-row.tile_rows // 128) * -(-row.tile_tokens // 256)
-    if UNITS[row.target] == "wgmma":
+    if unit == "wgmma":
         # 64 rows of four warps.
         return steps * row.tile_rows // (16 * row.warps) * -(-row.tile_tokens // 256)
     # 16 rows and 8 tokens of one warp.
@@ -258,7 +286,7 @@ def _count_wide_copies(text: str) -> int:
 
 def _need_wide_copies(row: Row, one: LoopFormat) -> int:
     """Copies of 16 bytes that bring a thread's part of a chunk's codes; a smaller plane comes in narrower ones."""
-    threads = row.warps * WARP
+    threads = row.warps * WARP_SIZE
     return sum(row.tile_rows * DEPTH * bits // 8 // (16 * threads) for bits in PLANES[one.bits])
 
 

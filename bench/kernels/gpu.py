@@ -6,17 +6,19 @@
 
     reference   every scheme with the inline PTX against the reference in float32
     graphs      CUDA graphs replayed with other inputs; the same call again and again
+    engine      a small MoE served with Model Runner V2 and CUDA graphs, beside eager, the reference and a CPU
     sanitizer   compute-sanitizer's tools on small sizes
     decode      variants of the tile for few tokens beside each other
     stock       vLLM's bf16 Triton MoE and Marlin beside ours
     roofline    bytes and operations against what the GPU can do
 
 A part writes `gpu_NAME.json` (records as bench/records.py has them, what was left out, what needs CUDA) and
-`gpu_NAME.png` into DIR. Time over, it begins nothing new. `--dry-run` goes through a part at tiny sizes in Triton's
-interpreter, on a CPU; its times mean nothing, and it says what it cannot run. `--store` puts the records of such files
-into bench/results. bench/gpu_all.py runs all parts.
+`gpu_NAME.png` into DIR. The JSON is written again after every record, so that a part that is ended keeps what it had.
+Time over, it begins nothing new, and lists what it left out. `--dry-run` goes through a part at tiny sizes in Triton's
+interpreter (`engine`: in vLLM's CPU engine), on a CPU; its times mean nothing, and it says what it cannot run.
+`--store` puts the records of such files into bench/results. bench/gpu_all.py runs all parts.
 
-Exit codes: 0 ok, 1 something failed or was wrong, 2 bad usage.
+Exit codes: 0 ok, 1 something failed or was wrong, 2 bad usage, 3 nothing failed and something was left out.
 """
 
 from __future__ import annotations
@@ -27,17 +29,54 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bench.records import RESULTS, parse_record, write_record
 
-PARTS = ("reference", "graphs", "sanitizer", "decode", "stock", "roofline")
+if TYPE_CHECKING:
+    from bench.kernels.gpu_parts.common import Result
+
+PARTS = ("reference", "graphs", "engine", "sanitizer", "decode", "stock", "roofline")
 MINUTES = 8.0
 
+#: The exit code where nothing failed and time did not suffice for all.
+LEFT_OUT = 3
 
-def run_part(name: str, out: Path, minutes: float = MINUTES, is_dry_run: bool = False) -> list[str]:
-    """Run a part and write its two files; returns what failed. Raises RuntimeError without a GPU, but for a dry run."""
+
+class Ended(NamedTuple):
+    """What is to be said of a part: its failed arms with their errors, and those that it left out."""
+
+    failed: list[str]
+    left_out: list[str]
+
+
+class PartFile:
+    """The JSON file of a part that runs."""
+
+    def __init__(self, path: Path, is_dry_run: bool) -> None:
+        self._path = path
+        self._is_dry_run = is_dry_run
+        self._records: list[str] = []
+
+    def write(self, result: Result, is_complete: bool = False) -> None:
+        """Write all that a part has found so far. Its earlier records must be those of the last call."""
+        # Only those that are new are converted, which for hundreds of them is a good part of a second.
+        new: dict[str, Any] = replace(result, records=result.records[len(self._records) :]).to_json(self._is_dry_run)
+        self._records += [json.dumps(record, allow_nan=False) for record in new.pop("records")]
+        head = json.dumps({"complete": is_complete, **new}, indent=1).removesuffix("\n}")
+        records = ",\n".join(self._records)
+        # Never half a file: the process may be ended at any moment.
+        written = self._path.with_suffix(".part")
+        written.write_text(f'{head},\n "records": [\n{records}\n]\n}}\n', encoding="utf-8")
+        os.replace(written, self._path)
+
+
+def run_part(name: str, out: Path, minutes: float = MINUTES, is_dry_run: bool = False) -> Ended:
+    """Run a part and write its two files. Raises RuntimeError without a GPU, but for a dry run."""
     if is_dry_run:
         # Triton reads it when it is first imported.
         os.environ["TRITON_INTERPRET"] = "1"
@@ -56,12 +95,32 @@ def run_part(name: str, out: Path, minutes: float = MINUTES, is_dry_run: bool = 
     # Half a minute for what is under way when time is over, and for the plot.
     deadline = time.monotonic() + 60 * minutes - 30
     context = Context(torch.device("cpu" if is_dry_run else "cuda"), is_dry_run, deadline)
-    result = importlib.import_module(f"bench.kernels.gpu_parts.{name}").run(context)
     out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result.to_json(is_dry_run), indent=1, allow_nan=False) + "\n"
-    (out / f"gpu_{name}.json").write_text(text, encoding="utf-8")
+    file = PartFile(out / f"gpu_{name}.json", is_dry_run)
+    with observe_records(file.write):
+        result = importlib.import_module(f"bench.kernels.gpu_parts.{name}").run(context)
+    file.write(result, is_complete=True)
     draw(result, out / f"gpu_{name}.png")
-    return [f"{record.case} {record.arm}: {record.error}" for record in result.records if record.status == "failed"]
+    failed = [f"{record.case} {record.arm}: {record.error}" for record in result.records if record.status == "failed"]
+    return Ended(failed, result.left_out)
+
+
+@contextmanager
+def observe_records(observer: Callable[[Result], None]) -> Iterator[None]:
+    """Have `observer` called with a part's result after every record that is added to it."""
+    from bench.kernels.gpu_parts.common import Result
+
+    add = Result.add
+
+    def add_and_tell(result: Result, *arguments: Any, **settings: Any) -> None:
+        add(result, *arguments, **settings)
+        observer(result)
+
+    Result.add = add_and_tell  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        Result.add = add  # type: ignore[method-assign]
 
 
 def store_records(files: Sequence[Path], results: Path = RESULTS) -> int:
@@ -96,14 +155,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{store_records(options.store)} records", file=sys.stderr)
         return 0
     try:
-        failed = run_part(options.part, options.out, options.minutes, options.dry_run)
+        ended = run_part(options.part, options.out, options.minutes, options.dry_run)
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1
     print(options.out / f"gpu_{options.part}.json")
-    for text in failed:
+    # Failures last: bench/gpu_all.py keeps the end.
+    for text in ended.left_out:
+        print(f"left out, there was no time: {text}", file=sys.stderr)
+    for text in ended.failed:
         print(f"failed: {text}", file=sys.stderr)
-    return 1 if failed else 0
+    if ended.failed:
+        return 1
+    return LEFT_OUT if ended.left_out else 0
 
 
 if __name__ == "__main__":

@@ -18,10 +18,13 @@ from pathlib import Path
 MULTIPLIES = {
     "HMMA": "mma.sync",
     "IMMA": "mma.sync",
+    "QMMA": "mma.sync",
     "HGMMA": "wgmma",
     "IGMMA": "wgmma",
+    "QGMMA": "wgmma",
     "UTCHMMA": "tcgen05",
     "UTCIMMA": "tcgen05",
+    "UTCQMMA": "tcgen05",
 }
 
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")

@@ -24,7 +24,9 @@ import triton
 import triton.language as tl
 
 from . import configurations, formats
-from .decode import BF16_OFFSET, FP16_OFFSET, SIGNED_OFFSET, decode_words
+from .decode import decode_words
+from .planes import PLANE_TOKENS, multiply_planes, place_columns
+from .scaling import find_base, multiply_half, round_to, scale_int8
 
 SCALE_WEIGHTS = tl.constexpr(configurations.SCALE_WEIGHTS)
 SCALE_PRODUCTS = tl.constexpr(configurations.SCALE_PRODUCTS)
@@ -34,21 +36,6 @@ NUM_FORMATS = tl.constexpr(formats.NUM_FORMATS)
 NUM_CODE_FORMATS = tl.constexpr(formats.NUM_CODE_FORMATS)
 NUM_KINDS = tl.constexpr(formats.NUM_KINDS)
 NUM_INT8_KINDS = tl.constexpr(len(formats.INT8_GROUPS))
-
-
-@triton.jit
-def round_to(values, IS_FP16: tl.constexpr, USE_ASM: tl.constexpr):
-    """float32 to bf16 or fp16, ties to even, which the interpreter would cut off instead for bf16."""
-    if IS_FP16:
-        return values.to(tl.float16)
-    elif USE_ASM:
-        return values.to(tl.bfloat16)
-    else:
-        bits = values.to(tl.int32, bitcast=True)
-        even = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        # A NaN must not be carried over into another number.
-        rounded = tl.where(values == values, even, bits)
-        return rounded.to(tl.float32, bitcast=True).to(tl.bfloat16)
 
 
 @triton.jit
@@ -80,62 +67,6 @@ def _load_x(x, columns, token_mask, K, EVEN_K: tl.constexpr):
         return tl.load(x + columns[:, None], mask=token_mask[None, :], other=0)
     else:
         return tl.load(x + columns[:, None], mask=token_mask[None, :] & (columns < K)[:, None], other=0)
-
-
-@triton.jit
-def _multiply_half(
-    acc,
-    weights,
-    values,
-    scale,
-    zero,
-    x_sums,
-    token_mask,
-    BITS: tl.constexpr,
-    SCALING: tl.constexpr,
-    IS_FP16: tl.constexpr,
-    USE_ASM: tl.constexpr,
-):
-    """acc plus one piece with 16-bit activations."""
-    if IS_FP16:
-        base = zero + FP16_OFFSET
-    elif BITS == 8:
-        base = zero + SIGNED_OFFSET
-    else:
-        base = zero + BF16_OFFSET
-    if not USE_ASM:
-        # The interpreter multiplies bf16 as if it were integers.
-        weights = weights.to(tl.float32)
-        values = values.to(tl.float32)
-    if SCALING == CORRECT_SUMS:
-        sums = tl.load(x_sums, mask=token_mask, other=0)
-        acc += (tl.dot(weights, values) - base[:, None] * sums[None, :]) * scale[:, None]
-    elif USE_ASM:
-        centred = weights - base.to(weights.dtype)[:, None]
-        if SCALING == SCALE_WEIGHTS:
-            acc = tl.dot(centred * scale.to(weights.dtype)[:, None], values, acc)
-        else:
-            acc += tl.dot(centred, values) * scale[:, None]
-    else:
-        centred = weights - base[:, None]
-        if SCALING == SCALE_WEIGHTS:
-            step = round_to(scale, IS_FP16, USE_ASM).to(tl.float32)
-            centred = round_to(centred * step[:, None], IS_FP16, USE_ASM).to(tl.float32)
-            acc = tl.dot(centred, values, acc)
-        else:
-            acc += tl.dot(centred, values) * scale[:, None]
-    return acc
-
-
-@triton.jit
-def _multiply_int8(acc, weights, values, scale, zero, x_scales, x_sums, token_mask, BITS: tl.constexpr):
-    """acc plus one piece with 8-bit activations."""
-    base = zero + SIGNED_OFFSET if BITS == 8 else zero
-    product = tl.dot(weights, values, out_dtype=tl.int32).to(tl.float32)
-    sums = tl.load(x_sums, mask=token_mask, other=0)
-    x_scale = tl.load(x_scales, mask=token_mask, other=0)
-    acc += ((product - base[:, None] * sums[None, :]) * x_scale[None, :]) * scale[:, None]
-    return acc
 
 
 @triton.jit
@@ -178,6 +109,10 @@ def _accumulate_codes(
     # Words of a row in a chunk.
     LOW: tl.constexpr = 128 * LOW_BITS // (8 if ACT_BITS == 8 else 16)
     HIGH: tl.constexpr = LOW // 2
+    BLOCK_TOKENS: tl.constexpr = acc.shape[1]
+    HAS_PLANES: tl.constexpr = not TWO_PLANES and (BITS < 8 if ACT_BITS == 8 else SCALING != SCALE_WEIGHTS)
+    BY_PLANES: tl.constexpr = BLOCK_TOKENS <= PLANE_TOKENS and PIECES == 1 and HAS_PLANES
+    PLANE_COLUMNS: tl.constexpr = 256 // ACT_BITS
 
     word_type = tl.pointer_type(tl.int8) if ACT_BITS == 8 else tl.pointer_type(tl.int16)
     first = (rows // 64) * chunks
@@ -189,27 +124,60 @@ def _accumulate_codes(
         high_plane = codes + row_tiles.to(tl.int64) * chunks * (64 * 128 * LOW_BITS // 8)
         high_words = high_plane.to(word_type) + row_in_section[:, None] * HIGH + tl.arange(0, HIGH)[None, :]
     words = (arena + words_offset).to(tl.pointer_type(tl.int32)) + first * (64 * PIECES) + rows % 64
+    if BY_PLANES:
+        low_words = codes.to(word_type) + row_in_section[:, None] * LOW + tl.arange(0, PLANE_COLUMNS)[None, :]
+        columns = place_columns(PLANE_COLUMNS, LOW // PLANE_COLUMNS * 2, ACT_BITS // BITS)
 
     for chunk in tl.range(begin, end, num_stages=STAGES, loop_unroll_factor=UNROLL):
-        low = tl.load(low_words + chunk * (64 * LOW))
-        high = low
-        if TWO_PLANES:
-            high = tl.load(high_words + chunk * (64 * HIGH))
-        if BITS == 8 and ACT_BITS == 8:
-            weights = low
-        else:
-            weights = decode_words(low, high, BITS, ACT_BITS, IS_FP16, BLOCK_N, USE_ASM)
+        if not BY_PLANES:
+            low = tl.load(low_words + chunk * (64 * LOW))
+            high = low
+            if TWO_PLANES:
+                high = tl.load(high_words + chunk * (64 * HIGH))
+            if BITS == 8 and ACT_BITS == 8:
+                weights = low
+            else:
+                weights = decode_words(low, high, BITS, ACT_BITS, IS_FP16, BLOCK_N, USE_ASM)
         for piece in tl.static_range(PIECES):
             place = chunk * PIECES + piece
             word = tl.load(words + place * 64)
             scale = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
             zero = (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-            part = _take_piece(weights, piece, PIECES, BLOCK_N)
-            values = _load_x(x, place * DEPTH + tl.arange(0, DEPTH), token_mask, K, EVEN_K)
-            if ACT_BITS == 8:
-                acc = _multiply_int8(acc, part, values, scale, zero, x_scales + place, x_sums + place, token_mask, BITS)
+            if BY_PLANES:
+                base = find_base(zero, BITS, ACT_BITS, IS_FP16)
+                product = multiply_planes(
+                    low_words + chunk * (64 * LOW),
+                    x,
+                    columns + chunk * 128,
+                    token_mask,
+                    K,
+                    base,
+                    BITS,
+                    ACT_BITS,
+                    ACT_BITS == 16 and SCALING == SCALE_PRODUCTS,
+                    EVEN_K,
+                    IS_FP16,
+                    BLOCK_N,
+                    BLOCK_TOKENS,
+                    USE_ASM,
+                )
+                if ACT_BITS == 8:
+                    acc = scale_int8(acc, product, base, scale, x_scales + place, x_sums + place, token_mask)
+                elif SCALING == CORRECT_SUMS:
+                    sums = tl.load(x_sums + place, mask=token_mask, other=0)
+                    acc += (product - base[:, None] * sums[None, :]) * scale[:, None]
+                else:
+                    acc += product * scale[:, None]
+            elif ACT_BITS == 8:
+                part = _take_piece(weights, piece, PIECES, BLOCK_N)
+                values = _load_x(x, place * DEPTH + tl.arange(0, DEPTH), token_mask, K, EVEN_K)
+                product = tl.dot(part, values, out_dtype=tl.int32)
+                base = find_base(zero, BITS, ACT_BITS, IS_FP16)
+                acc = scale_int8(acc, product, base, scale, x_scales + place, x_sums + place, token_mask)
             else:
-                acc = _multiply_half(
+                part = _take_piece(weights, piece, PIECES, BLOCK_N)
+                values = _load_x(x, place * DEPTH + tl.arange(0, DEPTH), token_mask, K, EVEN_K)
+                acc = multiply_half(
                     acc, part, values, scale, zero, x_sums + place, token_mask, BITS, SCALING, IS_FP16, USE_ASM
                 )
     return acc

@@ -12,11 +12,12 @@ import triton.language as tl
 from .accumulate import store_rounded
 from .sorting import load_local_ids
 
-#: Columns that one thread block sums.
-BLOCK_COLUMNS = 1024
+#: Columns that one thread block sums. Where parts are float32, there are few tokens: two columns a thread spread them
+#: over more thread blocks, and leave registers for the rows of eight slots to be on their way together.
+FEW_COLUMNS, MANY_COLUMNS = 256, 1024
 
 
-@triton.jit(do_not_specialize=["num_pairs", "split", "top_k"])
+@triton.jit(do_not_specialize=["num_pairs", "split"], do_not_specialize_on_alignment=["topk_ids"])
 def sum_experts_kernel(
     parts,
     topk_ids,
@@ -24,29 +25,33 @@ def sum_experts_kernel(
     out,
     num_pairs,
     split,
-    top_k,
     num_global,
     hidden_size,
+    TOP_K: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
     HAS_MAP: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     USE_ASM: tl.constexpr,
 ):
-    """out[token] = sum over its slots that have an expert here, and over parts. Grid: (tokens, blocks of columns)."""
+    """out[token] = sum over parts, and in each over the slots that have an expert here.
+
+    Grid: (tokens, blocks of columns).
+    """
     token = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     mask = columns < hidden_size
     total = tl.zeros((BLOCK_COLUMNS,), tl.float32)
     stride = num_pairs.to(tl.int64) * hidden_size
-    for slot in range(0, top_k):
-        pair = token * top_k + slot
-        expert = load_local_ids(topk_ids, expert_map, pair, num_pairs, num_global, NUM_EXPERTS, HAS_MAP)
-        # Rows of pairs that have no expert here were never written.
-        is_here = columns < tl.where(expert < NUM_EXPERTS, hidden_size, 0)
-        source = parts + pair.to(tl.int64) * hidden_size + columns
-        for _ in range(0, split):
-            total += tl.load(source, mask=is_here, other=0).to(tl.float32)
-            source += stride
+    source = parts + token.to(tl.int64) * TOP_K * hidden_size + columns
+    for _ in range(0, split):
+        # Unrolled, so that the loads of all slots are on their way together.
+        for slot in tl.static_range(TOP_K):
+            pair = token * TOP_K + slot
+            expert = load_local_ids(topk_ids, expert_map, pair, num_pairs, num_global, NUM_EXPERTS, HAS_MAP)
+            # Rows of pairs that have no expert here were never written.
+            is_here = columns < tl.where(expert < NUM_EXPERTS, hidden_size, 0)
+            total += tl.load(source + slot * hidden_size, mask=is_here, other=0).to(tl.float32)
+        source += stride
     store_rounded(out + token.to(tl.int64) * hidden_size + columns, total, mask, USE_ASM)
 
 
@@ -76,6 +81,11 @@ def sum_parts_kernel(
     store_rounded(out + row.to(tl.int64) * out_features + columns, total, mask, USE_ASM)
 
 
+def choose_columns(parts: torch.dtype) -> int:
+    """Columns that a thread block sums of parts of this type."""
+    return FEW_COLUMNS if parts == torch.float32 else MANY_COLUMNS
+
+
 def sum_experts(
     parts: torch.Tensor,
     topk_ids: torch.Tensor,
@@ -88,19 +98,20 @@ def sum_experts(
     split, num_pairs, hidden_size = parts.shape
     tokens, top_k = topk_ids.shape
     num_global = 0 if expert_map is None else expert_map.numel()
-    sum_experts_kernel[(tokens, -(-hidden_size // BLOCK_COLUMNS))](
+    columns = choose_columns(parts.dtype)
+    sum_experts_kernel[(tokens, -(-hidden_size // columns))](
         parts,
         topk_ids,
         expert_map,
         out,
         num_pairs,
         split,
-        top_k,
         num_global,
         hidden_size,
+        TOP_K=top_k,
         NUM_EXPERTS=num_experts,
         HAS_MAP=expert_map is not None,
-        BLOCK_COLUMNS=BLOCK_COLUMNS,
+        BLOCK_COLUMNS=columns,
         USE_ASM=use_asm,
     )
 
@@ -108,7 +119,8 @@ def sum_experts(
 def sum_parts(parts: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, use_asm: bool) -> None:
     """out [rows, outputs] = sums of parts float32 [split, rows, outputs], plus bias [outputs] or None."""
     split, num_rows, out_features = parts.shape
-    sum_parts_kernel[(num_rows, -(-out_features // BLOCK_COLUMNS))](
+    columns = choose_columns(parts.dtype)
+    sum_parts_kernel[(num_rows, -(-out_features // columns))](
         parts,
         bias,
         out,
@@ -116,6 +128,6 @@ def sum_parts(parts: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor,
         split,
         out_features,
         HAS_BIAS=bias is not None,
-        BLOCK_COLUMNS=BLOCK_COLUMNS,
+        BLOCK_COLUMNS=columns,
         USE_ASM=use_asm,
     )

@@ -16,12 +16,25 @@ Why these shapes (notes on registers and shared memory: docs/gpu-kernels.md):
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 
 from .layout import DEPTH, ROWS
 
 #: How scales and zero points of 16-bit activations are applied: accumulate.py.
 SCALE_WEIGHTS, SCALE_PRODUCTS, CORRECT_SUMS = 0, 1, 2
+
+#: Threads of a warp on every NVIDIA GPU.
+WARP_SIZE = 32
+
+#: What a tile can have: sizes of tensors are powers of two in Triton, and so are warps.
+BLOCK_ROWS = (ROWS, 2 * ROWS, 4 * ROWS)
+BLOCK_TOKENS = (8, 16, 32, 64, 128, 256)
+NUM_WARPS = (1, 2, 4, 8, 16)
+
+#: GPUs whose tensor core takes whole tiles (`wgmma`, `tcgen05`) and whose thread blocks have 227 KiB of shared memory:
+#: sm_90 up to, without it, sm_120, which multiplies by `mma.sync` and has 99 KiB again, as sm_89 does.
+WIDE_CAPABILITIES = (9, 0), (12, 0)
 
 
 @dataclass(frozen=True)
@@ -30,7 +43,7 @@ class Tile:
 
     block_n: rows of the weight (of gate_up, half as many outputs); block_tokens: rows of activations. num_warps,
     num_stages: as Triton means them. scaling: SCALE_WEIGHTS, SCALE_PRODUCTS or CORRECT_SUMS. unroll: chunks of K per
-    iteration. Raises ValueError for a shape that the kernels do not have.
+    iteration. Raises ValueError for a value that is no integer, and for a shape that the kernels do not have.
     """
 
     block_n: int
@@ -41,12 +54,24 @@ class Tile:
     unroll: int = 1
 
     def __post_init__(self) -> None:
-        if self.block_n % ROWS or self.block_n <= 0:
-            raise ValueError(f"block_n={self.block_n} is not a multiple of the layout's row tile, {ROWS}")
-        if self.block_tokens not in (8, 16, 32, 64, 128, 256):
+        for name, value in asdict(self).items():
+            # A table of JSON may hold anything; a bool is an int to Python.
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{name}={value!r} is not an integer")
+        if self.block_n not in BLOCK_ROWS:
+            raise ValueError(
+                f"block_n={self.block_n} is not one of {_join(BLOCK_ROWS)}: the layout's row tile, doubled or not"
+            )
+        if self.block_tokens not in BLOCK_TOKENS:
             raise ValueError(f"block_tokens={self.block_tokens} is not a power of two from 8 to 256")
+        if self.num_warps not in NUM_WARPS:
+            raise ValueError(f"num_warps={self.num_warps} is not one of {_join(NUM_WARPS)}")
+        if self.num_stages < 1:
+            raise ValueError(f"num_stages={self.num_stages} is less than 1")
         if self.scaling not in (SCALE_WEIGHTS, SCALE_PRODUCTS, CORRECT_SUMS):
             raise ValueError(f"scaling={self.scaling} is not SCALE_WEIGHTS, SCALE_PRODUCTS or CORRECT_SUMS")
+        if self.unroll < 1:
+            raise ValueError(f"unroll={self.unroll} is less than 1")
 
 
 @dataclass(frozen=True)
@@ -56,6 +81,12 @@ class Device:
     capability: tuple[int, int]
     num_processors: int
     name: str = ""
+
+    @property
+    def has_wide_units(self) -> bool:
+        """Whether it is one of WIDE_CAPABILITIES."""
+        first, end = WIDE_CAPABILITIES
+        return first <= self.capability < end
 
 
 @dataclass(frozen=True)
@@ -120,9 +151,21 @@ def _apply_rule(num_rows: int, num_weights: int, int8: bool, device: Device) -> 
     tile = SHIPPED_TILES[place]
     # Scaling integer products takes registers of its own, and mma.sync keeps its accumulators beside the decoded
     # weights: 128 by 128 does not fit then.
-    if tile == LARGE_TILE and (int8 or device.capability < (9, 0)):
+    if tile == LARGE_TILE and (int8 or not device.has_wide_units):
         return PREFILL_TILE
     return tile
+
+
+def list_choices(int8: bool, device: Device) -> list[Tile]:
+    """Every tile that `choose_tile` and `choose_layer_tiles` can return for a GPU, smallest first.
+
+    int8: as in `choose_tile`.
+    """
+    from . import tuning
+
+    ruled = {_apply_rule(rows, 1, int8, device) for rows in (1, *(limit + 1 for limit in TILE_LIMITS))}
+    chosen = ruled | tuning.list_tiles(device.name, int8)
+    return sorted(chosen, key=lambda tile: (tile.block_tokens, *asdict(tile).values()))
 
 
 def choose_layer_tiles(num_pairs: int, num_experts: int, int8: bool, device: Device) -> LayerTiles:
@@ -154,3 +197,7 @@ def bound_tiles(num_pairs: int, num_experts: int, block_tokens: int) -> int:
     """The most tiles of `block_tokens` rows that `num_pairs` pairs can need, however they spread over the experts."""
     reached = min(num_pairs, num_experts)
     return reached + (num_pairs - reached) // block_tokens
+
+
+def _join(values: Iterable[int]) -> str:
+    return ", ".join(map(str, values))

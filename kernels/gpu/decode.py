@@ -154,6 +154,14 @@ def _run_plain(
 
 
 @triton.jit
+def decode_plainly(
+    words, BITS: tl.constexpr, ACT_BITS: tl.constexpr, IS_FP16: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr
+):
+    """Words [ROWS, WORDS] of codes of one plane -> [ROWS, WORDS, fields], as `decode_words` does without PTX."""
+    return _run_plain(words, words, words, BITS, ACT_BITS, IS_FP16, ACT_BITS // BITS, ROWS, WORDS)
+
+
+@triton.jit
 def decode_words(
     low,
     high,

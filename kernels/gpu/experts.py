@@ -22,7 +22,7 @@ GATE_UP_BLOCK = tl.constexpr(int(Block.GATE_UP))
 DOWN_BLOCK = tl.constexpr(int(Block.DOWN))
 
 
-@triton.jit(do_not_specialize=["num_x_rows", "top_k"])
+@triton.jit(do_not_specialize=["num_x_rows", "top_k"], do_not_specialize_on_alignment=["routing"])
 def gate_up_kernel(
     x,
     x_codes,
@@ -118,7 +118,7 @@ def gate_up_kernel(
     store_rounded(target, tl.trans(outputs), mask, USE_ASM)
 
 
-@triton.jit(do_not_specialize=["num_pairs", "split"])
+@triton.jit(do_not_specialize=["num_pairs", "split"], do_not_specialize_on_alignment=["routing"])
 def down_kernel(
     hidden,
     x_codes,

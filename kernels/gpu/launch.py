@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -41,9 +42,18 @@ def describe_device(device: torch.device) -> Device:
     return Device((properties.major, properties.minor), properties.multi_processor_count, properties.name)
 
 
+def use_device(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which Triton launches on this device: it takes the current one, whatever its arguments lie on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured, in which nothing can be read from the device."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    """Whether a CUDA graph is being captured on a device, in which nothing can be read from it."""
+    if device.type != "cuda":
+        return False
+    # torch answers for the current device.
+    with use_device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def tile_options(tile: Tile) -> dict[str, object]:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..arena import FULL_PRECISION_DTYPES, BlockFormat, Field, Layout, num_groups, write_codes, write_full_precision
+from ..arena import FULL_PRECISION_DTYPES, BlockFormat, Field, Layout, num_groups
+from ..blocks import write_codes, write_full_precision
 from ..mixed_linear.layout import NUM_ROWS, plan_linear
 from ..mixed_moe.layout import Block, block_shape, plan_arena
 

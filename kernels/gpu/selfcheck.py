@@ -2,71 +2,104 @@
 """Whether the Triton kernels compute on this GPU what the reference does, asked once before a model relies on them.
 
 The kernels rest on the order in which a tensor core's registers hold a tile, which inline PTX cannot state and a new
-Triton or GPU may change. A wrong answer would be fluent nonsense, so a small layer of every width is compared at load
-time; a fault costs the model its speed and nothing else.
+Triton or GPU may change. A wrong answer would be fluent nonsense, so small layers are compared (faults.py).
+
+A process of its own compares them: after a fault in a kernel every further call of CUDA fails, and a kernel that hangs
+never returns. Either costs the model its speed and nothing else.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import logging
+import os
+import subprocess
+import sys
+import time
 
 import torch
 
-from .. import tolerances
-from ..mixed_moe import reference
-from . import launch, samples
-from .configurations import DECODE_TILE, PREFILL_TILE, SCALE_WEIGHTS, LayerTiles, Tile
-from .layout import STORED_BITS
+from . import launch
 
 logger = logging.getLogger("vllm.vllm_ext.kernels")
 
-#: Two chunks of K, so that the loop over K turns, and a last tile of rows that is not full.
-HIDDEN_SIZE, INTERMEDIATE_SIZE = 256, 160
-NUM_TOKENS, TOP_K = 24, 2
+#: What the other process runs; its arguments are a device and the name of an element type.
+COMMAND = (sys.executable, "-m", "vllm_ext.kernels.gpu.faults")
+
+#: Seconds that it may take. Nearly all of them go to compiling some twenty kernels, which Triton keeps on disk.
+TIMEOUT = 300.0
+
+#: Its exit code where it cannot have the GPU: in exclusive mode, or with too little memory left.
+NO_DEVICE = 3
+
+#: Characters of what it last wrote, for the message.
+TAIL = 500
 
 
 @functools.cache
 def is_sound(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether layers of x's `dtype` on this device can be left to the kernels; says once in the log why not.
 
-    The first call compiles a few kernels, which Triton keeps on disk: half a minute on a new machine.
+    Takes a minute on a new machine and some seconds after that, never more than TIMEOUT, and raises nothing.
     """
     if not launch.serves(torch.empty(0, dtype=dtype, device=device)):
         return False
-    for act_bits in (16, 8):
-        for tile in (DECODE_TILE, PREFILL_TILE):
-            if (fault := _find_fault(device, dtype, act_bits, tile)) is not None:
-                logger.error(
-                    "vllm_ext: the Triton kernels are not used on %s: %s. The float32 reference runs instead, slowly. "
-                    "Please report this with the versions of torch and triton",
-                    device,
-                    fault,
-                )
-                return False
-    return True
+    logger.info("vllm_ext: comparing the Triton kernels on %s with the reference: a minute the first time", device)
+    start = time.monotonic()
+    fault = ask_child(device, dtype)
+    if fault is None:
+        logger.info("vllm_ext: the Triton kernels agree with the reference (%.0f s)", time.monotonic() - start)
+        return True
+    logger.error(
+        "vllm_ext: the Triton kernels are not used on %s: %s. The float32 reference runs instead, slowly. "
+        "Please report this with the versions of torch and triton",
+        device,
+        fault,
+    )
+    return False
 
 
-def _find_fault(device: torch.device, dtype: torch.dtype, act_bits: int, tile: Tile) -> str | None:
-    """What is wrong with one tile, None where nothing is."""
-    from ..mixed_moe import triton
+def ask_child(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What another process finds wrong with the kernels, None where nothing is.
 
-    formats = [(samples.make_format(bits, act_bits), samples.make_format(bits, act_bits, 32)) for bits in STORED_BITS]
-    layer = samples.make_moe(formats, HIDDEN_SIZE, INTERMEDIATE_SIZE, device)
-    x, topk_ids, topk_weights = samples.make_routing(NUM_TOKENS, HIDDEN_SIZE, TOP_K, len(formats), dtype, device)
-    arguments = (topk_ids, topk_weights, layer.arena, layer.table, None, INTERMEDIATE_SIZE, "silu", False)
-    name = f"w2-8a{act_bits} in tiles of {tile.block_tokens} tokens"
+    Where it cannot have the GPU beside this process, this one compares, and a fault that CUDA does not survive ends it.
+    """
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    # It must find what this process imports, however that came to be importable.
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    command = [*COMMAND, str(device), str(dtype).removeprefix("torch.")]
     try:
-        found = triton.mixed_moe(x, *arguments, tiles=LayerTiles(tile, tile))
-    except Exception as error:  # noqa: BLE001 - whatever a compiler or driver raises, the model can be served without
-        return f"{name}: {type(error).__name__}: {error}"
-    if found is None:
-        return f"{name}: not in a layout of the kernels"
-    expected = reference.mixed_moe(x.float(), *arguments)
-    rounds_weights = act_bits == 16 and tile.scaling == SCALE_WEIGHTS
-    tolerance = tolerances.GPU_MOE_ROUNDED[dtype] if rounds_weights else tolerances.GPU_MOE[dtype, act_bits]
-    distance = tolerances.relative_error(found, expected)
-    # Written so that NaN is a fault.
-    if not distance <= tolerance.relative:
-        return f"{name}: relative error {distance:.2g} against the reference, allowed is {tolerance.relative:.2g}"
-    return None
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": path},
+            timeout=TIMEOUT,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return (
+            f"comparing them took longer than {TIMEOUT:.0f} s: a kernel hangs, or compiling is slow here (what was "
+            f"compiled is kept, so another start comes further)"
+        )
+    except OSError as error:
+        return f"the process that compares them did not start: {error}"
+    if done.returncode == NO_DEVICE:
+        from . import faults
+
+        return faults.find_fault(device, dtype)
+    return _read_answer(done)
+
+
+def _read_answer(done: subprocess.CompletedProcess[str]) -> str | None:
+    lines = done.stdout.strip().splitlines()
+    if done.returncode == 0 and lines:
+        try:
+            fault = json.loads(lines[-1])["fault"]
+        except (ValueError, TypeError, KeyError):
+            return f"the process that compares them answered {lines[-1][-TAIL:]!r}"
+        return None if fault is None else str(fault)
+    return f"the process that compares them ended with code {done.returncode}: {done.stderr.strip()[-TAIL:]}"

@@ -8,24 +8,22 @@ that they pass with those listed here.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ..mixed_moe.triton import FLOAT32_TOKENS
 from . import activations, combine, experts, linear, sorting
-from .configurations import SHIPPED_TILES, Device, Tile, choose_tile
+from .configurations import CORRECT_SUMS, DECODE_TILE, WARP_SIZE, Device, Tile, list_choices
 from .formats import INT8_GROUPS, NUM_CODE_FORMATS, STORED_WIDTHS, Format, describe_kind, keep_int8
 from .launch import tile_options
 from .layout import DEPTH
 
-#: A layer of 128 experts of 2048 by 768: Qwen3-30B-A3B.
-NUM_EXPERTS, HIDDEN_SIZE, INTERMEDIATE_SIZE = 128, 2048, 768
-
-#: Threads of a warp on every NVIDIA GPU.
-WARP_SIZE = 32
+#: A layer of 128 experts of 2048 by 768, 8 for each token: Qwen3-30B-A3B.
+NUM_EXPERTS, TOP_K, HIDDEN_SIZE, INTERMEDIATE_SIZE = 128, 8, 2048, 768
 
 #: Element types of pointers, by argument name; "half" stands for the type of x.
 POINTERS = {
@@ -44,11 +42,16 @@ POINTERS = {
     "bias": "half",
     "parts": "fp32",
 }
+#: The type of parts that are rounded before they are summed, as an argument of `_describe`.
+ROUNDED_PARTS = {"parts": "half"}
+
 #: Arguments that are indices on the device.
 INDICES = (
     "pairs", "experts", "segment_ends", "tile_experts", "tile_starts", "num_tiles", "topk_ids", "expert_map", "counts",
-    "bases",
+    "bases", "totals",
 )  # fmt: skip
+#: Pointers of which Triton is told not to care how they are aligned: callers may pass slices of a larger batch's.
+UNALIGNED = ("topk_ids", "routing")
 #: Numbers that are multiples of 16 for every real layer, of which Triton makes use.
 SIZES = ("K", "hidden_size", "intermediate_size", "out_features", "num_experts")
 
@@ -101,6 +104,13 @@ FORMAT_SETS: dict[str, int] = {
 }
 
 
+#: Tiles that no rule chooses yet: tuning and `bench.kernels.gpu --part decode` try them. By a word for their names.
+DECODE_VARIANTS = {
+    "narrow": replace(DECODE_TILE, block_tokens=8, num_warps=2),
+    "narrow sums": replace(DECODE_TILE, block_tokens=8, num_warps=2, scaling=CORRECT_SUMS),
+}
+
+
 def has_int8(formats: int) -> bool:
     """Whether a format of the set takes 8-bit activations."""
     return any(formats >> number & 1 for number in range(NUM_CODE_FORMATS) if number // 5 % 2)
@@ -108,9 +118,7 @@ def has_int8(formats: int) -> bool:
 
 def list_tiles(formats: int, device: Device) -> list[Tile]:
     """The tiles that batches of a layer with these formats can get on a GPU."""
-    int8 = has_int8(formats)
-    largest = {choose_tile(rows, 1, int8, device) for rows in (1, 17, 65, 129)}
-    return [tile for tile in SHIPPED_TILES if tile in largest]
+    return list_choices(has_int8(formats), device)
 
 
 def list_gemms(tile: Tile, formats: int, half: str = "bf16", name: str = "", even_k: bool = True) -> Iterator[Shipped]:
@@ -122,7 +130,8 @@ def list_gemms(tile: Tile, formats: int, half: str = "bf16", name: str = "", eve
     expert = {**constants, "WEIGHT_ON_INPUT": False}
     label = f"{name} {tile.block_n}x{tile.block_tokens}"
     yield _describe(f"gate_up {label}", experts.gate_up_kernel, {**expert, "KINDS": kinds}, half, num_warps)
-    yield _describe(f"down {label}", experts.down_kernel, {**expert, "KINDS": 0}, half, num_warps)
+    parts = POINTERS if tile.block_tokens <= FLOAT32_TOKENS else ROUNDED_PARTS
+    yield _describe(f"down {label}", experts.down_kernel, {**expert, "KINDS": 0}, half, num_warps, parts)
     stacked = {**constants, "KINDS": kinds, "NUM_BLOCKS": 1, "HAS_BIAS": False}
     yield _describe(f"linear {label}", linear.linear_kernel, stacked, half, num_warps)
 
@@ -132,16 +141,13 @@ def list_helpers(half: str = "bf16") -> Iterator[Shipped]:
     padded = triton.next_power_of_2(NUM_EXPERTS + 1)
     sizes = {"NUM_EXPERTS": NUM_EXPERTS, "PADDED_EXPERTS": padded}
     mapped = {"HAS_MAP": True, "BLOCK": sorting.BLOCK}
-    batches = sorting.choose_batches(padded)
-    yield _describe(
-        "sort_few",
-        sorting.sort_few_kernel,
-        {**sizes, **mapped, "TILE_BATCH": batches["TILE_BATCH"], "BLOCK": sorting.FEW_BLOCK},
-        half,
-        8,
-    )
+    unused = {"UNUSED": sorting.UNUSED_TILES}
+    sort_few = {**sizes, **mapped, **unused, "BLOCK": sorting.FEW_BLOCK}
+    yield _describe("sort_few", sorting.sort_few_kernel, sort_few, half, 8)
     yield _describe("count", sorting.count_kernel, {**sizes, **mapped}, half, 4)
-    yield _describe("scan", sorting.scan_kernel, {**sizes, **batches}, half, 8)
+    scanned = {"SLICE": sorting.choose_slice(padded), "ROWS": sorting.SCANNED_BLOCKS}
+    yield _describe("scan", sorting.scan_kernel, {"PADDED_EXPERTS": padded, **scanned}, half, 8)
+    yield _describe("tiles", sorting.tiles_kernel, {**sizes, **unused}, half, 8)
     yield _describe("place", sorting.place_kernel, {**sizes, **mapped}, half, 8)
     for kind in range(len(INT8_GROUPS) + 1):
         int8, group_size, depth = describe_kind(kind)
@@ -149,25 +155,32 @@ def list_helpers(half: str = "bf16") -> Iterator[Shipped]:
         constants = {"BY_EXPERT": True, "INT8": int8, "GROUP_SIZE": group_size, "PIECE": depth, "BLOCK_PIECES": pieces}
         name = f"prepare {'int8' if int8 else 'sums'} g{group_size}"
         yield _describe(name, activations.prepare_kernel, constants, half, 4)
-    columns = {"BLOCK_COLUMNS": combine.BLOCK_COLUMNS, "USE_ASM": True}
-    experts_constants = {**columns, "NUM_EXPERTS": NUM_EXPERTS, "HAS_MAP": False}
-    yield _describe("sum_experts", combine.sum_experts_kernel, experts_constants, half, 4)
-    yield _describe("sum_parts", combine.sum_parts_kernel, {**columns, "HAS_BIAS": True}, half, 4)
+    routed = {"NUM_EXPERTS": NUM_EXPERTS, "TOP_K": TOP_K, "HAS_MAP": False, "USE_ASM": True}
+    columns = {"BLOCK_COLUMNS": combine.FEW_COLUMNS}
+    yield _describe("sum_experts", combine.sum_experts_kernel, {**routed, **columns}, half, 4)
+    yield _describe("sum_parts", combine.sum_parts_kernel, {**columns, "USE_ASM": True, "HAS_BIAS": True}, half, 4)
+    columns = {"BLOCK_COLUMNS": combine.MANY_COLUMNS}
+    yield _describe("sum_experts rounded", combine.sum_experts_kernel, {**routed, **columns}, half, 4, ROUNDED_PARTS)
 
 
-def _describe(name: str, kernel: Any, constants: Mapping[str, object], half: str, num_warps: int) -> Shipped:
+def _describe(
+    name: str,
+    kernel: Any,
+    constants: Mapping[str, object],
+    half: str,
+    num_warps: int,
+    changes: Mapping[str, str] = POINTERS,
+) -> Shipped:
+    """changes: element types of pointers where they are not those of POINTERS."""
     signature, divisible = {}, []
+    types = {**POINTERS, **changes, **dict.fromkeys(INDICES, "i32")}
     for argument in kernel.arg_names:
         if argument in constants:
             signature[argument] = "constexpr"
-        elif argument in POINTERS:
-            signature[argument] = "*" + (half if POINTERS[argument] == "half" else POINTERS[argument])
+            continue
+        is_pointer = argument in types
+        kind = types.get(argument, "i32")
+        signature[argument] = ("*" if is_pointer else "") + (half if kind == "half" else kind)
+        if (is_pointer and argument not in UNALIGNED) or argument in SIZES:
             divisible.append(argument)
-        elif argument in INDICES:
-            signature[argument] = "*i32"
-            divisible.append(argument)
-        else:
-            signature[argument] = "i32"
-            if argument in SIZES:
-                divisible.append(argument)
     return Shipped(name, kernel, signature, dict(constants), tuple(divisible), num_warps)

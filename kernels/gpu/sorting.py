@@ -11,7 +11,8 @@
 
 The host knows only how many pairs there are at most, so the arrays are as long as the worst case needs. The order is
 the same every time, no matter in which order thread blocks run. Few pairs are sorted in one launch, by comparing each
-with all; many in three, by counting.
+with all; many in four, by counting: each thread block its own pairs, then the blocks before it expert by expert, then
+tiles, then places.
 """
 
 from __future__ import annotations
@@ -30,9 +31,12 @@ BLOCK, FEW_BLOCK = 128, 64
 #: Pairs up to which they are sorted in one launch.
 FEW_PAIRS = 1024
 
-#: Counts that are summed at a time, and comparisons of a tile with an expert that are made at a time: more of them
-#: would not fit in the registers of the one thread block that does it.
-SCANNED_COUNTS, COMPARED_TILES = 4096, 8192
+#: Experts whose counts a thread block of `scan_kernel` sums, a 64-byte line of each block's counts, and how many of
+#: these lines it takes at a time.
+SCANNED_EXPERTS, SCANNED_BLOCKS = 16, 256
+
+#: Unused tiles that are written at a time.
+UNUSED_TILES = 1024
 
 #: int32 elements of a 64-byte line. Every array starts on one: Triton compiles another kernel for other alignments.
 LINE = 16
@@ -74,30 +78,29 @@ def _write_tiles(
     block_tokens,
     NUM_EXPERTS: tl.constexpr,
     PADDED_EXPERTS: tl.constexpr,
-    TILE_BATCH: tl.constexpr,
+    UNUSED: tl.constexpr,
 ):
-    """Segments and tiles, from pairs per expert, int32 [PADDED_EXPERTS]."""
+    """Segments and tiles, from pairs per expert, int32 [PADDED_EXPERTS], 0 for those past the last."""
     expert = tl.arange(0, PADDED_EXPERTS)
     ends = tl.cumsum(counts, 0)
     tl.store(segment_ends + expert, ends, mask=expert < NUM_EXPERTS)
     tiles = (counts + block_tokens - 1) // block_tokens
-    tile_ends = tl.cumsum(tiles, 0)
+    first = tl.cumsum(tiles, 0) - tiles
     total = tl.sum(tiles, 0)
     tl.store(num_tiles, total)
-    for first in range(0, max_tiles, TILE_BATCH):
-        tile = first + tl.arange(0, TILE_BATCH)
-        passed = (tile_ends[None, :] <= tile[:, None]) & (expert < NUM_EXPERTS)[None, :]
-        owner = tl.sum(passed.to(tl.int32), 1)
-        first_tile = tl.max(tl.where(passed, tile_ends[None, :], 0), 1)
-        segment_start = tl.max(tl.where(passed, ends[None, :], 0), 1)
-        start = segment_start + (tile - first_tile) * block_tokens
-        # Tiles past the last are read before it is known that they are none: they must name an expert that exists.
-        owner = tl.minimum(owner, NUM_EXPERTS - 1)
-        tl.store(tile_experts + tile, owner, mask=tile < max_tiles)
-        tl.store(tile_starts + tile, start, mask=tile < max_tiles)
+    # All experts write their next tile at once, so no thread waits for another.
+    for k in range(0, tl.max(tiles, 0)):
+        has_tile = k < tiles
+        tl.store(tile_experts + first + k, expert, mask=has_tile)
+        tl.store(tile_starts + first + k, ends - counts + k * block_tokens, mask=has_tile)
+    # The GEMMs read a tile before they know whether there is one.
+    for unused in range(total, max_tiles, UNUSED):
+        tile = unused + tl.arange(0, UNUSED)
+        tl.store(tile_experts + tile, 0, mask=tile < max_tiles)
+        tl.store(tile_starts + tile, 0, mask=tile < max_tiles)
 
 
-@triton.jit(do_not_specialize=["num_pairs", "max_tiles", "block_tokens"])
+@triton.jit(do_not_specialize=["num_pairs", "max_tiles", "block_tokens"], do_not_specialize_on_alignment=["topk_ids"])
 def sort_few_kernel(
     topk_ids,
     expert_map,
@@ -115,7 +118,7 @@ def sort_few_kernel(
     PADDED_EXPERTS: tl.constexpr,
     HAS_MAP: tl.constexpr,
     BLOCK: tl.constexpr,
-    TILE_BATCH: tl.constexpr,
+    UNUSED: tl.constexpr,
 ):
     """All in one launch: each thread block but the last places BLOCK pairs, the last one makes the tiles."""
     lane = tl.arange(0, BLOCK)
@@ -148,11 +151,11 @@ def sort_few_kernel(
             block_tokens,
             NUM_EXPERTS,
             PADDED_EXPERTS,
-            TILE_BATCH,
+            UNUSED,
         )
 
 
-@triton.jit(do_not_specialize=["num_pairs"])
+@triton.jit(do_not_specialize=["num_pairs"], do_not_specialize_on_alignment=["topk_ids"])
 def count_kernel(
     topk_ids,
     expert_map,
@@ -171,39 +174,49 @@ def count_kernel(
     tl.store(target, tl.histogram(expert, PADDED_EXPERTS))
 
 
-@triton.jit(do_not_specialize=["num_blocks", "max_tiles", "block_tokens"])
+@triton.jit(do_not_specialize=["num_blocks"])
 def scan_kernel(
     counts,
     bases,
+    totals,
+    num_blocks,
+    PADDED_EXPERTS: tl.constexpr,
+    SLICE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """bases[block, expert] = pairs of that expert in earlier blocks, totals[expert] = in all. Each thread block takes
+    SLICE experts, and ROWS blocks at a time."""
+    expert = tl.program_id(0) * SLICE + tl.arange(0, SLICE)
+    row = tl.arange(0, ROWS)
+    running = tl.zeros((SLICE,), tl.int32)
+    for first in range(0, num_blocks, ROWS):
+        place = (first + row)[:, None] * PADDED_EXPERTS + expert[None, :]
+        mask = (first + row < num_blocks)[:, None]
+        here = tl.load(counts + place, mask=mask, other=0)
+        tl.store(bases + place, running[None, :] + tl.cumsum(here, 0) - here, mask=mask)
+        running += tl.sum(here, 0)
+    tl.store(totals + expert, running)
+
+
+@triton.jit(do_not_specialize=["max_tiles", "block_tokens"])
+def tiles_kernel(
+    totals,
     segment_ends,
     tile_experts,
     tile_starts,
     num_tiles,
-    num_blocks,
     max_tiles,
     block_tokens,
     NUM_EXPERTS: tl.constexpr,
     PADDED_EXPERTS: tl.constexpr,
-    SCAN_ROWS: tl.constexpr,
-    TILE_BATCH: tl.constexpr,
+    UNUSED: tl.constexpr,
 ):
-    """bases[block, expert] = position of a block's first pair of that expert; segments and tiles. One thread block."""
+    """Segments and tiles from the totals. One thread block."""
     expert = tl.arange(0, PADDED_EXPERTS)
-    scan_row = tl.arange(0, SCAN_ROWS)
-    total = tl.zeros((PADDED_EXPERTS,), tl.int32)
-    for first in range(0, num_blocks, SCAN_ROWS):
-        place = (first + scan_row)[:, None] * PADDED_EXPERTS + expert[None, :]
-        total += tl.sum(tl.load(counts + place, mask=(first + scan_row < num_blocks)[:, None], other=0), 0)
-    total = tl.where(expert < NUM_EXPERTS, total, 0)
-    running = tl.cumsum(total, 0) - total
-    for first in range(0, num_blocks, SCAN_ROWS):
-        place = (first + scan_row)[:, None] * PADDED_EXPERTS + expert[None, :]
-        mask = (first + scan_row < num_blocks)[:, None]
-        here = tl.load(counts + place, mask=mask, other=0)
-        tl.store(bases + place, running[None, :] + tl.cumsum(here, 0) - here, mask=mask)
-        running += tl.sum(here, 0)
+    # Past the last expert are the pairs that nobody takes.
+    counts = tl.load(totals + expert, mask=expert < NUM_EXPERTS, other=0)
     _write_tiles(
-        total,
+        counts,
         segment_ends,
         tile_experts,
         tile_starts,
@@ -212,15 +225,17 @@ def scan_kernel(
         block_tokens,
         NUM_EXPERTS,
         PADDED_EXPERTS,
-        TILE_BATCH,
+        UNUSED,
     )
 
 
-@triton.jit(do_not_specialize=["num_pairs"])
+@triton.jit(do_not_specialize=["num_pairs"], do_not_specialize_on_alignment=["topk_ids"])
 def place_kernel(
     topk_ids,
     expert_map,
     bases,
+    totals,
+    segment_ends,
     pairs,
     experts,
     num_pairs,
@@ -230,23 +245,22 @@ def place_kernel(
     HAS_MAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Each pair to its block's base plus its rank among the block's pairs of that expert."""
+    """Each pair to its expert's start, plus its block's base, plus its rank among the block's pairs of that expert."""
     lane = tl.arange(0, BLOCK)
     mine = tl.program_id(0) * BLOCK + lane
     expert = load_local_ids(topk_ids, expert_map, mine, num_pairs, num_global, NUM_EXPERTS, HAS_MAP)
     same = (expert[None, :] == expert[:, None]) & (lane[None, :] < lane[:, None])
-    position = tl.load(bases + tl.program_id(0) * PADDED_EXPERTS + expert) + tl.sum(same.to(tl.int32), 1)
     is_routed = expert < NUM_EXPERTS
+    start = tl.load(segment_ends + expert, mask=is_routed, other=0) - tl.load(totals + expert)
+    base = tl.load(bases + tl.program_id(0) * PADDED_EXPERTS + expert)
+    position = start + base + tl.sum(same.to(tl.int32), 1)
     tl.store(pairs + position, mine, mask=is_routed)
     tl.store(experts + position, expert, mask=is_routed)
 
 
-def choose_batches(padded_experts: int) -> dict[str, int]:
-    """How many blocks of counts, and how many tiles, `scan_kernel` takes at a time for so many experts."""
-    return {
-        "SCAN_ROWS": max(1, SCANNED_COUNTS // padded_experts),
-        "TILE_BATCH": max(1, COMPARED_TILES // padded_experts),
-    }
+def choose_slice(padded_experts: int) -> int:
+    """Experts that a thread block of `scan_kernel` takes."""
+    return min(SCANNED_EXPERTS, padded_experts)
 
 
 def sort_pairs(
@@ -268,16 +282,15 @@ def sort_pairs(
     block = FEW_BLOCK if is_few else BLOCK
     num_blocks = -(-num_pairs // block)
     scratch = 0 if is_few else num_blocks * padded_experts
-    sizes = [num_pairs, num_pairs, num_experts, max_tiles, max_tiles, 1, scratch, scratch]
+    sizes = [num_pairs, num_pairs, num_experts, max_tiles, max_tiles, 1, scratch, scratch, padded_experts]
     lines = [-(-size // LINE) * LINE for size in sizes]
     workspace = torch.empty(sum(lines), dtype=torch.int32, device=topk_ids.device)
     parts = [part[:size] for part, size in zip(workspace.split(lines), sizes, strict=True)]
-    pairs, experts, segment_ends, tile_experts, tile_starts, num_tiles, counts, bases = parts
+    pairs, experts, segment_ends, tile_experts, tile_starts, num_tiles, counts, bases, totals = parts
     order = SortedPairs(pairs, experts, segment_ends, tile_experts, tile_starts, num_tiles, num_experts, max_tiles)
     num_global = 0 if expert_map is None else expert_map.numel()
     common = {"NUM_EXPERTS": num_experts, "PADDED_EXPERTS": padded_experts}
     mapped = {"HAS_MAP": expert_map is not None, "BLOCK": block}
-    batches = choose_batches(padded_experts)
     segments = (segment_ends, tile_experts, tile_starts, num_tiles)
     if is_few:
         sort_few_kernel[(num_blocks + 1,)](
@@ -292,23 +305,35 @@ def sort_pairs(
             num_global,
             **common,
             **mapped,
-            TILE_BATCH=batches["TILE_BATCH"],
+            UNUSED=UNUSED_TILES,
             num_warps=8,
         )
         return order
     count_kernel[(num_blocks,)](topk_ids, expert_map, counts, num_pairs, num_global, **common, **mapped)
-    scan_kernel[(1,)](
+    part = choose_slice(padded_experts)
+    scan_kernel[(padded_experts // part,)](
         counts,
         bases,
-        *segments,
+        totals,
         num_blocks,
-        max_tiles,
-        block_tokens,
-        **common,
-        **batches,
+        PADDED_EXPERTS=padded_experts,
+        SLICE=part,
+        ROWS=SCANNED_BLOCKS,
         num_warps=8,
     )
+    tiles_kernel[(1,)](totals, *segments, max_tiles, block_tokens, **common, UNUSED=UNUSED_TILES, num_warps=8)
     place_kernel[(num_blocks,)](
-        topk_ids, expert_map, bases, pairs, experts, num_pairs, num_global, **common, **mapped, num_warps=8
+        topk_ids,
+        expert_map,
+        bases,
+        totals,
+        segment_ends,
+        pairs,
+        experts,
+        num_pairs,
+        num_global,
+        **common,
+        **mapped,
+        num_warps=8,
     )
     return order

@@ -125,6 +125,19 @@ def find_split(gpu: str) -> Split | None:
     return table.split if table else None
 
 
+def list_tiles(gpu: str, int8: bool) -> set[Tile]:
+    """Every tile that a GPU's table names for such layers."""
+    table = find_table(gpu)
+    steps = table.steps.items() if table else ()
+    return {
+        tile
+        for (_, activations), listed in steps
+        if activations == ACTIVATIONS[int8]
+        for step in listed
+        for tile in step.tiles
+    }
+
+
 def list_limits() -> set[float]:
     """Every number of rows per weight at which some table changes tiles."""
     own = os.environ.get(FOLDER_ENV, "")

@@ -16,7 +16,8 @@ import torch
 from torch.nn.functional import linear
 
 from ..act_quant.reference import round_activations
-from ..arena import Field, Layout, dequantize_block
+from ..arena import Field, Layout
+from ..blocks import dequantize_block
 from ..native.load import find_ops, load_ops
 from .arguments import check_arguments, check_rows
 from .layout import NUM_ROWS

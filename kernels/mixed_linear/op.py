@@ -21,7 +21,8 @@ def _mixed_linear_cuda(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
         # Loads triton, which a process without such calls must not do.
         from . import triton
 
-        out = triton.mixed_linear(x, *arguments)
+        with launch.use_device(x.device):
+            out = triton.mixed_linear(x, *arguments)
         if out is not None:
             return out
     return _mixed_linear_reference(x, *arguments)

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from ..act_quant.reference import round_activations
-from ..arena import Field, dequantize_block
+from ..arena import Field
+from ..blocks import dequantize_block
 from .arguments import check_arguments, check_rows
 from .layout import NUM_ROWS
 

@@ -6,6 +6,7 @@ Imported at the first call with CUDA tensors. As capturable as `mixed_moe`.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from ..gpu import launch
 from ..gpu.activations import prepare_activations
 from ..gpu.combine import sum_parts
 from ..gpu.configurations import Tile, choose_split, choose_tile, list_batch_sizes
+from ..gpu.fitting import FittingTiles
 from ..gpu.formats import keep_int8
 from ..gpu.layout import DEPTH
 from ..gpu.linear import linear_kernel
@@ -38,6 +40,12 @@ def _derive(rows: list[list[int]], arena: torch.Tensor, K: int, out_features: in
 
 _facts: TableFacts[LinearFacts] = TableFacts("mixed_linear", _derive)
 
+#: What this process has learned of tiles that do not fit, by device, dtype, facts, sizes and bias.
+_fitting: FittingTiles[Tile] = FittingTiles("mixed_linear", lambda tile: tile)
+
+#: What this process has warmed up; layers of a model are mostly equal.
+_warm: set[tuple[object, ...]] = set()
+
 
 def mixed_linear(
     x: torch.Tensor,
@@ -54,30 +62,52 @@ def mixed_linear(
     x is bf16 or fp16. Differs from the reference: weights are rounded to x's type where SCALE_WEIGHTS
     (gpu/accumulate.py) applies.
 
-    tile, split: instead of those that `gpu/configurations.py` chooses.
+    tile, split: instead of those that `gpu/configurations.py` chooses. A given tile that does not fit the GPU raises
+    Triton's OutOfResources; a chosen one is replaced by a smaller one (gpu/fitting.py).
     """
     check_arguments(x, arena, table, out_features, bias)
     K = x.shape[-1]
     inputs = x.reshape(-1, K).contiguous()
-    out = torch.empty((len(inputs), out_features), dtype=x.dtype, device=x.device)
     facts = _facts.find(table, arena, (K, out_features))
     if facts.blocks is None:
         return None
+    shape = (*x.shape[:-1], out_features)
     if len(inputs) == 0:
-        return out.view(*x.shape[:-1], out_features)
+        return x.new_empty(shape)
 
-    table = table.contiguous()
-    device = launch.describe_device(x.device)
-    tile = tile or choose_tile(len(inputs), 1, keep_int8(facts.blocks.kinds) != 0, device)
-    tiles_n = sum(-(-N // tile.block_n) for N in facts.num_rows)
+    launches = partial(
+        _launch, inputs, arena, table.contiguous(), out_features, bias, facts.blocks, facts.num_rows, split
+    )
+    if tile is not None:
+        return launches(tile).view(shape)
+    tile = choose_tile(len(inputs), 1, keep_int8(facts.blocks.kinds) != 0, launch.describe_device(x.device))
+    bias_dtype = None if bias is None else bias.dtype
+    kernels = (x.device, x.dtype, facts.blocks, tuple(facts.num_rows), K, bias_dtype)
+    return _fitting.run(kernels, tile, launches).view(shape)
+
+
+def _launch(
+    inputs: torch.Tensor,
+    arena: torch.Tensor,
+    table: torch.Tensor,
+    out_features: int,
+    bias: torch.Tensor | None,
+    blocks: BlockFacts,
+    num_rows: list[int],
+    split: int | None,
+    tile: Tile,
+) -> torch.Tensor:
+    K = inputs.shape[1]
+    out = torch.empty((len(inputs), out_features), dtype=inputs.dtype, device=inputs.device)
+    tiles_n = sum(-(-N // tile.block_n) for N in num_rows)
     tiles = tiles_n * -(-len(inputs) // tile.block_tokens)
-    split = split or choose_split(tiles, K, device)
-    kinds = facts.blocks.kinds_for(tile)
-    stride = facts.blocks.pieces_stride(K)
+    split = split or choose_split(tiles, K, launch.describe_device(inputs.device))
+    kinds = blocks.kinds_for(tile)
+    stride = blocks.pieces_stride(K)
     prepared = prepare_activations(inputs, kinds, stride)
     parts = out
     if split > 1:
-        parts = torch.empty((split, *out.shape), dtype=torch.float32, device=x.device)
+        parts = torch.empty((split, *out.shape), dtype=torch.float32, device=inputs.device)
     linear_kernel[(tiles * split,)](
         inputs,
         *prepared,
@@ -91,16 +121,16 @@ def mixed_linear(
         stride,
         K,
         out_features,
-        NUM_BLOCKS=len(facts.num_rows),
+        NUM_BLOCKS=len(num_rows),
         HAS_BIAS=bias is not None and split == 1,
-        FORMATS=facts.blocks.formats,
+        FORMATS=blocks.formats,
         KINDS=kinds,
         EVEN_K=K % DEPTH == 0,
         **launch.tile_options(tile),
     )
     if split > 1:
         sum_parts(parts, bias, out, not launch.IS_INTERPRETED)
-    return out.view(*x.shape[:-1], out_features)
+    return out
 
 
 def warm_up(
@@ -115,11 +145,22 @@ def warm_up(
     """Compile every kernel that batches of up to `max_tokens` tokens of a layer can get, and read its table.
 
     To be called before CUDA graphs are captured, with what the layer's calls will have. Returns the numbers of tokens
-    that it ran, on zeros.
+    that it ran, on zeros: none where this process did so for an equal layer, of which only the table is read. Raises
+    ValueError for a layout that these kernels do not read, OutOfResources where no tile fits the GPU.
     """
-    sizes = list_batch_sizes(max_tokens, 1)
-    for num_tokens in sizes:
+    facts = _facts.find(table, arena, (K, out_features))
+    if facts.blocks is None:
+        raise ValueError("a block of the table is in a layout that the Triton kernels do not read: nothing to warm up")
+    bias_dtype = None if bias is None else bias.dtype
+    key = (arena.device, dtype, facts.blocks, tuple(facts.num_rows), K, max_tokens, bias_dtype)
+    if key in _warm:
+        return []
+    batches = list_batch_sizes(max_tokens, 1)
+    for num_tokens in batches:
         x = torch.zeros((num_tokens, K), dtype=dtype, device=arena.device)
-        for split in (1, 2):
-            mixed_linear(x, arena, table, out_features, bias, split=split)
-    return sizes
+        # A tile's fewest tokens have the most parts: with more there are as many, fewer, or one.
+        with launch.use_device(arena.device):
+            for split in (None, 1):
+                mixed_linear(x, arena, table, out_features, bias, split=split)
+    _warm.add(key)
+    return batches

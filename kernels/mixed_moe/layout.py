@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..arena import NUM_FIELDS, BlockFormat, copy_block, place_block
+from ..arena import NUM_FIELDS, BlockFormat, place_block
+from ..blocks import copy_block
 
 
 class Block(IntEnum):

@@ -13,14 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vllm_ext.kernels.arena import (
-    FULL_PRECISION_DTYPES,
-    BlockFormat,
-    Layout,
-    num_groups,
-    write_codes,
-    write_full_precision,
-)
+from vllm_ext.kernels.arena import FULL_PRECISION_DTYPES, BlockFormat, Layout, num_groups
+from vllm_ext.kernels.blocks import write_codes, write_full_precision
 from vllm_ext.kernels.mixed_moe.layout import Block, block_shape, plan_arena
 
 #: (hidden, intermediate) that no kernel tile divides.

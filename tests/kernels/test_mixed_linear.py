@@ -12,14 +12,8 @@ from hypothesis import strategies as st
 
 from tests.kernels.mixed_moe_cases import naive_round
 from vllm_ext.kernels import tolerances
-from vllm_ext.kernels.arena import (
-    FULL_PRECISION_DTYPES,
-    BlockFormat,
-    Layout,
-    num_groups,
-    write_codes,
-    write_full_precision,
-)
+from vllm_ext.kernels.arena import FULL_PRECISION_DTYPES, BlockFormat, Layout, num_groups
+from vllm_ext.kernels.blocks import write_codes, write_full_precision
 from vllm_ext.kernels.fallback import warn_no_fast_path
 from vllm_ext.kernels.mixed_linear import cpu, mixed_linear, op, reference
 from vllm_ext.kernels.mixed_linear.layout import NUM_ROWS, plan_linear

@@ -4,17 +4,8 @@
 import pytest
 import torch
 
-from vllm_ext.kernels.arena import (
-    ALIGNMENT,
-    BlockFormat,
-    Field,
-    Layout,
-    read_codes,
-    read_full_precision,
-    section_bytes,
-    write_codes,
-    write_full_precision,
-)
+from vllm_ext.kernels.arena import ALIGNMENT, BlockFormat, Field, Layout, section_bytes
+from vllm_ext.kernels.blocks import read_codes, read_full_precision, write_codes, write_full_precision
 from vllm_ext.kernels.mixed_moe.layout import Block, block_shape, plan_arena
 
 FORMATS = [

@@ -10,7 +10,8 @@ from vllm.model_executor.layers.fused_moe import MoEActivation
 
 from vllm_ext.compress.rounding import dequantize, round_to_nearest
 from vllm_ext.kernels import tolerances
-from vllm_ext.kernels.arena import Field, Layout, dequantize_block
+from vllm_ext.kernels.arena import Field, Layout
+from vllm_ext.kernels.blocks import dequantize_block
 from vllm_ext.quantization import resident
 from vllm_ext.quantization.default_plan import choose_schemes
 from vllm_ext.quantization.moe import LayerStorage

@@ -15,9 +15,10 @@ from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 
 from vllm_ext import observability
 from vllm_ext.compress.rounding import round_to_nearest
-from vllm_ext.kernels.arena import write_codes
+from vllm_ext.kernels.blocks import write_codes
 from vllm_ext.kernels.mixed_linear import op  # noqa: F401 - registers torch.ops.vllm_ext.mixed_linear
 from vllm_ext.kernels.mixed_linear.layout import plan_linear
+from vllm_ext.quantization.cuda_graphs import prepare_linear
 from vllm_ext.quantization.moe import LayerStorage, describe_block
 from vllm_ext.quantization.resident import allocate_arena, choose_layout, find_engine_index, place_in_memory
 from vllm_ext.quantization.scheme import Scheme
@@ -77,6 +78,7 @@ class MxMoELinearBase(LinearMethodBase):
         write_codes(arena, plan.table[0].tolist(), codes, scales, zeros)
         replace_parameter(layer, "linear_arena", arena)
         layer.register_buffer("linear_table", plan.table.to(arena.device), persistent=False)
+        prepare_linear(layer, layout, dtype, K, N)
         self.report_storage(LayerStorage(plan_linear([(stored, N)], K).num_bytes, N * K, 0, 0, plan.num_bytes))
 
     def report_storage(self, storage: LayerStorage) -> None:

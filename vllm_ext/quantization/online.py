@@ -13,8 +13,9 @@ from vllm.model_executor.layers.quantization.online.moe_base import OnlineMoEMet
 from vllm.model_executor.utils import replace_parameter
 
 from vllm_ext.compress.rounding import round_to_nearest
-from vllm_ext.kernels.arena import write_codes, write_full_precision
+from vllm_ext.kernels.blocks import write_codes, write_full_precision
 from vllm_ext.kernels.mixed_moe.layout import Block, plan_arena
+from vllm_ext.quantization.cuda_graphs import prepare_experts
 from vllm_ext.quantization.default_plan import choose_schemes
 from vllm_ext.quantization.moe import (
     ExpertSchemes,
@@ -117,6 +118,7 @@ class MxMoEOnlineMethod(MxMoEMethodBase, OnlineMoEMethodBase):
         self.report_storage(measure_storage(self.schemes, stored, hidden_size, intermediate_size, plan.num_bytes))
         replace_parameter(layer, "expert_arena", arena)
         layer.register_buffer("expert_table", plan.table.to(device), persistent=False)
+        prepare_experts(layer, layout, dtype, hidden_size, intermediate_size)
         for name in ("w13_weight", "w2_weight"):
             # Emptied, not deleted: under expert parallelism the checkpoint still holds experts of other ranks, whose
             # loader (kept by replace_parameter) looks the parameter up before it turns them away.

@@ -24,6 +24,7 @@ from vllm.model_executor.utils import replace_parameter
 
 from vllm_ext.kernels.arena import Layout, view_block
 from vllm_ext.kernels.mixed_moe.layout import ArenaPlan, Block, block_shape, copy_arena, plan_arena
+from vllm_ext.quantization.cuda_graphs import prepare_experts
 from vllm_ext.quantization.moe import (
     ExpertSchemes,
     MxMoEMethodBase,
@@ -203,5 +204,6 @@ class MxMoEPackedMethod(MxMoEMethodBase):
             copy_arena(layer.expert_arena.data, self.plan.table, arena, plan.table, *sizes)
             replace_parameter(layer, "expert_arena", arena)
         layer.register_buffer("expert_table", plan.table.to(device), persistent=False)
+        prepare_experts(layer, layout, self.params_dtype, *sizes)
         self.report_storage(measure_storage(self.schemes, self.plan, *sizes, plan.num_bytes))
         layer._already_called_process_weights_after_loading = True

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
@@ -26,13 +27,41 @@ def choose_layout(dtype: torch.dtype, device: torch.device) -> Layout:
     Those of the CPU are kept below `vllm_ext.cache_dir`, where the current vLLM configuration gives one.
     """
     if device.type == "cuda" and dtype in RECORD_DTYPES:
-        return Layout.GPU_FRAGMENT if selfcheck.is_sound(device, dtype) else Layout.PLAIN_CODES
+        return Layout.GPU_FRAGMENT if is_sound_on_all_ranks(device, dtype) else Layout.PLAIN_CODES
     if device.type != "cpu" or dtype not in RECORD_DTYPES:
         return Layout.PLAIN_CODES
     ops = load_ops(find_cache_dir())
     if ops is None or (ops.isa() == SLOW_ISA and os.environ.get(ISA_ENV) != SLOW_ISA):
         return Layout.PLAIN_CODES
     return Layout.CPU_RECORD
+
+
+@functools.cache
+def is_sound_on_all_ranks(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the GPU kernels passed their check here and on the other ranks of this tensor-parallel group.
+
+    Ranks of one layer must agree: one that computes by the reference has no CUDA graphs, and others would pad their
+    batches to the sizes of theirs. Every rank asks for the first time at its first quantized layer.
+    """
+    is_sound = False
+    try:
+        is_sound = selfcheck.is_sound(device, dtype)
+    finally:
+        # Also where the check raised: the others wait for this rank's vote.
+        is_sound = _vote(is_sound)
+    return is_sound
+
+
+def _vote(is_sound: bool) -> bool:
+    """Whether all ranks of this tensor-parallel group vote yes; each has to call it."""
+    from vllm.distributed.parallel_state import get_tp_group, model_parallel_is_initialized
+
+    if not model_parallel_is_initialized() or get_tp_group().world_size == 1:
+        return is_sound
+    # Loaders make the GPU torch's default device, and this group's backend takes tensors of the CPU alone.
+    votes = torch.tensor([is_sound], dtype=torch.int32, device="cpu")
+    torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MIN, group=get_tp_group().cpu_group)
+    return bool(votes.item())
 
 
 def find_cache_dir() -> str | None:

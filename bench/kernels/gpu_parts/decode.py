@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Variants of the kernels for few tokens beside each other: stages, ways to scale, unrolling, tokens, parts of K.
+"""Variants of the kernels for few tokens beside each other: stages, scaling, unrolling, tokens, warps, parts of K.
 
 The layer is Qwen3-30B-A3B's. An arm's bandwidth is its bytes over its time; roofline.py has what the GPU could do.
 """
@@ -28,6 +28,10 @@ VARIANTS = (
     replace(DECODE_TILE, unroll=2),
     replace(DECODE_TILE, block_tokens=8),
     replace(DECODE_TILE, num_warps=2),
+    replace(DECODE_TILE, block_tokens=8, num_warps=2),
+    replace(DECODE_TILE, block_tokens=8, num_warps=2, unroll=2),
+    replace(DECODE_TILE, block_tokens=8, num_warps=2, num_stages=6),
+    replace(DECODE_TILE, block_tokens=8, num_warps=2, scaling=CORRECT_SUMS),
 )
 SPLITS = (1, 2, 4)
 

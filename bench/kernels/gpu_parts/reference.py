@@ -26,7 +26,6 @@ from vllm_ext.kernels.gpu.configurations import (
     LARGE_TILE,
     MIDDLE_TILE,
     PREFILL_TILE,
-    SCALE_WEIGHTS,
     Tile,
 )
 from vllm_ext.kernels.gpu.samples import make_format
@@ -110,13 +109,12 @@ def _measure(
     moe.routings[0] = moe.routings[0]._replace(topk_ids=ids)
     rest = (moe.layer.arena, moe.layer.table, None, intermediate, "silu", False)
     expected = moe_reference.mixed_moe(x.float(), ids, weights, *rest)
-    rounded = tile.scaling == SCALE_WEIGHTS and block.act_bits == 16
-    moe_tolerance = tolerances.GPU_MOE_ROUNDED[dtype] if rounded else tolerances.GPU_MOE[dtype, block.act_bits]
-    found = {"moe": (tolerances.relative_error(moe.run(0, (tile, tile)), expected), moe_tolerance, expected.numel())}
+    tolerance = tolerances.choose_gpu_moe(dtype, block.act_bits, tile.scaling)
+    found = {"moe": (tolerances.relative_error(moe.run(0, (tile, tile)), expected), tolerance, expected.numel())}
     only = LinearTrial(block, hidden, 2 * intermediate + 8, num_tokens, dtype, context.device, 0)
     expected = linear_reference.mixed_linear(
         only.x.float(), only.layer.arena, only.layer.table, only.layer.out_features, None
     )
-    tolerance = tolerances.GPU_LINEAR_ROUNDED[dtype] if rounded else tolerances.GPU_LINEAR[dtype, block.act_bits]
+    tolerance = tolerances.choose_gpu_linear(dtype, block.act_bits, tile.scaling)
     found["linear"] = (tolerances.relative_error(only.run(0, (tile,)), expected), tolerance, expected.numel())
-    return {op: (error, tolerances.native_limit(limit, size)) for op, (error, limit, size) in found.items()}
+    return {op: (error, tolerances.find_limit(limit, size)) for op, (error, limit, size) in found.items()}

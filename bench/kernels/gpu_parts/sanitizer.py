@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 
 import torch
 
@@ -25,14 +26,14 @@ from vllm_ext.kernels.gpu.trials import LinearTrial, MoeTrial
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
-#: Seconds for one tool; racecheck is the slowest, at hundreds of times the usual time.
+#: Seconds for one tool, where the part has so many left; racecheck is the slowest, at hundreds of times the usual time.
 TIMEOUT = 170.0
 
 
 def run(context: Context) -> Result:
     """Errors that each tool counts."""
     result = Result("sanitizer", "errors", limit=0.5)
-    _watch(result, "plain", [])
+    _watch(context, result, "plain", [])
     for tool in TOOLS:
         if context.is_dry_run:
             result.needs_cuda.append(tool)
@@ -42,20 +43,22 @@ def run(context: Context) -> Result:
             result.add("small", tool, {}, error="compute-sanitizer is not on the PATH: it comes with the CUDA toolkit")
         else:
             # A wrong exit code of its own, to tell its findings from the program's failure.
-            _watch(result, tool, ["compute-sanitizer", "--tool", tool, "--error-exitcode", "86"])
+            _watch(context, result, tool, ["compute-sanitizer", "--tool", tool, "--error-exitcode", "86"])
     return result
 
 
-def _watch(result: Result, arm: str, prefix: list[str]) -> None:
+def _watch(context: Context, result: Result, arm: str, prefix: list[str]) -> None:
     command = [*prefix, sys.executable, "-m", "bench.kernels.gpu_parts.sanitizer"]
+    # What the part is given is all that it may take: whoever started it ends it then, with all results.
+    timeout = min(TIMEOUT, max(1.0, context.deadline - time.monotonic()))
     try:
         # Freed memory that torch keeps would hide accesses past the end of a tensor.
         environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT, env=environment, check=False
+            command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=environment, check=False
         )
     except subprocess.TimeoutExpired:
-        result.add("small", arm, {}, error=f"took longer than {TIMEOUT:.0f} s")
+        result.add("small", arm, {}, error=f"took longer than {timeout:.0f} s")
         return
     counts = [int(first or second) for first, second in SUMMARY.findall(done.stdout + done.stderr)]
     if prefix and not counts:

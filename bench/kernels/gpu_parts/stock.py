@@ -4,16 +4,18 @@
     bf16       vLLM's Triton kernel `fused_experts`, with the configuration that it finds for this GPU
     marlin_w4  `fused_marlin_moe` on 4-bit codes in groups of 128, symmetric (needs a vLLM with its Marlin kernels)
     marlin_w8  the same on 8-bit codes
+    humming_w3, _w4, _w8   vLLM's Humming kernels (`HummingIndexedExperts`), symmetric codes in groups of 128
     w4a16 ...  ours, one width in all experts
-    mixed      ours: 2, 3 and 4 bits by turns, 3 code bits on average
+    mixed      ours: 2, 3 and 4 bits by turns, 3 code bits on average: humming_w3 has as many in all experts
 
 Times are those of CUDA graphs. Weights are random: this is speed only; at equal bits the arms compute layers of equal
-size, not the same numbers. Humming compiles its kernels on the machine and is not part of the bundle for offline hosts;
-where its package is missing, its arm says so.
+size, not the same numbers. Humming compiles its kernels where it runs, with NVRTC or nvcc; its arms say what of it is
+missing: the package, one that it imports, or its compiler.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 from collections.abc import Callable
@@ -36,6 +38,9 @@ OURS = {
     "mixed": [(make_format(bits), make_format(bits)) for bits in (2, 3, 4)],
 }
 GROUP_SIZE = 128
+
+#: Widths of Humming's arms; the first has as many bits as `mixed` has on average.
+HUMMING_WIDTHS = (3, 4, 8)
 
 Arm = tuple[Callable[[int], object], int]
 
@@ -60,11 +65,15 @@ def _compare(context: Context, result: Result, case: str, num_tokens: int) -> No
         "bf16": partial(_make_bf16, context, num_tokens),
         "marlin_w4": partial(_make_marlin, context, num_tokens, 4),
         "marlin_w8": partial(_make_marlin, context, num_tokens, 8),
-        "humming": _make_humming,
+        **{f"humming_w{bits}": partial(_make_humming, context, num_tokens, bits) for bits in HUMMING_WIDTHS},
     }
     for name, make in makers.items():
         if context.is_dry_run:
             result.needs_cuda.append(f"{case} {name}")
+            continue
+        # Its compiler may take long.
+        if name.startswith("humming") and not context.has_time():
+            result.left_out.append(f"{case} {name}")
             continue
         try:
             arms[name] = make()
@@ -153,7 +162,76 @@ def _make_marlin(context: Context, num_tokens: int, bits: int) -> Arm:
     return run, copies
 
 
-def _make_humming() -> Arm:
+def _make_humming(context: Context, num_tokens: int, bits: int) -> Arm:
+    """As vLLM builds it for a GPTQ checkpoint
+    (`model_executor.layers.quantization.utils.humming.moe`), without a model around it."""
+    check_humming()
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.forward_context import set_forward_context
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig, RoutingMethodType
+    from vllm.model_executor.layers.fused_moe.experts.fused_humming_moe import HummingIndexedExperts
+    from vllm.model_executor.layers.quantization.utils import humming
+    from vllm.v1.worker import workspace
+
+    experts, top_k, hidden, intermediate = context.shape
+    layer: Any = torch.nn.Module()
+    layer.params_dtype, layer.layer_name = torch.bfloat16, "experts"
+    layer.moe_config = FusedMoEConfig(
+        num_experts=experts,
+        experts_per_token=top_k,
+        hidden_dim=hidden,
+        intermediate_size=intermediate,
+        num_local_experts=experts,
+        num_logical_experts=experts,
+        activation=MoEActivation.SILU,
+        device=context.device,
+        routing_method=RoutingMethodType.Renormalize,
+        moe_parallel_config=FusedMoEParallelConfig.make_no_parallel(),
+        in_dtype=torch.bfloat16,
+    )
+    for prefix, K, N in (("w13", hidden, 2 * intermediate), ("w2", intermediate, hidden)):
+        # GPTQ's order: 32 bits of codes along K.
+        shape = (experts, K * bits // 32, N)
+        codes = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device=context.device)
+        scales = torch.rand(experts, K // GROUP_SIZE, N, device=context.device).mul_(0.02).bfloat16()
+        for name, tensor in (("qweight", codes), ("scales", scales)):
+            layer.register_parameter(f"{prefix}_{name}", torch.nn.Parameter(tensor, requires_grad=False))
+    checkpoint = {"quant_method": "gptq", "bits": bits, "group_size": GROUP_SIZE, "desc_act": False, "sym": True}
+    config = VllmConfig()
+    if not workspace.is_workspace_manager_initialized():
+        workspace.init_workspace_manager(context.device)
+    with set_current_vllm_config(config):
+        humming.convert_to_humming_moe_kernel_format(layer, quant_config=checkpoint)
+        quant_config = humming.get_humming_moe_quant_config(layer)
+        kernel = humming.make_humming_moe_kernel(quant_config, layer.moe_config, HummingIndexedExperts)
+    packed = (layer.w13_weight.data, layer.w2_weight.data)
+    copies = _count_copies(sum(one.nbytes for one in packed), context.shape, num_tokens)
+    weights = [tuple(one.clone() for one in packed) for _ in range(copies)]
+    routings = _route(context, num_tokens, copies)
+
+    def run(index: int) -> torch.Tensor:
+        x, ids, routing = routings[index % copies]
+        rest = (MoEActivation.SILU, experts, None, False)
+        with set_forward_context(None, config, num_tokens=num_tokens):
+            out: torch.Tensor = kernel.apply(x, *weights[index % copies], routing, ids, *rest)
+        return out
+
+    try:
+        run(0)
+    except Exception as error:
+        raise RuntimeError(
+            f"humming imports, and compiling or running fails: {type(error).__name__}: {error}"
+        ) from error
+    return run, copies
+
+
+def check_humming() -> None:
+    """Raise ImportError that says what of Humming is missing: its package, or something that it imports."""
     if importlib.util.find_spec("humming") is None:
-        raise ModuleNotFoundError("the package humming is not installed")
-    raise NotImplementedError("humming is installed, but this program does not drive its layers yet")
+        raise ModuleNotFoundError("the package humming is not installed: its distribution is humming-kernels")
+    try:
+        for name in ("humming", "humming.forward", "humming.transform", "humming.tune", "humming.schema"):
+            importlib.import_module(name)
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ImportError(f"humming is installed and does not import: {type(error).__name__}: {error}") from error

@@ -4,6 +4,11 @@
 from __future__ import annotations
 
 import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +64,36 @@ def test_served_tensors() -> None:
     assert not launch.serves(torch.zeros(2, 2, dtype=torch.bfloat16, device="meta"))
     assert not launch.is_capturing(torch.device("cpu"))
     assert launch.describe_device(torch.device("cpu")) == launch.INTERPRETED_DEVICE
+
+
+@pytest.mark.parametrize(("module", "name"), [(moe_op, "mixed_moe"), (linear_op, "mixed_linear")])
+def test_kernels_are_launched_on_the_device_of_x(module: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton takes the current device, which need not be that of the tensors."""
+    current = []
+
+    @contextmanager
+    def use(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    x = torch.zeros(2, 2, dtype=torch.bfloat16)
+    kernels = SimpleNamespace(**{name: lambda x, *_: (x, list(current))})
+    monkeypatch.setattr(launch, "serves", lambda x: True)
+    monkeypatch.setattr(launch, "use_device", use)
+    # In the place of the module that would load triton.
+    monkeypatch.setitem(sys.modules, f"vllm_ext.kernels.{name}.triton", kernels)
+    monkeypatch.setattr(sys.modules[f"vllm_ext.kernels.{name}"], "triton", kernels, raising=False)
+    assert getattr(module, f"_{name}_cuda")(x) == (x, [x.device])
+    assert current == []
+
+
+def test_the_device_of_tensors_on_a_gpu_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(device))
+    with launch.use_device(torch.device("cuda", 1)) as device:
+        assert device == torch.device("cuda", 1)
+    with launch.use_device(torch.device("cpu")) as nothing:
+        assert nothing is None
 
 
 @pytest.mark.parametrize("op", ["mixed_moe", "mixed_linear"])

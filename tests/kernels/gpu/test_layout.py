@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.mixed_moe_cases import make_layer
-from vllm_ext.kernels import arena as arenas
-from vllm_ext.kernels.arena import BlockFormat, Field, Layout, copy_block, dequantize_block, place_block, write_codes
+from vllm_ext.kernels import blocks
+from vllm_ext.kernels.arena import BlockFormat, Field, Layout, place_block
+from vllm_ext.kernels.blocks import copy_block, dequantize_block, write_codes
 from vllm_ext.kernels.gpu import layout
 from vllm_ext.kernels.mixed_moe.layout import copy_arena, plan_arena
 from vllm_ext.kernels.packing import CODE_BITS
@@ -135,8 +136,8 @@ def test_what_the_layout_lacks_is_refused() -> None:
     with pytest.raises(ValueError, match=r"scales must be torch\.float16 \[48, 2\]"):
         write_codes(memory, row, codes, scales.float(), None)
     with pytest.raises(ValueError, match="lies outside the arena"):
-        arenas.read_codes(memory[:64], row, 48, 64)
+        blocks.read_codes(memory[:64], row, 48, 64)
     with pytest.raises(ValueError, match=r"does not describe a weight \[48, 192\]"):
-        arenas.read_codes(memory, row, 48, 192)
+        blocks.read_codes(memory, row, 48, 192)
     with pytest.raises(ValueError, match="bits=7 is not a code width"):
         place_block(block._replace(weight_bits=7, group_size=32), 48, 64, 0)

@@ -14,6 +14,7 @@ from tests.kernels.gpu.fragment_cases import check_linear, check_moe, repack_lay
 from tests.kernels.mixed_moe_cases import make_inputs, make_layer
 from tests.kernels.test_mixed_linear import make_linear
 from vllm_ext.kernels.arena import BlockFormat
+from vllm_ext.kernels.gpu import selfcheck
 from vllm_ext.kernels.gpu.configurations import (
     CORRECT_SUMS,
     SCALE_PRODUCTS,
@@ -44,7 +45,13 @@ def test_every_width_at_every_group_and_scaling(bits: int, act_bits: int, dtype:
             check_linear(layer, x, tile=Tile(64, 16, 4, 4, scaling), split=2, device="cuda")
 
 
-@pytest.mark.parametrize("tile", SHIPPED_TILES, ids=lambda tile: f"{tile.block_n}x{tile.block_tokens}")
+#: What `shipped.DECODE_VARIANTS` has, without loading it.
+NARROW_TILES = [Tile(64, 8, 2, 4, scaling) for scaling in (SCALE_PRODUCTS, CORRECT_SUMS)]
+
+
+@pytest.mark.parametrize(
+    "tile", [*SHIPPED_TILES, *NARROW_TILES], ids=lambda tile: f"{tile.block_n}x{tile.block_tokens}_c{tile.scaling}"
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_mixed_experts_in_every_tile(tile: Tile, dtype: torch.dtype) -> None:
     formats = [
@@ -76,6 +83,21 @@ def test_a_graph_replays_with_other_tokens_and_routing() -> None:
         graph.replay()
         replayed = out.clone()
         assert torch.equal(replayed, mixed_moe(x, ids, weights, arena, table, None, 192))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_check_before_a_model_is_loaded_finds_no_fault(dtype: torch.dtype) -> None:
+    assert selfcheck.ask_child(torch.device("cuda"), dtype) is None
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+def test_another_gpu_than_the_current_one_serves_its_own_tensors() -> None:
+    block = BlockFormat(4, 16, 64)
+    layer = repack_layer(make_layer([(block, block)] * 2, 256, 128))
+    inputs = make_inputs(5, 256, 2, 2, torch.bfloat16)
+    arguments = (inputs.x, inputs.topk_ids, inputs.topk_weights, layer.arena, layer.table)
+    first, second = ([value.to(f"cuda:{index}") for value in arguments] for index in (0, 1))
+    assert torch.equal(mixed_moe(*first, None, 128).cpu(), mixed_moe(*second, None, 128).cpu())
 
 
 def test_results_are_the_same_every_time() -> None:

@@ -26,6 +26,7 @@ from vllm_ext.kernels.gpu.configurations import (
     choose_split,
     choose_tile,
     list_batch_sizes,
+    list_choices,
 )
 from vllm_ext.kernels.gpu.tuning import Split, Step, Table, format_table, parse_table, read_table
 
@@ -85,6 +86,13 @@ def test_batches_for_warming_up_get_every_tile_of_a_table(folder: Path) -> None:
         assert listed == {choose_tile(rows, num_weights, False, GPU) for rows in range(1, 401)}
 
 
+def test_choices_have_the_tiles_of_a_table(folder: Path) -> None:
+    ruled = list_choices(False, GPU)
+    assert DEEP_TILE not in ruled
+    write(folder, make_table())
+    assert set(list_choices(False, GPU)) == {*ruled, DEEP_TILE}
+
+
 def test_a_table_of_another_triton_is_not_used(folder: Path) -> None:
     write(folder, make_table(triton="2.1.0"))
     with pytest.warns(UserWarning, match=r"measured with triton 2\.1\.0 and is not used"):
@@ -100,7 +108,8 @@ def test_a_table_of_another_triton_is_not_used(folder: Path) -> None:
         (("mixed_linear", "a16", 0, "rows"), None, r"the numbers of rows \[inf, inf\] do not rise"),
         (("mixed_linear", "a16", 0, "rows"), -1, "rows=-1 is neither a positive number nor null"),
         (("mixed_linear", "a16", 0, "down"), {}, "unknown entry 'down' of a step"),
-        (("mixed_linear", "a16", 0, "tile", "block_n"), 65, "block_n=65 is not a multiple"),
+        (("mixed_linear", "a16", 0, "tile", "block_n"), 65, "block_n=65 is not one of 64, 128, 256"),
+        (("mixed_linear", "a16", 0, "tile", "num_warps"), "4", "num_warps='4' is not an integer"),
         (("mixed_moe", "a8", 0, "down", "block_tokens"), 64, "both must have the same"),
         (("split", "largest"), 0, "largest=0 is not a positive integer"),
     ],

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_ext.kernels.arena import BlockFormat, Field, Layout, copy_block, dequantize_block, place_block, write_codes
+from vllm_ext.kernels.arena import BlockFormat, Field, Layout, place_block
+from vllm_ext.kernels.blocks import copy_block, dequantize_block, write_codes
 from vllm_ext.kernels.native import layout
 from vllm_ext.kernels.packing import CODE_BITS
 

@@ -15,15 +15,8 @@ from tests.kernels.native.test_layout import weights
 from vllm_ext.kernels import tolerances
 from vllm_ext.kernels.act_quant import act_quant
 from vllm_ext.kernels.act_quant import reference as act_quant_reference
-from vllm_ext.kernels.arena import (
-    BlockFormat,
-    Layout,
-    copy_block,
-    dequantize_block,
-    num_groups,
-    write_codes,
-    write_full_precision,
-)
+from vllm_ext.kernels.arena import BlockFormat, Layout, num_groups
+from vllm_ext.kernels.blocks import copy_block, dequantize_block, write_codes, write_full_precision
 from vllm_ext.kernels.mixed_linear import cpu, reference
 from vllm_ext.kernels.mixed_linear.layout import plan_linear
 from vllm_ext.kernels.native import layout
@@ -73,7 +66,7 @@ def test_every_width_at_odd_shapes(isa: str, bits: int, act_bits: int) -> None:
             generator = torch.Generator().manual_seed(tokens)
             x = torch.randn(tokens, K, generator=generator).to(torch.float16 if tokens == 3 else torch.bfloat16)
             bias = torch.randn(N, generator=generator).to(x.dtype) if tokens % 2 else None
-            limit = tolerances.native_limit(tolerance, tokens * N)
+            limit = tolerances.find_limit(tolerance, tokens * N)
             assert measure(arena, table, x, bias) <= limit, (N, K, tokens, tolerance.reason)
 
 
@@ -95,7 +88,7 @@ def test_ternary_weights_as_they_are_loaded(isa: str, act_bits: int) -> None:
         assert torch.equal(dequantize_block(target, rows[1], N, K), dequantize_block(source, rows[0], N, K))
         for tokens in TOKENS:
             x = torch.randn(tokens, K, generator=generator).bfloat16()
-            assert measure(target, table, x) <= tolerances.native_limit(tolerance, tokens * N), (N, K, tokens)
+            assert measure(target, table, x) <= tolerances.find_limit(tolerance, tokens * N), (N, K, tokens)
 
 
 def test_stacked_blocks_any_leading_shape_and_any_bias(isa: str) -> None:

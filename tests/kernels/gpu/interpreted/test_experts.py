@@ -80,12 +80,17 @@ def test_mixed_experts_with_empty_and_lonely_ones(scaling: int) -> None:
     assert torch.equal(out[-2], torch.zeros_like(out[-2]))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", [(136, 40), (8, 24), (192, 72)])
+@pytest.mark.parametrize("shape", [(136, 40), *(pytest.param(s, marks=pytest.mark.slow) for s in [(8, 24), (192, 72)])])
 def test_sizes_that_nothing_divides(shape: tuple[int, int]) -> None:
     blocks = [(BlockFormat(4, 16, -1), BlockFormat(3, 16, -1)), (BlockFormat(8, 16, -1), BlockFormat(2, 16, -1))]
     blocks.append((BlockFormat.full_precision(torch.bfloat16),) * 2)
     check_moe(make_layer(blocks, *shape), make_inputs(6, shape[0], 2, 3, torch.bfloat16), make_tile(CORRECT_SUMS))
+
+
+@pytest.mark.parametrize("tile", SHIPPED_TILES[1:], ids=lambda tile: f"{tile.block_n}x{tile.block_tokens}")
+def test_larger_tiles(tile: Tile) -> None:
+    block = BlockFormat(4, 16, 64)
+    check_moe(make_layer([(block, block)] * 2, 128, 64), make_inputs(5, 128, 1, 2, torch.bfloat16), tile)
 
 
 @pytest.mark.slow
@@ -109,9 +114,9 @@ def test_gate_up_and_down_may_have_tiles_of_their_own() -> None:
     assert torch.equal(one, other)
 
 
-@pytest.mark.slow
-def test_partial_sums_of_expert_parallel_ranks_add_up() -> None:
-    layer = make_layer([(BlockFormat(bits, 16, 64), BlockFormat(bits, 16, 32)) for bits in (2, 3, 4, 8)], 128, 64)
+@pytest.mark.parametrize("bits", [(4, 4, 4, 4), pytest.param((2, 3, 4, 8), marks=pytest.mark.slow)])
+def test_partial_sums_of_expert_parallel_ranks_add_up(bits: tuple[int, ...]) -> None:
+    layer = make_layer([(BlockFormat(width, 16, 64), BlockFormat(width, 16, 64)) for width in bits], 128, 64)
     inputs = make_inputs(7, 128, 2, 4, torch.float16)
     whole = check_moe(layer, inputs, make_tile())
     parts = []

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from tests.kernels.gpu.fragment_cases import check_linear, repack_linear
 from tests.kernels.test_mixed_linear import Linear, make_linear
-from vllm_ext.kernels.arena import BlockFormat, Field, write_codes
+from vllm_ext.kernels.arena import BlockFormat, Field
+from vllm_ext.kernels.blocks import write_codes
 from vllm_ext.kernels.gpu.configurations import (
     CORRECT_SUMS,
     SCALE_PRODUCTS,
