@@ -104,7 +104,8 @@ def make_pool(name: str) -> torch.Tensor:
     cache = torch.randint(0, 243, (blocks, KV_HEADS, BLOCK_SIZE, layout.cell_bytes), dtype=torch.uint8)
     for codec, sections in ((layout.key, layout.key_sections), (layout.value, layout.value_sections)):
         for section, number in ((sections.scales, 0.5), (sections.lows, -0.75)):
-            stored = torch.tensor([number]).to(codec.scale_dtype).view(torch.uint8)
+            dtype = codec.low_dtype if section is sections.lows else codec.scale_dtype
+            stored = torch.tensor([number]).to(dtype).view(torch.uint8)
             view_section(cache, section)[...] = stored.repeat(section.row_bytes // stored.numel())
     return cache
 

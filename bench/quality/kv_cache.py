@@ -3,7 +3,9 @@
 
     python -m bench.quality.kv_cache [text] [planted] [passkey] [--quick] [--work DIR] [--out DIR]
 
-    text      perplexity of the shipped model on its held-out texts, prompts of 480 tokens
+    text      perplexity of the shipped model on its held-out texts: prompts of 256 tokens, as long as those it was
+              trained on, and a window of 32. The arm past_dropped, window and sinks alone, says whether a text can
+              judge a cache: a loss below 2 % says no
     planted   mean KL divergence from bf16 on a random model whose keys have planted outliers and biases, and the error
               of its layers' attention output (computed without an engine, on the same tokens)
     passkey   share of keys that a small model trained to find them still finds, in prompts of 400 tokens
@@ -25,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.quality.kv_dropped import LEAST_LOSS, measure_loss
 from bench.quality.kv_engine import STOCK, Arm, answer, score_tokens, score_vocabulary, start_engine
 from bench.quality.kv_models import draw_tokens, make_planted_model
 from bench.quality.passkey import KEY_TOKENS, make_prompts, train_model
@@ -32,7 +35,7 @@ from bench.records import RESULTS, ROOT, Metric, Record, describe_environment, w
 
 MODEL = ROOT / "bench" / "models" / "tiny_moe"
 TEXTS = {"kjv": "kjv_val.txt", "py": "py_val.txt"}
-TEXT_TOKENS = 480
+TEXT_TOKENS, TEXT_WINDOW = 256, 32
 PLANTED_TOKENS, PLANTED_SEED, GROUP_SIZE = 400, 7, 32
 #: Positions from here on have most of their context quantized.
 PLANTED_FIRST = 200
@@ -55,18 +58,28 @@ def list_presets() -> list[Arm]:
 def measure_text(work: Path, size: int, record: Callable[..., None]) -> None:
     """Perplexity of both texts."""
     from vllm_ext.compress.calibration import cut_windows, load_tokenizer
+    from vllm_ext.kv_cache.presets import PLAN_NAME, PRESETS
 
     tokenizer = load_tokenizer(MODEL)
     prompts = {name: cut_windows(MODEL / file, tokenizer, TEXT_TOKENS)[:size].tolist() for name, file in TEXTS.items()}
+    settings = {"tokens": TEXT_TOKENS, "prompts": size, "window": TEXT_WINDOW, "least_loss": LEAST_LOSS}
+    dropped = replace(PRESETS["skvq_k2v2"], window=TEXT_WINDOW)
+    losses = {f"worse_{name}": 100 * (measure_loss(MODEL, some, dropped) - 1) for name, some in prompts.items()}
+    record(Arm("past_dropped"), {name: Metric(worse, "%") for name, worse in losses.items()}, settings)
+    # Presets without a window are measured as they are.
+    short = [
+        replace(arm, block={"window": TEXT_WINDOW}) if arm.name == PLAN_NAME or PRESETS[arm.name].window else arm
+        for arm in list_presets()
+    ]
     plain: dict[str, float] = {}
-    for arm in [Arm(STOCK), OTHER_CHUNKS, NAIVE, NO_WINDOW, *list_presets()]:
+    for arm in [Arm(STOCK), OTHER_CHUNKS, NAIVE, NO_WINDOW, *short]:
         metrics: dict[str, Metric] = {}
         with start_engine(MODEL, arm) as llm:
             for name, some in prompts.items():
                 perplexity = math.exp(-score_tokens(llm, some).mean())
                 worse = 100 * (perplexity / plain.setdefault(name, perplexity) - 1)
                 metrics |= {f"perplexity_{name}": Metric(perplexity, ""), f"worse_{name}": Metric(worse, "%")}
-        record(arm, metrics, {"tokens": TEXT_TOKENS, "prompts": size})
+        record(arm, metrics, settings)
 
 
 def measure_planted(work: Path, size: int, record: Callable[..., None]) -> None:
@@ -120,7 +133,7 @@ def measure_attention(model: Path, prompts: list[list[int]], work: Path) -> tupl
         block = {"group_size": preset.key.group_size, "calibration": str(path)}
         arms.append(Arm(calibrated, base, block))
         presets[calibrated] = preset
-        sides[calibrated] = read_sidecar(path, preset, task.num_kv_heads, size)
+        sides[calibrated] = read_sidecar(path, preset, task.num_kv_heads, size, task.description)
     # The last one again, without the order of channels.
     unordered = Arm(f"{arms[-1].name}_no_order", base, {**block, "calibration": str(work / "no_order.safetensors")})
     presets[unordered.name] = preset
@@ -128,7 +141,9 @@ def measure_attention(model: Path, prompts: list[list[int]], work: Path) -> tupl
         layer: (key._replace(order=None), value._replace(order=None))
         for layer, (key, value) in sides[arms[-1].name].items()
     }
-    write_sidecar(work / "no_order.safetensors", sides[unordered.name], preset, task.num_kv_heads, size)
+    write_sidecar(
+        work / "no_order.safetensors", sides[unordered.name], preset, task.num_kv_heads, size, task.description
+    )
     angles = find_angles(task.model, PLANTED_TOKENS)
     found: dict[str, list[float]] = {name: [] for name in presets}
     for layer, recorded in record_passes(task, torch.tensor(prompts)):

@@ -92,6 +92,8 @@ class UnitAttention : public CodedAttention {
     bool is_step;
   };
 
+  static_assert(kNearTokens <= 32, "a query's unseen tokens are the bits of one integer");
+
   // Sinks, then the window.
   void attend_near() {
     const int64_t step = problem_.step_start(unit_.request), token = problem_.query_start_loc[unit_.request];
@@ -138,21 +140,46 @@ class UnitAttention : public CodedAttention {
     const int64_t D = layout_.head_dim, padded = round_up(count, kLanes);
     load_near(tokens, count, /*is_value=*/false);
     kv_.dot_floats(query_, static_cast<int>(rows_), near_, static_cast<int>(count), D, 1.0f, scores_);
+    uint32_t unseen[kMaxQueryRows], is_any_unseen = 0;
     for (int64_t row = 0; row < rows_; ++row) {
       float* scores = scores_ + row * kTileTokens;
       const int64_t at = first_position_ + row / unit_.heads, window = window_[row / unit_.heads];
+      unseen[row] = 0;
       for (int64_t i = 0; i < count; ++i) {
         const int64_t position = tokens[i].position;
-        if (position > at || (position >= problem_.sinks && position < window)) scores[i] = kUnseen;
+        if (position > at || (position >= problem_.sinks && position < window)) {
+          scores[i] = kUnseen;
+          unseen[row] |= uint32_t{1} << i;
+        }
       }
+      is_any_unseen |= unseen[row];
       std::fill(scores + count, scores + padded, kUnseen);
       const float before = sums_now_.near_most[row];
       const float total = kv_.exponentiate(scores, padded, &sums_now_.near_most[row]);
       keep_[row] = std::exp(before - sums_now_.near_most[row]);
       sums_now_.near_total[row] = keep_[row] * sums_now_.near_total[row] + total;
+      // What an exponential leaves of them would still count beside a value near the greatest float.
+      for (int64_t i = 0; unseen[row] && i < count; ++i) scores[i] = unseen[row] >> i & 1 ? 0.0f : scores[i];
     }
     load_near(tokens, count, /*is_value=*/true);
+    if (is_any_unseen && has_nonfinite(near_, count * D)) {
+      add_seen_values(tokens, count, unseen);
+      return;
+    }
     kv_.add_floats(scores_, static_cast<int>(rows_), near_, static_cast<int>(count), D, keep_, sums_now_.near_values);
+  }
+
+  // Query by query, without the values that it does not see: 0 times a NaN or an infinity is NaN.
+  void add_seen_values(const NearToken* tokens, int64_t count, const uint32_t* unseen) {
+    const int64_t D = layout_.head_dim;
+    for (int64_t row = 0; row < rows_; row += unit_.heads) {
+      load_near(tokens, count, /*is_value=*/true);
+      for (int64_t i = 0; i < count; ++i) {
+        if (unseen[row] >> i & 1) std::fill(near_ + i * D, near_ + (i + 1) * D, 0.0f);
+      }
+      kv_.add_floats(scores_ + row * kTileTokens, static_cast<int>(unit_.heads), near_, static_cast<int>(count), D,
+                     keep_ + row, sums_now_.near_values + row * D);
+    }
   }
 };
 

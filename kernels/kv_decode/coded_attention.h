@@ -138,9 +138,10 @@ class CodedAttention : public UnitState {
   void prefetch_scales(const Side& side, const TileRows& next) const {
     const int64_t rows = side.is_per_channel ? std::max<int64_t>(1, kTileTokens / side.group_size) : kTileTokens;
     for (int64_t byte = 0; byte < rows * side.scale_row_bytes; byte += kVectorBytes) {
-      const uint8_t* plane = next.plane[byte / side.scale_row_bytes * (kTileTokens / rows)];
-      __builtin_prefetch(plane + side.scales_offset + byte);
-      __builtin_prefetch(plane + side.lows_offset + byte);
+      __builtin_prefetch(next.plane[byte / side.scale_row_bytes * (kTileTokens / rows)] + side.scales_offset + byte);
+    }
+    for (int64_t byte = 0; byte < rows * side.low_row_bytes; byte += kVectorBytes) {
+      __builtin_prefetch(next.plane[byte / side.low_row_bytes * (kTileTokens / rows)] + side.lows_offset + byte);
     }
   }
 
@@ -168,15 +169,16 @@ class CodedAttention : public UnitState {
     float* placed_lows = placed_scales_ + side.length;
     for (int64_t first = 0; first < count; first += side.group_size) {
       const int64_t last = std::min(count, first + side.group_size);
-      const int64_t place = (base + first) % size / side.group_size * side.scale_row_bytes;
+      const int64_t group = (base + first) % size / side.group_size;
       if (!is_group_seen(first, last)) {
         for (int64_t row = 0; row < rows_; ++row) {
           std::fill(scores_ + row * kTileTokens + first, scores_ + row * kTileTokens + last, kUnseen);
         }
         continue;
       }
-      kv_.load_scales(rows.plane[first] + side.scales_offset + place, D, side.is_fp8, scale);
-      kv_.load_scales(rows.plane[first] + side.lows_offset + place, D, side.is_fp8, low);
+      const uint8_t* plane = rows.plane[first];
+      kv_.load_scales(plane + side.scales_offset + group * side.scale_row_bytes, D, side.is_fp8, scale);
+      kv_.load_scales(plane + side.lows_offset + group * side.low_row_bytes, D, side.is_low_fp8, low);
       const int32_t* places = side.place.data();
       for (int64_t i = 0; i < D; ++i) {
         placed_scales_[places[i]] = scale[i];
@@ -246,9 +248,22 @@ class CodedAttention : public UnitState {
       const ChannelGroup& part = side.group[static_cast<size_t>(group)];
       const float* scales = scales_ + group * kTileTokens;
       const float* lows = lows_ + group * kTileTokens;
+      // With one query, cells that it does not see are 0 already.
+      const bool is_damaged = is_masked_ && unit_.queries > 1 &&
+                              (has_nonfinite(scales, padded) || has_nonfinite(lows, padded));
+      float seen_scales[kTileTokens], seen_lows[kTileTokens];
       for (int64_t row = 0; row < rows_; ++row) {
+        if (is_damaged) {
+          // 0 times a NaN is NaN: a query must not meet those of tokens that it does not see.
+          const uint8_t* visible = visible_ + row / unit_.heads * kTileTokens;
+          for (int64_t i = 0; i < padded; ++i) {
+            seen_scales[i] = visible[i] ? scales[i] : 0.0f;
+            seen_lows[i] = visible[i] ? lows[i] : 0.0f;
+          }
+        }
         float& low = sums_now_.lows[row * side.groups + group];
-        low = keep_[row] * low + kv_.weigh(scores_ + row * kTileTokens, scales, lows, padded, weighted_);
+        low = keep_[row] * low + kv_.weigh(scores_ + row * kTileTokens, is_damaged ? seen_scales : scales,
+                                           is_damaged ? seen_lows : lows, padded, weighted_);
         int8_t* codes = weight_codes_ + kPlanes * row * kTileTokens;
         weight_scales_[row] = kv_.round_row(weighted_, padded, codes, codes + kTileTokens);
       }

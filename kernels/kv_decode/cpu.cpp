@@ -219,8 +219,9 @@ at::Tensor kv_attend(const at::Tensor& query, const at::Tensor& key, const at::T
   TORCH_CHECK_VALUE(recent_table.dim() == 2 && recent_table.size(0) >= requests, "recent_table must be int [",
                     requests, " requests, pages], got ", recent_table.sizes());
   TORCH_CHECK_VALUE(recent.dim() == 4 && recent.size(1) == kv_heads && recent.size(3) == 2 * D && recent.stride(3) == 1 &&
-                        (recent.size(2) > 0 || recent_table.size(1) == 0),
-                    "recent must be float [pages, ", kv_heads, ", tokens, ", 2 * D, "], got ", recent.sizes());
+                        recent.size(2) > 0,
+                    "recent must be float [pages, ", kv_heads, ", at least 1 token, ", 2 * D, "], got ",
+                    recent.sizes());
   TORCH_CHECK_VALUE(window >= 0 && sinks >= 0, "window and sinks must not be negative, got ", window, " and ", sinks);
 
   const at::Tensor queries = make_rows(query), keys = make_rows(key), values = make_rows(value);
@@ -257,6 +258,8 @@ at::Tensor kv_attend(const at::Tensor& query, const at::Tensor& key, const at::T
       .window = window,
       .sinks = sinks,
   };
+  TORCH_CHECK_VALUE(problem.query_start_loc[0] == 0, "query_start_loc begins at ", problem.query_start_loc[0],
+                    ", but the first request's first token is 0");
   check_recent_table(problem, requests, recent.size(0));
   for (int64_t request = 0; request < requests; ++request) {
     const int64_t first = problem.query_start_loc[request], last = problem.query_start_loc[request + 1];

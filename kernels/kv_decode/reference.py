@@ -67,7 +67,14 @@ def attend_part(
     scores = (scores * scale).masked_fill(~mask[:, :, None, None], -torch.inf)
     lse = scores.logsumexp(-1)
     weights = (scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp()
-    return torch.einsum("bqhgs,bshd->bqhgd", weights, value), lse
+    if bool(value.isfinite().all()):
+        return torch.einsum("bqhgs,bshd->bqhgd", weights, value), lse
+    # 0 times a NaN or an infinity is NaN: every query meets the values that it sees, and no others.
+    rows = [
+        torch.einsum("bhgs,bshd->bhgd", weights[:, i], value.masked_fill(~mask[:, i, :, None, None], 0.0))
+        for i in range(query.shape[1])
+    ]
+    return torch.stack(rows, 1), lse
 
 
 def merge_parts(first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -181,7 +188,7 @@ def _read_side(
     codes = unpack_side(_read(cache, sections.codes, block, token), codec.bits, head_dim)
     row = token // codec.group_size if codec.per_channel else token
     scales = _read(cache, sections.scales, block, row, codec.scale_dtype)
-    lows = _read(cache, sections.lows, block, row, codec.scale_dtype)
+    lows = _read(cache, sections.lows, block, row, codec.low_dtype)
     # A cell that was never written names any channel.
     channels = _read(cache, sections.outlier_channels, block, token).clamp(max=head_dim - 1)
     values = _read(cache, sections.outlier_values, block, token, torch.bfloat16)

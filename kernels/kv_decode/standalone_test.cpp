@@ -43,10 +43,11 @@ std::vector<int64_t> plan_layout(const Shape& shape) {
     const int64_t row = codec.double_bits == 3 ? (D + 4) / 5 : D * codec.double_bits / 16;
     const int64_t rows = codec.is_per_channel ? shape.block_size / codec.group_size : shape.block_size;
     const int64_t scale_row = codec.is_per_channel ? D * size : D / codec.group_size * size;
+    const int64_t low_row = codec.is_per_channel ? 2 * D : scale_row;
     const int64_t scales = offset + shape.block_size * row, lows = scales + rows * scale_row;
     fields.insert(fields.end(), {codec.double_bits, codec.group_size, codec.is_per_channel, codec.is_fp8, offset, row,
                                  scales, scale_row, lows});
-    offset = lows + rows * scale_row;
+    offset = lows + rows * low_row;
   }
   fields[kCellBytes] = (offset + shape.block_size - 1) / shape.block_size;
   return fields;
@@ -62,8 +63,9 @@ void fill_cells(const std::vector<int64_t>& fields, int64_t block_size, uint8_t*
     }
     for (const int64_t offset : {field[kSideScalesOffset], field[kSideLowsOffset]}) {
       const bool is_low = offset == field[kSideLowsOffset];
-      for (int64_t i = 0; i < rows * field[kSideScaleRowBytes]; ++i) {
-        const bool is_top = field[kSideIsFp8] || i % 2;
+      const bool is_wide = is_low && field[kSidePerChannel] && field[kSideIsFp8];
+      for (int64_t i = 0; i < rows * field[kSideScaleRowBytes] * (is_wide ? 2 : 1); ++i) {
+        const bool is_top = (field[kSideIsFp8] && !is_wide) || i % 2;
         plane[offset + i] = static_cast<uint8_t>(draw(0x20, 0x34) | (is_top && is_low ? 0x80 : 0));
       }
     }
@@ -93,7 +95,9 @@ double decode(const int64_t* field, const uint8_t* plane, int64_t token, int64_t
   const int64_t size = field[kSideIsFp8] ? 1 : 2, group = field[kSideGroupSize];
   const int64_t at = field[kSidePerChannel] ? token / group * field[kSideScaleRowBytes] + channel * size
                                             : token * field[kSideScaleRowBytes] + channel / group * size;
-  return widen_scale(plane + field[kSideLowsOffset] + at, field[kSideIsFp8]) +
+  // Lows of per-channel keys are fp16 beside any scales.
+  const bool is_wide = field[kSidePerChannel] && field[kSideIsFp8];
+  return widen_scale(plane + field[kSideLowsOffset] + (is_wide ? 2 * at : at), field[kSideIsFp8] && !is_wide) +
          widen_scale(plane + field[kSideScalesOffset] + at, field[kSideIsFp8]) * code;
 }
 

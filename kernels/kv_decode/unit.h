@@ -2,7 +2,9 @@
 // Query rows that share a kv head: their integers, and the memory in which they meet the context.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <utility>
 
 #include "problem.h"
@@ -14,6 +16,17 @@ namespace vllm_ext {
 constexpr int64_t kMaxQueryRows = 32;
 // Full-precision tokens at a time: their floats stay in the L1 cache.
 constexpr int64_t kNearTokens = 32;
+
+// Whether 0 times one of them is not 0. As integers, which a compiler turns into vectors.
+static inline bool has_nonfinite(const float* x, int64_t n) {
+  uint32_t most = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, sizeof bits);
+    most = std::max(most, bits << 1);
+  }
+  return most >= 0xff000000u;
+}
 
 constexpr int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 

@@ -37,8 +37,8 @@ struct ChannelGroup {
 struct Side {
   int fields, top, bits;
   int64_t group_size;
-  bool is_per_channel, is_fp8;
-  int64_t codes_offset, row_bytes, scales_offset, scale_row_bytes, lows_offset;
+  bool is_per_channel, is_fp8, is_low_fp8;
+  int64_t codes_offset, row_bytes, scales_offset, scale_row_bytes, lows_offset, low_row_bytes;
   // Codes of 3 bits, which cross the borders of bytes: a copy of a row has them in 4 bits each.
   bool is_widened;
   // Of the rows that are unpacked: those of the page or, where rows are widened or less than a chunk, copies of
@@ -59,11 +59,14 @@ struct Side {
     group_size = field[kSideGroupSize];
     is_per_channel = field[kSidePerChannel] != 0;
     is_fp8 = field[kSideIsFp8] != 0;
+    // layout.py, Codec.low_dtype.
+    is_low_fp8 = is_fp8 && !is_per_channel;
     codes_offset = field[kSideCodesOffset];
     row_bytes = field[kSideRowBytes];
     scales_offset = field[kSideScalesOffset];
     scale_row_bytes = field[kSideScaleRowBytes];
     lows_offset = field[kSideLowsOffset];
+    low_row_bytes = is_per_channel ? 2 * head_dim : scale_row_bytes;
     format = {fields, static_cast<int>(std::max<int64_t>(is_widened ? head_dim / 2 : row_bytes, kChunkBytes))};
     copied_bytes = is_widened || row_bytes < kChunkBytes ? format.row_bytes : 0;
     place_channels(head_dim, is_key);

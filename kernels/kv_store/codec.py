@@ -32,7 +32,7 @@ class CodecTensors(NamedTuple):
 
 
 class Quantized(NamedTuple):
-    """Codes uint8 [..., D]; scales and lows in the stored dtype [..., D/g]; outliers uint8 and bf16 [..., o]."""
+    """Codes uint8 [..., D]; scales and lows in the stored dtypes [..., D/g]; outliers uint8 and bf16 [..., o]."""
 
     codes: torch.Tensor
     scales: torch.Tensor
@@ -84,7 +84,7 @@ def quantize(
     x: float32 [..., D], in stored coordinates. clips: shares of each group's range, around its middle, that the levels
     may span; every group takes the one with the least squared error, the first of equal ones. A share is a float or a
     tensor that broadcasts to [..., D/g]. levels: see `CodecTensors`.
-    Scales and lows are rounded to the stored dtype first, the scale so that the top level meets the range from the
+    Scales and lows are rounded to their stored dtypes first, the scale so that the top level meets the range from the
     rounded low, and codes are chosen against what is stored: the reader has no other numbers. A NaN makes its group's
     scale NaN, so it stays visible. Values beyond the dtype's range (448 for fp8) saturate.
     Source: SKVQ section 3, KIVI, KVQuant section 3.5 (one sparse list of fixed length). SKVQ has one share per group
@@ -104,7 +104,7 @@ def quantize(
     return Quantized(
         codes.to(torch.uint8).flatten(-2),
         scales.squeeze(-1).to(codec.scale_dtype),
-        lows.squeeze(-1).to(codec.scale_dtype),
+        lows.squeeze(-1).to(codec.low_dtype),
         channels.to(torch.uint8),
         values.to(torch.bfloat16),
     )
@@ -134,7 +134,7 @@ def _code_groups(
     """float32 codes [..., groups, g], scales and lows [..., groups, 1], for levels that span middle +- half."""
     top = codec.num_levels - 1
     info = torch.finfo(codec.scale_dtype)
-    low = _round_to(middle - half, codec.scale_dtype)
+    low = _round_to(middle - half, codec.low_dtype)
     # The smallest positive number there is: a group of equal values has no range, and a step of 0 has no codes.
     scale = _round_to(((middle + half - low) / top).clamp(min=info.tiny * info.eps), codec.scale_dtype)
     low, scale = low.unsqueeze(-1), scale.unsqueeze(-1)

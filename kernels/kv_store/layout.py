@@ -15,7 +15,8 @@ read in long runs and starts on a multiple of 16 bytes when N is one:
     codes     row n: the codes of token n along its channels, for every codec. 2, 3, 4 and 8 bits are the bit stream
               of kernels/packing.py; 1.5 bits are ternary, five to a byte (kernels/ternary.py)
     scales    fp8 e4m3 or fp16. per_channel=False: one per (token, group of g channels). per_channel=True (KIVI): one
-    lows      per (group of g tokens, channel), [N/g, D]; the rows of a group are written when its last token comes
+    lows      per (group of g tokens, channel), [N/g, D], lows in fp16 (`Codec.low_dtype`); the rows of a group are
+              written when its last token comes
     outliers  uint8 channel [N, o], then bf16 value [N, o]: the o/2 greatest and the o/2 least values of a token
 
 The outlier list has a fixed length, where KVQuant's sparse rows vary: a cell has a fixed size.
@@ -25,8 +26,8 @@ Bytes of a token and head for D = 128 (bits: 8*C / 2D, both sides, everything in
     preset         K codes  K meta         V codes  V meta          C     bits
     skvq_k2v2      32       1 + 1          32       1 + 1           68    2.125
     skvq_k2v15     32       1 + 1          26       1 + 1           62    1.9375
-    kivi_k2v2      32       4 + 4          32       4 + 4           80    2.5
-    kivi_k4v4      64       4 + 4          64       4 + 4           144   4.5
+    kivi_k2v2      32       4 + 8          32       4 + 4           84    2.625
+    kivi_k4v4      64       4 + 8          64       4 + 4           148   4.625
     kv4            64       2 + 2          64       2 + 2           136   4.25
     kvquant_k3v3   48       1 + 1 + 6      48       1 + 1 + 6       112   3.5
 """
@@ -59,6 +60,11 @@ class Codec(NamedTuple):
     def num_levels(self) -> int:
         """Values that a code can have."""
         return LEVELS[self.bits]
+
+    @property
+    def low_dtype(self) -> torch.dtype:
+        """Of lows. A channel of keys may lie far off zero for its spread, where fp8 has no numbers between."""
+        return torch.float16 if self.per_channel else self.scale_dtype
 
 
 class Section(NamedTuple):
@@ -101,8 +107,8 @@ def code_bytes(codec: Codec, head_dim: int) -> int:
 def side_bytes(codec: Codec, head_dim: int) -> int:
     """Bytes per token and head of K or of V. Raises ValueError, naming the value and the fix, for a misfit."""
     _check_codec(codec, head_dim)
-    scales = 2 * codec.scale_dtype.itemsize * head_dim
-    return code_bytes(codec, head_dim) + scales // codec.group_size + 3 * codec.outliers
+    scales = (codec.scale_dtype.itemsize + codec.low_dtype.itemsize) * head_dim
+    return code_bytes(codec, head_dim) + -(-scales // codec.group_size) + 3 * codec.outliers
 
 
 def bits_per_element(codec: Codec, head_dim: int) -> float:
@@ -127,7 +133,8 @@ def plan_cells(key: Codec, value: Codec, head_dim: int, block_size: int) -> Cell
             )
     key_sections, end = _place_side(key, head_dim, block_size, 0)
     value_sections, end = _place_side(value, head_dim, block_size, end)
-    assert end == cell_bytes * block_size
+    # Scales of a group may not divide evenly among its tokens; what is left is padding.
+    assert 0 <= cell_bytes * block_size - end < block_size
     return CellLayout(key, value, head_dim, block_size, cell_bytes, key_sections, value_sections)
 
 
@@ -159,7 +166,7 @@ def _place_side(codec: Codec, head_dim: int, block_size: int, start: int) -> tup
     shapes = [
         (block_size, code_bytes(codec, head_dim)),
         (rows, columns * size),
-        (rows, columns * size),
+        (rows, columns * codec.low_dtype.itemsize),
         (block_size, codec.outliers),
         (block_size, 2 * codec.outliers),
     ]
@@ -177,12 +184,6 @@ def _check_codec(codec: Codec, head_dim: int) -> None:
         raise ValueError(f"scale_dtype={codec.scale_dtype} is not supported; use float8_e4m3fn or float16")
     if head_dim < 1 or codec.group_size < 1:
         raise ValueError(f"head_dim={head_dim} and group_size={codec.group_size} must be positive")
-    scale_bytes = 2 * codec.scale_dtype.itemsize * head_dim
-    if codec.per_channel and scale_bytes % codec.group_size:
-        raise ValueError(
-            f"head_dim={head_dim} has {scale_bytes} bytes of scales per {codec.group_size} tokens, which do not divide "
-            "evenly among them: use a per-token preset for this head size"
-        )
     if not codec.per_channel and head_dim % codec.group_size:
         raise ValueError(
             f"group_size={codec.group_size} does not divide head_dim={head_dim}: "

@@ -62,6 +62,7 @@ def check_all_free(llm: LLM) -> None:
         assert not each.num_cached_block
         assert not getattr(each, "_first_kept", None)
         assert not getattr(each, "_first_held", None)
+        assert not getattr(each, "_shared_prefix", None)
 
 
 def read_text(domain: str, count: int, length: int) -> list[list[int]]:

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.v1.attention.backend import AttentionCGSupport
 
 from vllm_ext.kernels.kv_store.codec import CodecTensors
 from vllm_ext.kv_cache import backend
-from vllm_ext.kv_cache.backend import KVCacheImpl, list_positions, make_backend
+from vllm_ext.kv_cache.backend import KVCacheImpl, KVCacheMetadataBuilder, list_positions, make_backend
 from vllm_ext.kv_cache.calibrate_attention import Angles, attend, mark_full_precision, read_back, read_key, score
 from vllm_ext.kv_cache.presets import PRESETS, Preset, get_preset
 from vllm_ext.kv_cache.recent_layer import RecentMetadataBuilder
@@ -140,3 +141,8 @@ def test_positions_of_a_step() -> None:
     """A prompt's second chunk, a request without tokens in this step, and one that decodes."""
     positions = list_positions(torch.tensor([0, 3, 3, 4]), torch.tensor([10, 5, 8]))
     assert positions.tolist() == [7, 8, 9, 7]
+
+
+@pytest.mark.parametrize("builder", [KVCacheMetadataBuilder, RecentMetadataBuilder])
+def test_metadata_that_waits_for_counts_promises_no_graphs(builder: Any) -> None:
+    assert builder._cudagraph_support is AttentionCGSupport.NEVER

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from tests.compress.runnable_model import add_tokenizer, write_runnable
 from vllm_ext import cli
@@ -32,7 +33,7 @@ from vllm_ext.kv_cache.calibrate_attention import (
     score,
 )
 from vllm_ext.kv_cache.presets import PRESETS
-from vllm_ext.kv_cache.sidecar import read_sidecar
+from vllm_ext.kv_cache.sidecar import describe_model, read_sidecar
 
 CONTEXT, WINDOWS = 224, 4
 
@@ -77,7 +78,7 @@ def test_calibration_helps_against_planted_outliers_and_is_the_same_every_time(
     assert layer.calibrated < 0.6 * layer.plain
     assert layer.kept["key"]
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-    found = read_sidecar(tmp_path / "one", preset, 2, 64)
+    found = read_sidecar(tmp_path / "one", preset, 2, 64, planted.description)
     assert list(found) == ["model.layers.1.self_attn.attn"]
     # Without outliers there is less to gain.
     plain = calibrate_model(task, preset, tmp_path / "plain", seed=3).layers[0]
@@ -136,7 +137,12 @@ def test_the_command_prints_and_writes(tiny_moe: str, tmp_path: Path, capsys: py
     assert "model.layers.4.self_attn" in captured.out
     assert "calibrate kv4" in captured.err
     kept = {f"{layer['name']}.attn" for layer in report["calibration"]["layers"] if any(layer["kept"].values())}
-    assert set(read_sidecar(output, PRESETS["kv4"], 2, 64)) == kept
+    described = describe_model(AutoConfig.from_pretrained(tiny_moe).get_text_config())
+    found = read_sidecar(output, PRESETS["kv4"], 2, 64, described)
+    # Layers that nothing helped are named, too.
+    assert set(found) == {f"{layer['name']}.attn" for layer in report["calibration"]["layers"]}
+    with_tensors = {name for name, sides in found.items() if any(x is not None for side in sides for x in side)}
+    assert with_tensors == kept
     assert [path.name for path in tmp_path.iterdir()] == [output.name]
     assert cli.main(arguments) == 1
     assert "exists already: remove it" in capsys.readouterr().err
@@ -237,4 +243,4 @@ def test_every_preset(tiny_moe: str, tmp_path: Path, name: str) -> None:
     plant_key_outliers(loaded.model)
     report = calibrate_model(loaded, PRESETS[name], tmp_path / "out")
     assert report.mean("calibrated") < report.mean("plain")
-    assert read_sidecar(tmp_path / "out", PRESETS[name], 2, 64)
+    assert read_sidecar(tmp_path / "out", PRESETS[name], 2, 64, loaded.description)

@@ -13,8 +13,8 @@ from vllm_ext.kv_cache.presets import PRESETS, get_preset, parse_plan
     [
         ("skvq_k2v2", 68, 2.125),
         ("skvq_k2v15", 62, 1.9375),
-        ("kivi_k2v2", 80, 2.5),
-        ("kivi_k4v4", 144, 4.5),
+        ("kivi_k2v2", 84, 2.625),
+        ("kivi_k4v4", 148, 4.625),
         ("kv4", 136, 4.25),
         ("kvquant_k3v3", 112, 3.5),
     ],

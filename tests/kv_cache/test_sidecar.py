@@ -119,6 +119,39 @@ def test_files_of_others_are_refused(tmp_path: Path) -> None:
         read(path)
 
 
+def test_files_that_cannot_be_opened_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path)
+
+    def deny(_: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_file", deny)
+    with pytest.raises(SidecarError, match=r"kv\.safetensors is not a usable safetensors file .*Permission denied"):
+        read(path)
+    monkeypatch.undo()
+    with pytest.raises(SidecarError, match="does not exist"):
+        read(tmp_path)
+
+
+def test_files_of_another_model_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    with pytest.raises(SidecarError, match="has model '', but this engine needs 'model_type=llama': calibrate again"):
+        read_sidecar(path, PRESET, HEADS, HEAD_DIM, "model_type=llama")
+    # A layer that nothing helped is in the file without tensors; one that it does not name is no layer of its model.
+    write_sidecar(path, {LAYER: (make_tensors(), CodecTensors()), "1": (CodecTensors(),) * 2}, PRESET, HEADS, HEAD_DIM)
+    assert read(path)["1"] == (CodecTensors(), CodecTensors())
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    for layers, message in (
+        ("[1]", "is no list of names"),
+        ("{", "is no list of names"),
+        ('["1"]', "not among its own"),
+    ):
+        save_file(load_file(path), path, {**metadata, "layers": layers})
+        with pytest.raises(SidecarError, match=message):
+            read(path)
+
+
 def test_what_would_not_be_read_is_not_written(tmp_path: Path) -> None:
     wrong = CodecTensors(smooth=torch.ones(HEADS, 8))
     with pytest.raises(SidecarError, match=r"layer.key.smooth is torch\.float32 \[2, 8\]"):

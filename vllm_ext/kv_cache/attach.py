@@ -14,7 +14,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_ext import config, observability
 from vllm_ext.kernels.native.load import load_ops
-from vllm_ext.kv_cache.backend import make_backend
+from vllm_ext.kv_cache.backend import KVCacheImpl, make_backend
 from vllm_ext.kv_cache.presets import is_mixed
 from vllm_ext.kv_cache.recent_layer import RecentLayer
 from vllm_ext.kv_cache.settings import choose_presets
@@ -42,6 +42,7 @@ def make_layer(original: Callable[..., None], layer: Any, *args: Any, **kwargs: 
     number = find_number(given.get("prefix", ""), num_layers) if is_mixed(presets) else 0
     preset = presets[number]
     original(layer, *args, **kwargs, attn_backend=make_backend(preset, is_mixed(presets)))
+    check_same_heads(layer, vllm_config)
     index = vllm_config.parallel_config.data_parallel_rank
     keeps_recent = any(one.keeps_recent for one in presets)
     layer.impl.attach(
@@ -85,6 +86,19 @@ def find_refusal(given: Mapping[str, Any], vllm_config: Any) -> str | None:
         "attention in both directions over images": bool(vllm_config.model_config.is_mm_prefix_lm),
     }
     return next((words for words, is_found in found.items() if is_found), None)
+
+
+def check_same_heads(layer: Any, vllm_config: Any) -> None:
+    """Raises ConfigError for a layer whose heads differ from those of the first: one pool has one size of page."""
+    known = vllm_config.compilation_config.static_forward_context
+    first = next((one for one in known.values() if isinstance(getattr(one, "impl", None), KVCacheImpl)), layer)
+    found, expected = ((one.num_kv_heads, one.head_size) for one in (layer, first))
+    if found != expected:
+        raise config.ConfigError(
+            f"--kv-cache-dtype {vllm_config.cache_config.cache_dtype} does not run with {layer.layer_name}, which has "
+            f"{found[0]} kv heads of {found[1]} where {first.layer_name} has {expected[0]} of {expected[1]}: use a "
+            f"--kv-cache-dtype of vLLM's own for {vllm_config.model_config.model}"
+        )
 
 
 def find_number(prefix: str, num_layers: int) -> int:

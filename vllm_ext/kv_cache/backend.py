@@ -37,6 +37,7 @@ from vllm_ext.kernels.kv_store.codec import CodecTensors
 from vllm_ext.kernels.kv_store.layout import CellLayout
 from vllm_ext.kernels.kv_store.reference import store_completed_groups
 from vllm_ext.kv_cache.presets import Preset
+from vllm_ext.kv_cache.ranges import warn_of_lost_range
 
 #: End of the name of the layer that holds a layer's window; see `recent_layer.RecentLayer`.
 RECENT_SUFFIX = ".recent"
@@ -70,6 +71,7 @@ class KVCacheMetadataBuilder(AttentionMetadataBuilder[KVCacheMetadata]):
     group_tokens: ClassVar[int] = 0
     needs_positions: ClassVar[bool] = False
 
+    # vLLM's is abstract.
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
@@ -228,17 +230,18 @@ class KVCacheImpl(AttentionImpl):
         if context.attn_metadata is None:
             # A run without requests, as vLLM's warm-up and smartspec's sweep have: there is nothing to keep.
             return
-        stored = key
+        stored, tokens = key, slot_mapping.shape[0]
         if self.cos_sin is not None:
             position = _find(context, self.layer_name).positions
             # Rows of padding are not stored, wherever they are turned to.
             position = torch.nn.functional.pad(position, (0, len(key) - len(position)))
             stored = rotate(key, self.cos_sin[position], inverse=True)
+        warn_of_lost_range(self.preset, self.tensors, stored[:tokens], value[:tokens], self.layer_name)
         store_kv(stored, value, kv_cache, slot_mapping, layout, *self.tensors, self.clips)
         if self.recent_name is not None:
             recent, rows = context.no_compile_layers[self.recent_name], _find(context, self.recent_name)
             recent.pages[rows.block, :, rows.token] = torch.cat([key[rows.row], value[rows.row]], -1).to(self.dtype)
-        observability.add("vllm_ext:kv_cache_stored_tokens_total", slot_mapping.shape[0], self.engine_index)
+        observability.add("vllm_ext:kv_cache_stored_tokens_total", tokens, self.engine_index)
 
     def forward(
         self,

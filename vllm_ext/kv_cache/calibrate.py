@@ -30,7 +30,7 @@ from vllm_ext.kv_cache.calibrate_attention import (
 )
 from vllm_ext.kv_cache.calibration import calibrate_layer
 from vllm_ext.kv_cache.presets import PLAN_NAME, PRESETS, Preset, get_preset
-from vllm_ext.kv_cache.sidecar import write_sidecar
+from vllm_ext.kv_cache.sidecar import describe_model, write_sidecar
 
 #: Windows of calibration text. KVQuant takes 16 of 2048 tokens, SKVQ 256 of 4096.
 NUM_WINDOWS = 32
@@ -95,6 +95,11 @@ class Task:
         """Heads of keys and values, of the whole model."""
         return self.layers[0].num_kv_heads
 
+    @property
+    def description(self) -> str:
+        """What the calibration file says of the model."""
+        return describe_model(self.model.config.get_text_config())
+
 
 def find_preset(name: str) -> Preset:
     """The preset to calibrate. Raises CalibrationError with the nearest name for one that does not exist."""
@@ -151,7 +156,7 @@ def calibrate_model(
     """Calibrate every layer and write the file that `kv_cache.calibration` names.
 
     The result of a layer is kept where it lowers the error of the layer's attention output on held-out text; a layer
-    of which nothing is kept is not in the file. The same model, text and seed give the same bytes. Raises
+    of which nothing is kept has no tensors in the file. The same model, text and seed give the same bytes. Raises
     CalibrationError where no layer gains, ValueError for a head size that the preset does not fit.
     """
     began = time.monotonic()
@@ -159,18 +164,18 @@ def calibrate_model(
     check_context(task, fitted)
     angles = find_angles(task.model, task.calibration.shape[1]) if preset.pre_rope else None
     windows = torch.cat([task.calibration, task.held_out])
-    reports, kept = [], {}
+    reports: list[LayerReport] = []
+    kept: dict[str, Sides] = {}
     for layer, recorded in track(record_passes(task, windows), f"calibrate {preset.name}", len(task.layers), progress):
         report, sides = _calibrate_recorded(layer, recorded, len(task.calibration), fitted, angles, seed)
         reports.append(report)
-        if sides is not None:
-            kept[layer.cache_name] = sides
-    if not kept:
+        kept[layer.cache_name] = NOTHING if sides is None else sides
+    if all(sides is NOTHING for sides in kept.values()):
         raise CalibrationError(
             f"calibration lowers the held-out error of no layer with {preset.name}: serve it without, or give more "
             "text like that the model will see"
         )
-    write_sidecar(output, kept, preset, task.num_kv_heads, task.head_dim)
+    write_sidecar(output, kept, preset, task.num_kv_heads, task.head_dim, task.description)
     return CalibrationReport(
         preset=preset.name,
         output=str(output),

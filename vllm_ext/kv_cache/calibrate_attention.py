@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vllm_ext.compress.calibration import CalibrationError
+from vllm_ext.kernels.kv_decode.reference import is_full_precision
 from vllm_ext.kernels.kv_decode.rope import rotate
 from vllm_ext.kernels.kv_store.codec import CodecTensors, dequantize, from_stored, quantize, to_stored
 from vllm_ext.kernels.kv_store.layout import Codec
@@ -175,11 +176,8 @@ def read_key(key: torch.Tensor, preset: Preset, tensors: CodecTensors, angles: A
 def mark_full_precision(tokens: int, preset: Preset) -> torch.Tensor:
     """Which keys [queries, keys] are read in full precision: sinks, and those within the window of the query."""
     position = torch.arange(tokens)
-    first = position - preset.window + 1
-    if preset.key.per_channel:
-        # Keys of a group are read together.
-        first = first.clamp(min=0) // preset.key.group_size * preset.key.group_size
-    return (position >= first[:, None]) | (position < preset.sinks)
+    group_tokens = preset.key.group_size if preset.key.per_channel else 1
+    return is_full_precision(position, position, preset.window, preset.sinks, group_tokens)
 
 
 def score(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:

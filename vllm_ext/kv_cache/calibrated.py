@@ -15,7 +15,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm_ext import config
 from vllm_ext.kernels.kv_store.codec import CodecTensors
 from vllm_ext.kv_cache.presets import Preset
-from vllm_ext.kv_cache.sidecar import SidecarError, read_sidecar
+from vllm_ext.kv_cache.sidecar import SidecarError, describe_model, read_sidecar
 
 Sides = tuple[CodecTensors, CodecTensors]
 
@@ -31,21 +31,34 @@ def find_tensors(impl: Any) -> Sides:
         return CodecTensors(), CodecTensors()
     path = Path(settings.calibration).expanduser()
     total = vllm_config.model_config.get_total_num_kv_heads()
-    layers = _read(path, path.stat().st_mtime_ns if path.exists() else 0, impl.preset, total, impl.head_size)
+    model = describe_model(vllm_config.model_config.hf_text_config)
+    layers = _read(path, _find_change(path), impl.preset, total, impl.head_size, model)
     known = vllm_config.compilation_config.static_forward_context
     for name in layers:
         if name not in known:
             raise SidecarError(f"{path} holds {name}, which is no attention layer of this model: calibrate this model")
+    if impl.layer_name not in layers:
+        raise SidecarError(f"{path} has nothing about {impl.layer_name}: calibrate this model")
     # Ranks beyond the number of heads share them.
     size = vllm_config.parallel_config.tensor_parallel_size
     first = get_tensor_model_parallel_rank() * total // size
-    key, value = layers.get(impl.layer_name, (CodecTensors(), CodecTensors()))
+    key, value = layers[impl.layer_name]
     return _cut(key, first, impl.num_kv_heads), _cut(value, first, impl.num_kv_heads)
 
 
+def _find_change(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        # `read_sidecar` says what is wrong with it.
+        return 0
+
+
 @functools.lru_cache(maxsize=1)
-def _read(path: Path, _changed: int, preset: Preset, num_kv_heads: int, head_dim: int) -> Mapping[str, Sides]:
-    return read_sidecar(path, preset, num_kv_heads, head_dim)
+def _read(
+    path: Path, _changed: int, preset: Preset, num_kv_heads: int, head_dim: int, model: str
+) -> Mapping[str, Sides]:
+    return read_sidecar(path, preset, num_kv_heads, head_dim, model)
 
 
 def _cut(tensors: CodecTensors, first: int, count: int) -> CodecTensors:

@@ -14,7 +14,7 @@ from vllm_ext.kernels.kv_store.cpu import WIDTHS, knows
 from vllm_ext.kernels.kv_store.layout import CellLayout
 from vllm_ext.kv_cache.presets import Preset
 from vllm_ext.kv_cache.settings import choose_presets
-from vllm_ext.kv_cache.sidecar import read_sidecar
+from vllm_ext.kv_cache.sidecar import describe_model, read_sidecar
 from vllm_ext.patches import registry
 
 logger = logging.getLogger("vllm.vllm_ext")
@@ -64,7 +64,10 @@ def check_engine(vllm_config: Any) -> None:
     if settings is not None and settings.calibration is not None:
         # Also read by every worker; here a bad file stops the start at once.
         path = Path(settings.calibration).expanduser()
-        layers = read_sidecar(path, presets[0], model.get_total_num_kv_heads(), head_dim)
+        described = describe_model(model.hf_text_config)
+        layers = read_sidecar(path, presets[0], model.get_total_num_kv_heads(), head_dim, described)
+        count = sum(any(field is not None for side in sides for field in side) for sides in layers.values())
+        logger.info("KV-cache calibration %s: %d of %d layers calibrated", path, count, len(layers))
         if any(side.levels is not None for sides in layers.values() for side in sides) and not presets[0].pre_rope:
             logger.warning("%s has codebooks, whose layers run in torch and not in a compiled kernel", path)
 

@@ -109,8 +109,9 @@ def _kivi(name: str, bits: float, clips: tuple[float, ...] = (1.0,)) -> Preset:
 
 #: SKVQ: arXiv:2405.06219. The order of channels is within a head, and keys are stored after RoPE: that keeps scores
 #: a product of the query with codes, and a head's pages its own under tensor parallelism. KIVI: 2402.02750, with fp8
-#: scales for fp16. KV4: QServe, 2405.04532. KVQuant: 2401.18079, with codes relative to each token's range; its per-
-#: channel ranges of K are the calibrated smooth and shift, its 1 % of outliers are two of a head's channels.
+#: scales for fp16 (not lows: keys of a channel may lie far off zero, `Codec.low_dtype`). KV4: QServe, 2405.04532.
+#: KVQuant: 2401.18079, with codes relative to each token's range; its per-channel ranges of K are the calibrated
+#: smooth and shift, its 1 % of outliers are two of a head's channels.
 PRESETS: Mapping[str, Preset] = {
     preset.name: preset
     for preset in (

@@ -6,6 +6,9 @@ step the backend reads the step's own keys from the model, so a chunk needs bloc
 
     blocks   [ sinks ][ null ... null ][ window before this step ][ null ... ][ window before the next ]
 
+Where the quantized pages of a longer prefix are found than windows are, a request shares that prefix with an earlier
+one that kept no window there: it keeps the window before the end of the prefix, too, and the next such request hits.
+
 Importing this module registers the spec with vLLM; unpickling one in EngineCore does that, too.
 """
 
@@ -13,7 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, resolve_block_hashes
@@ -55,19 +59,41 @@ class RecentSpec(SlidingWindowSpec):
         return count_recent_pages(self.kept_window, self.sinks, self.block_size, max_model_len)
 
 
+class Lookup(NamedTuple):
+    """A search for a prefix. hit: tokens whose window is cached; shared: tokens whose quantized pages are."""
+
+    hashes: Any
+    hit: int
+    shared: int
+
+
+class KeptRanges(NamedTuple):
+    """New blocks to materialise besides sinks: those from `first` on, and those of `junction`, a range before."""
+
+    first: int
+    junction: range = range(0)
+
+
+#: The last search in each pool. vLLM tells managers of a type what it searches for, and not for which request; the
+#: request that asks for blocks next is the one that searched.
+_lookups: WeakKeyDictionary[Any, Lookup] = WeakKeyDictionary()
+
+
 class RecentManager(SlidingWindowManager):
     """Blocks of the window and the sinks of every request.
 
     Differs from `SlidingWindowManager`: sinks are kept, touched and required for a prefix hit; a long step gets blocks
-    for its last window alone; and blocks beside holes are freed, too.
+    for its last window and that of a prefix it shares alone; and blocks beside holes are freed, too.
     """
 
     def __init__(self, kv_cache_spec: RecentSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self.sink_blocks = kv_cache_spec.sink_blocks
         self.kept_window = kv_cache_spec.kept_window
-        # First block to materialise, decided when vLLM asks how many are needed, followed when it asks for them.
-        self._first_kept: dict[str, int] = {}
+        # What to materialise, decided when vLLM asks how many are needed, followed when it asks for them.
+        self._first_kept: dict[str, KeptRanges] = {}
+        # Where the prefix ends that a request shares with earlier ones, in tokens; 0: no further than its hit.
+        self._shared_prefix: dict[str, int] = {}
         # Blocks of a request below which everything but sinks is freed already.
         self._first_held: dict[str, int] = {}
 
@@ -115,6 +141,28 @@ class RecentManager(SlidingWindowManager):
             hit = max_length // alignment_tokens * alignment_tokens
             count = hit // kv_cache_spec.block_size
             blocks = tuple([block_pool.null_block] * count for _ in kv_cache_group_ids)
+        hit = cls._find_sinks(
+            blocks, hit, block_hashes, kv_cache_group_ids, block_pool, kv_cache_spec, alignment_tokens
+        )
+        last = _lookups.get(block_pool)
+        # With several quantized groups, vLLM searches again within what was found.
+        shared = max_length // alignment_tokens * alignment_tokens
+        if last is not None and last.hashes is block_hashes:
+            shared = max(shared, last.shared)
+        _lookups[block_pool] = Lookup(block_hashes, hit, shared)
+        return (blocks, hit) if hit else (tuple([] for _ in kv_cache_group_ids), 0)
+
+    @staticmethod
+    def _find_sinks(
+        blocks: tuple[list[KVCacheBlock], ...],
+        hit: int,
+        block_hashes: Any,
+        kv_cache_group_ids: list[int],
+        block_pool: Any,
+        kv_cache_spec: Any,
+        alignment_tokens: int,
+    ) -> int:
+        """Put the cached sinks in; the length of the hit, 0 where one is missing."""
         hashes = resolve_block_hashes(
             block_hashes,
             block_pool.hash_block_size,
@@ -125,10 +173,10 @@ class RecentManager(SlidingWindowManager):
         for i in range(min(kv_cache_spec.sink_blocks, len(blocks[0]))):
             cached = block_pool.get_cached_block(hashes[i], kv_cache_group_ids)
             if cached is None:
-                return tuple([] for _ in kv_cache_group_ids), 0
+                return 0
             for found, block in zip(blocks, cached, strict=True):
                 found[i] = block
-        return blocks, hit
+        return hit
 
     @classmethod
     def reachable_block_mask(
@@ -180,6 +228,7 @@ class RecentManager(SlidingWindowManager):
         else:
             skipped = self.get_num_skipped_tokens(total_computed_tokens) // self.block_size
             held = max(skipped, len(new_computed_blocks) + held)
+            self._shared_prefix[request_id] = self._find_shared_prefix(num_local_computed_tokens)
             evictable = self._get_num_evictable_blocks(
                 [block for i, block in enumerate(new_computed_blocks) if i < self.sink_blocks or i >= skipped]
             )
@@ -189,18 +238,20 @@ class RecentManager(SlidingWindowManager):
             cap = self.max_admission_blocks_per_request
             return needed if cap is None else min(needed, cap)
         # What the quantized pages of the step may take from the free ones; those of a prefix hit may all be among them.
-        first = self._choose_first(num_tokens, held, self.block_pool.get_num_free_blocks() - evictable - main_blocks)
-        self._first_kept[request_id] = first
-        return self._count_kept(first, held, end) + evictable
+        free = self.block_pool.get_num_free_blocks() - evictable - main_blocks
+        kept = self._choose_kept(num_tokens, self._shared_prefix.get(request_id, 0), held, free)
+        self._first_kept[request_id] = kept
+        return len(self._list_kept(kept, held, end)) + evictable
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """Blocks for the sinks and the last window of `num_tokens`; the null block in between."""
         blocks = self.req_to_blocks[request_id]
         held, end = len(blocks), cdiv(num_tokens, self.block_size)
-        first = self._first_kept.pop(request_id, 0)
-        count = self._count_kept(first, held, end)
-        fresh = iter(self.block_pool.get_new_blocks(count) if count else [])
-        added = [next(fresh) if i < self.sink_blocks or i >= first else self._null_block for i in range(held, end)]
+        kept = self._list_kept(self._first_kept.pop(request_id, KeptRanges(0)), held, end)
+        fresh = self.block_pool.get_new_blocks(len(kept)) if kept else []
+        added = [self._null_block] * max(0, end - held)
+        for i, block in zip(kept, fresh, strict=True):
+            added[i - held] = block
         blocks.extend(added)
         if self._record_new_block_ids:
             self.new_block_ids.extend(block.block_id for block in added if block is not self._null_block)
@@ -210,30 +261,42 @@ class RecentManager(SlidingWindowManager):
         """As vLLM's; forgets the request."""
         self._first_kept.pop(request_id, None)
         self._first_held.pop(request_id, None)
+        self._shared_prefix.pop(request_id, None)
         blocks: list[KVCacheBlock] = super().pop_blocks_for_free(request_id)
         return blocks
 
-    def _choose_first(self, num_tokens: int, held: int, free: int) -> int:
-        """First new block to materialise when `num_tokens` exist after the step.
+    def _find_shared_prefix(self, hit: int) -> int:
+        """Where the shared prefix of a request ends that found `hit` tokens; 0 where the last search was another's."""
+        last = _lookups.get(self.block_pool)
+        return last.shared if last is not None and last.hit == hit < last.shared else 0
+
+    def _choose_kept(self, num_tokens: int, shared: int, held: int, free: int) -> KeptRanges:
+        """New blocks to materialise when `num_tokens` exist after the step.
 
         The next step needs the window before its first query. A later request with the same prefix needs the window
-        before the last boundary at which hits end; that one is kept for the step, too, where it takes less than half of
-        the `free` blocks: it may exceed the bound of a request, and costs only a recomputation if missing.
+        before the last boundary at which hits end, or before the end of the prefix, the `shared` tokens that an
+        earlier request had, too. Both are kept for the step where they take less than half of the `free` blocks: they
+        may exceed the bound of a request, and cost only a recomputation if missing.
         """
         align, end = self.scheduler_block_size, cdiv(num_tokens, self.block_size)
         if self.kept_window <= 1:
             # Only sinks are read again.
-            return end
-        needed = self.get_num_skipped_tokens(num_tokens) // self.block_size
+            return KeptRanges(end)
+        needed = KeptRanges(self.get_num_skipped_tokens(num_tokens) // self.block_size)
         if not self.enable_caching:
             return needed
-        useful = self.get_num_skipped_tokens((num_tokens - 1) // align * align) // self.block_size
-        return useful if 2 * self._count_kept(useful, held, end) <= free else needed
+        useful = KeptRanges(self.get_num_skipped_tokens((num_tokens - 1) // align * align) // self.block_size)
+        junction = range(self.get_num_skipped_tokens(shared) // self.block_size, shared // self.block_size)
+        for kept in (useful._replace(junction=junction), useful):
+            if 2 * len(self._list_kept(kept, held, end)) <= free:
+                return kept
+        return needed
 
-    def _count_kept(self, first: int, held: int, end: int) -> int:
-        """Blocks held .. end - 1 that are sinks or from `first` on."""
-        sinks = max(0, min(end, self.sink_blocks) - held)
-        return sinks + max(0, end - max(held, first, self.sink_blocks))
+    def _list_kept(self, kept: KeptRanges, held: int, end: int) -> list[int]:
+        """Of the blocks held .. end - 1 those that are materialised, in order."""
+        sinks = range(held, min(end, self.sink_blocks))
+        junction = range(max(held, self.sink_blocks, kept.junction.start), min(end, kept.junction.stop, kept.first))
+        return [*sinks, *junction, *range(max(held, kept.first, self.sink_blocks), end)]
 
 
 def register_spec() -> None:

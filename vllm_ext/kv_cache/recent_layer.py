@@ -40,8 +40,10 @@ class RecentMetadata:
 class RecentMetadataBuilder(AttentionMetadataBuilder[RecentMetadata]):
     """Makes `RecentMetadata` once per step, for all layers."""
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
+    # How many rows are kept depends on the step (`nonzero`), and `KVCacheMetadataBuilder` waits for counts, too.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
 
+    # vLLM's is abstract.
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 

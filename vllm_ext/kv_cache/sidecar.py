@@ -7,8 +7,9 @@
     <layer>.key.clip      float32 [kv heads, groups]    per-channel keys: [kv heads, D]
     <layer>.key.levels    float32 [levels]
 
-The header's metadata hold {"format": "vllm-ext-kv", "version": "1", "preset": ..., "head_dim": ..., "num_kv_heads":
-..., "group_size": "key,value"}: tensors of one preset would be read by another without an error, and wrongly.
+The header's metadata hold {"format": "vllm-ext-kv", "version": "2", "preset": ..., "head_dim": ..., "num_kv_heads":
+..., "group_size": "key,value", "model": ..., "layers": a JSON list}: tensors of one preset or model would be read by
+another without an error, and wrongly. `layers` names those without tensors, too, which no calibration helped.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,7 +28,11 @@ from vllm_ext.kernels.kv_store.codec import CodecTensors
 from vllm_ext.kernels.kv_store.layout import Codec
 from vllm_ext.kv_cache.presets import Preset
 
-FORMAT, VERSION = "vllm-ext-kv", "1"
+FORMAT, VERSION = "vllm-ext-kv", "2"
+#: What tells models apart that a checkpoint keeps when its weights are quantized: not the weights themselves.
+MODEL_FIELDS = (
+    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
+)  # fmt: skip
 SIDES = ("key", "value")
 
 #: Layer name -> (tensors of K, tensors of V).
@@ -37,10 +43,18 @@ class SidecarError(ValueError):
     """A calibration file that cannot be used; the message names the file, the tensor and the fix."""
 
 
-def write_sidecar(path: Path, layers: LayerTensors, preset: Preset, num_kv_heads: int, head_dim: int) -> None:
+def describe_model(text_config: Any) -> str:
+    """A model's type and sizes in words, from its transformers configuration (of the text part)."""
+    return " ".join(f"{name}={getattr(text_config, name, None)}" for name in MODEL_FIELDS)
+
+
+def write_sidecar(
+    path: Path, layers: LayerTensors, preset: Preset, num_kv_heads: int, head_dim: int, model: str = ""
+) -> None:
     """Write the tensors of every layer, all heads of the model. Replaces the file in one step.
 
-    The bytes depend on the arguments alone. Raises SidecarError for tensors that `read_sidecar` would refuse.
+    layers: all of the model, those without tensors included. model: `describe_model`. The bytes depend on the
+    arguments alone. Raises SidecarError for tensors that `read_sidecar` would refuse.
     """
     fitted = preset.fit(head_dim)
     tensors: dict[str, torch.Tensor] = {}
@@ -52,7 +66,8 @@ def write_sidecar(path: Path, layers: LayerTensors, preset: Preset, num_kv_heads
                     tensors[f"{layer}.{side}.{field}"] = tensor.detach().clone(memory_format=torch.contiguous_format)
     if not tensors:
         raise SidecarError(f"{path}: there is nothing to write; calibrate at least one layer")
-    content = _sort_header(save(tensors, _describe(preset, num_kv_heads, head_dim)))
+    metadata = {**_describe(preset, num_kv_heads, head_dim, model), "layers": json.dumps(sorted(layers))}
+    content = _sort_header(save(tensors, metadata))
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         partial.write_bytes(content)
@@ -70,29 +85,34 @@ def _sort_header(content: bytes) -> bytes:
 
 
 def read_sidecar(
-    path: Path, preset: Preset, num_kv_heads: int, head_dim: int
+    path: Path, preset: Preset, num_kv_heads: int, head_dim: int, model: str = ""
 ) -> dict[str, tuple[CodecTensors, CodecTensors]]:
     """Tensors of every layer in the file, checked, for all heads of the model (a rank takes its own).
 
-    Raises SidecarError for a file that is missing, damaged, of another format, preset or head size, and for a tensor
-    with an unknown name, another type or shape, or values that no calibration gives.
+    Layers that no calibration helped have empty ones. Raises SidecarError for a file that is missing, unreadable,
+    damaged, of another format, preset, head size or model, and for a tensor with an unknown name, another type or
+    shape, or values that no calibration gives.
     """
-    if not path.is_file():
-        raise SidecarError(f"calibration file {path} does not exist: write one with `vllm-ext calibrate-kv`")
     fitted = preset.fit(head_dim)
     try:
+        if not path.is_file():
+            raise SidecarError(f"calibration file {path} does not exist: write one with `vllm-ext calibrate-kv`")
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            expected = _describe(preset, num_kv_heads, head_dim)
+            expected = _describe(preset, num_kv_heads, head_dim, model)
             for key, wanted in expected.items():
                 if metadata.get(key) != wanted:
                     raise SidecarError(
                         f"{path} has {key} {metadata.get(key)!r}, but this engine needs {wanted!r}: calibrate again"
                     )
-            fields: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
+            fields: dict[str, dict[str, dict[str, torch.Tensor]]] = {
+                layer: {} for layer in _parse_layers(path, metadata.get("layers", ""))
+            }
             for name in file.keys():  # noqa: SIM118 - the handle is no mapping
                 layer, side, field = _split_name(path, name)
-                fields.setdefault(layer, {}).setdefault(side, {})[field] = file.get_tensor(name)
+                if layer not in fields:
+                    raise SidecarError(f"{path} holds {name}, whose layer is not among its own: calibrate again")
+                fields[layer].setdefault(side, {})[field] = file.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise SidecarError(f"{path} is not a usable safetensors file ({error}): calibrate again") from error
     layers = {}
@@ -104,7 +124,17 @@ def read_sidecar(
     return layers
 
 
-def _describe(preset: Preset, num_kv_heads: int, head_dim: int) -> dict[str, str]:
+def _parse_layers(path: Path, text: str) -> list[str]:
+    try:
+        names = json.loads(text)
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise SidecarError(f"{path} has layers {text!r}, which is no list of names: calibrate again")
+    return names
+
+
+def _describe(preset: Preset, num_kv_heads: int, head_dim: int, model: str) -> dict[str, str]:
     fitted = preset.fit(head_dim)
     return {
         "format": FORMAT,
@@ -113,6 +143,7 @@ def _describe(preset: Preset, num_kv_heads: int, head_dim: int) -> dict[str, str
         "head_dim": str(head_dim),
         "num_kv_heads": str(num_kv_heads),
         "group_size": f"{fitted.key.group_size},{fitted.value.group_size}",
+        "model": model,
     }
 
 

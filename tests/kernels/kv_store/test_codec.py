@@ -155,3 +155,14 @@ def test_coordinates_go_both_ways_and_scores_are_the_same_in_both(seed: int, use
     transformed, offset = transform_query(query, tensors)
     scores = torch.einsum("qhgd,shd->qhgs", transformed, stored) + offset.unsqueeze(-1)
     assert torch.allclose(scores, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("offset", [100.0, 400.0])
+@pytest.mark.parametrize(("bits", "limit"), [(2, 0.35), (4, 0.09)])
+def test_channels_far_off_zero_keep_their_spread_per_channel(offset: float, bits: float, limit: float) -> None:
+    """Keys with a bias: an fp8 low beside 400 is off by up to 16 times the spread of 1."""
+    x = draw_numbers(0, (64, 2, 16, 32), 1.0, offset)
+    codec = Codec(bits, 32, per_channel=True)
+    error = (dequantize(quantize(x, codec, (1.0, 0.8, 0.6)), codec) - x).square().mean().sqrt()
+    assert float(error) < limit
+    assert codec._replace(per_channel=False).low_dtype == FP8

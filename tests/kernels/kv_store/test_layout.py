@@ -42,13 +42,16 @@ def list_sections(layout: CellLayout) -> list[Section]:
 
 
 @given(layouts())
-def test_every_byte_of_a_page_has_one_owner(layout: CellLayout) -> None:
+def test_no_byte_of_a_page_has_two_owners(layout: CellLayout) -> None:
     cache = torch.zeros(2, 3, layout.block_size, layout.cell_bytes, dtype=torch.uint8)
     for section in list_sections(layout):
         view = view_section(cache, section)
         assert view.shape == (2, 3, section.rows, section.row_bytes)
         view += 1
-    assert bool((cache == 1).all())
+    # Padding is all at the end, and less than a byte a token.
+    used = int(cache[0, 0].sum())
+    assert layout.cell_bytes * layout.block_size - used < layout.block_size
+    assert bool((cache.flatten(2)[..., :used] == 1).all())
 
 
 @given(layouts())
@@ -63,7 +66,9 @@ def test_sections_start_on_16_bytes(layout: CellLayout) -> None:
     [
         (Codec(2, 128), 128, 34, 2.125),
         (Codec(1.5, 128), 128, 28, 1.75),
-        (Codec(2, 32, per_channel=True), 128, 40, 2.5),
+        (Codec(2, 32, per_channel=True), 128, 44, 2.75),
+        # 240 bytes of scales for 32 tokens: a little padding.
+        (Codec(2, 32, per_channel=True), 80, 28, 2.8),
         (Codec(4, 128, scale_dtype=torch.float16), 128, 68, 4.25),
         (Codec(3, 128, outliers=2), 128, 56, 3.5),
         (Codec(1.5, 64), 64, 15, 1.875),
@@ -95,7 +100,6 @@ def test_sections_are_views_of_strided_caches() -> None:
         (Codec(2, 33), 66, "K=66 codes of bits=2 do not fill whole bytes"),
         (Codec(3, 36), 36, "K=36 codes of bits=3"),
         (Codec(7, 8), 8, "bits=7 is not a width of the cache"),
-        (Codec(2, 32, per_channel=True), 40, "head_dim=40 has 80 bytes of scales per 32 tokens"),
         (Codec(2, 64, outliers=3), 64, "outliers=3 must be even"),
         (Codec(2, 8, outliers=8), 64, "below group_size=8"),
         (Codec(2, 512, outliers=2), 512, "head_dim=512 is too large for outliers"),
