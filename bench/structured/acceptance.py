@@ -24,7 +24,8 @@ from vllm.v1.structured_output.backend_guidance import serialize_guidance_gramma
 from vllm.v1.structured_output.backend_types import StructuredOutputOptions
 
 from vllm_ext.structured import engines
-from vllm_ext.structured.routing import Plan, RefusedError, plan_spec
+from vllm_ext.structured.errors import GrammarError, RefusedError
+from vllm_ext.structured.routing import Plan, plan_spec
 
 END = 256
 MODEL = Path(__file__).parent.parent / "models" / "tiny_moe"
@@ -65,7 +66,7 @@ def find_plan(schema: Any, whitespace: str | int = "any") -> tuple[Plan, Any]:
             if plan.engine == "guidance":
                 return plan, engines.compile_guidance(make_tokenizer(), plan, whitespace)
             return plan, engines.compile_xgrammar(make_compiler(), plan, whitespace)
-        except engines.GrammarError as error:
+        except GrammarError as error:
             refusal = str(error)
         plan = plan.fallback
     raise RefusedError(refusal)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import ConstraintBounds, StructuredOutputManager
 
 from tests.scheduling.real_scheduler import BLOCK_SIZE, MODEL, same_environment
+from vllm_ext.scheduling import forced_tokens
 from vllm_ext.scheduling.factory import make_scheduler
 from vllm_ext.structured import carrier
+from vllm_ext.structured.spellings import LONGEST_TEXT
 
 END = 2
 SIZE = 4096
@@ -316,3 +319,58 @@ def test_preemption_and_abort_leave_no_drafts_behind(expected: tuple[dict[str, l
     scheduler._preempt_request(victim, 0.0)
     outputs = model.run()
     assert {rid: outputs[rid] for rid in "ac"} == {rid: expected[0][rid] for rid in "ac"}
+
+
+def test_a_grammar_that_is_slow_to_look_at_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every request of the batch waits for a look."""
+    scheduler = build_scheduler()
+    model = Model(scheduler)
+    add_request(scheduler, "a")
+    add_request(scheduler, "b")
+    looks: list[Any] = []
+    original = forced_tokens.find_forced_tokens
+    slow: list[Any] = []
+
+    def look(state: Any, *given: Any) -> Any:
+        looks.append(state)
+        if not slow:
+            slow.append(state)
+        if state is slow[0]:
+            began = time.thread_time()
+            while time.thread_time() - began < 0.012:
+                pass
+        return original(state, *given)
+
+    monkeypatch.setattr(forced_tokens, "find_forced_tokens", look)
+    for _ in range(8):
+        model.step()
+    assert looks.count(slow[0]) == 1
+    assert len(looks) > 4
+    assert model.outputs["a"]
+    assert model.outputs["b"]
+
+
+def test_of_a_long_text_only_the_beginning_is_spelled() -> None:
+    scheduler = build_scheduler()
+    model = Model(scheduler)
+    text = "".join(chr(97 + i * i % 26) for i in range(1900))
+    add_request(scheduler, "a", {"const": text}, max_tokens=1900)
+    encoded: list[int] = []
+    encode = scheduler._spellings._encode
+    scheduler._spellings._encode = lambda text: encoded.append(len(text)) or encode(text)
+    for _ in range(40):
+        model.step()
+    assert encoded
+    assert max(encoded) <= LONGEST_TEXT + 1
+    assert len(model.outputs["a"]) > 2 * 40
+
+
+def test_a_grammar_that_forces_too_much_is_not_looked_at() -> None:
+    scheduler = build_scheduler()
+    model = Model(scheduler)
+    request = add_request(scheduler, "a")
+    request.structured_output_request.grammar.forces_little = False
+    for _ in range(5):
+        model.step()
+    assert not any(drafts for step in model.scheduled for drafts in step.values())
+    assert len(model.outputs["a"]) == 5

@@ -28,7 +28,7 @@ from vllm.v1.structured_output.backend_xgrammar import XgrammarGrammar
 from vllm.v1.structured_output.request import StructuredOutputRequest
 
 from vllm_ext.structured import budgets, validation
-from vllm_ext.structured.budgets import BudgetedGuidance
+from vllm_ext.structured.budgets import BudgetedGuidance, BudgetedXgrammar
 from vllm_ext.structured.routing import plan_spec
 from vllm_ext.structured.store import SpecStore, read_specs
 
@@ -89,8 +89,9 @@ def test_every_request_has_its_engine_in_any_order(server: Server) -> None:
     for given, kind in (
         ({"regex": "a^b|c$"}, None),
         ({"choice": ["red", 'gr"een']}, XgrammarGrammar),
-        ({"grammar": 'root ::= "a"'}, XgrammarGrammar),
-        ({"grammar": 'start: "a"'}, XgrammarGrammar),
+        ({"grammar": 'root ::= "a"'}, BudgetedXgrammar),
+        ({"grammar": 'start: "a"'}, BudgetedXgrammar),
+        ({"regex": "[a-z]b"}, BudgetedXgrammar),
         ({"json_object": True}, XgrammarGrammar),
         ({"json": {"enum": [f"word {i}" for i in range(1000)]}}, BudgetedGuidance),
     ):
@@ -188,10 +189,67 @@ def test_masks_over_their_budget_end_the_request(server: Server, monkeypatch: py
     grammar.charge(budgets.CREDIT_MS)
     assert not grammar.is_exhausted
     for _ in range(5):
-        grammar.charge(0.0)  # quick masks pay back
-    assert grammar.debt_ms < budgets.CREDIT_MS
+        grammar.debt_ms, before = budgets.CREDIT_MS, budgets.CREDIT_MS
+        grammar.fill_bitmask(masks, 0)  # a quick mask pays back
+    assert grammar.debt_ms < before
     grammar.charge(2 * budgets.CREDIT_MS)
     assert not grammar.accept_tokens("r", [token])
+
+
+def test_moves_of_a_short_grammar_are_charged(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tree of readings grows with the text, while its masks stay quick."""
+    monkeypatch.setattr(budgets, "CREDIT_MS", 60.0)
+    grammar: Any = server.compile(grammar="root ::= s\ns ::= s s | [a-z ]")
+    token = next(token for token in range(len(server.tokenizer)) if server.tokenizer.decode([token]) == "a")
+    masks = server.manager.backend.allocate_token_bitmask(1)
+    for _ in range(600):
+        grammar.fill_bitmask(masks, 0)
+        if not grammar.accept_tokens("r", [token]):
+            break
+    assert grammar.is_exhausted
+    grammar = server.compile(regex="[a-z]b")
+    for move in (lambda: grammar.validate_tokens([token]), lambda: grammar.rollback(0)):
+        before = grammar.steps.total_ms
+        move()
+        assert grammar.steps.total_ms > before
+
+
+def test_a_grammar_without_an_end_is_not_asked_what_it_forces(server: Server) -> None:
+    """xgrammar would never answer, inside of schedule()."""
+    assert server.compile(json=EASY).forces_little
+    assert not server.compile(grammar='root ::= "a" root').forces_little
+
+
+def test_what_a_cache_dropped_is_compiled_in_a_lane(server: Server) -> None:
+    params = server.check(json={"type": "integer", "minimum": 43})
+    server.compile(json={"type": "integer", "minimum": 43})
+    known = server.start(params)
+    assert isinstance(known.structured_output_request._grammar, XgrammarGrammar)
+    server.manager.backend._compiled.clear()
+    dropped = server.start(params)
+    assert isinstance(dropped.structured_output_request._grammar.result(30), XgrammarGrammar)
+
+
+def test_pre_warming_is_behind_no_request(server: Server) -> None:
+    release = threading.Event()
+    server.manager.backend._prewarming.submit(release.wait, 30)
+    try:
+        assert isinstance(server.compile(json={"enum": [f"term {i}" for i in range(1000)]}), BudgetedGuidance)
+    finally:
+        release.set()
+
+
+def test_requests_share_the_time_of_a_step(server: Server) -> None:
+    steps = server.manager.backend.steps
+    first, second = (server.compile(regex="[a-z]c") for _ in range(2))
+    assert first.steps is second.steps is steps
+    steps.begin()
+    steps.begin()
+    assert steps.mask_ms == budgets.MASK_MS
+    for grammar in (first, second):
+        grammar.charge(2 * budgets.STEP_MS)
+    steps.begin()
+    assert steps.mask_ms == pytest.approx(budgets.MASK_MS / 4)
 
 
 def test_the_store_brings_back_what_was_compiled(server: Server, tmp_path: Path) -> None:
@@ -201,8 +259,8 @@ def test_the_store_brings_back_what_was_compiled(server: Server, tmp_path: Path)
     plan = plan_spec("json", json.dumps(EASY))
     compiled = xgr.GrammarCompiler(info).compile_json_schema(plan.text)
     assert store.load(plan) is None
-    store.save(plan, compiled, seconds=10.0)
-    store.save(plan_spec("regex", "[a-z]+"), None, seconds=0.1)
+    store.save("json", json.dumps(EASY), plan, compiled, seconds=10.0)
+    store.save("regex", "[a-z]+", plan_spec("regex", "[a-z]+"), None, seconds=0.1)
     assert (tmp_path / "store").stat().st_mode & 0o777 == 0o700
 
     again = SpecStore(options, info)  # type: ignore[arg-type]
@@ -210,13 +268,40 @@ def test_the_store_brings_back_what_was_compiled(server: Server, tmp_path: Path)
     assert again.load(plan).memory_size_bytes > 0
     # What loads slower than it compiles is not kept, and what is damaged is dropped.
     other = plan_spec("json", json.dumps({"type": "integer"}))
-    again.save(other, compiled, seconds=1e-9)
+    again.save("json", json.dumps({"type": "integer"}), other, compiled, seconds=1e-9)
     assert again.load(other) is None
     (kept,) = (tmp_path / "store").glob("*.compiled.json")
     kept.write_text("{}")
     assert again.load(plan).memory_size_bytes > 0, "it stays in memory"
     assert SpecStore(options, info).load(plan) is None  # type: ignore[arg-type]
     assert not kept.exists()
+
+
+def test_a_restart_serves_what_was_stored_without_compiling(tiny_moe: str, tmp_path: Path) -> None:
+    """Also where a plan's text is another one than the request's: dates, lengths, open objects."""
+    schemas = [
+        {"type": "object", "properties": {"when": {"type": "string", "format": "date"}}, "required": ["when"]},
+        {"type": "string", "maxLength": 5},
+        {"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": True},
+    ]
+    names: list[set[str]] = []
+    for number in range(2):
+        server = Server(configure(tiny_moe, store_dir=str(tmp_path / "store")))
+        if number == 0:
+            for schema in schemas:
+                server.compile(json=schema)
+        else:
+            server.compile(json={"type": "null"})  # the backend is made by the first request
+            server.manager.backend._prewarming.submit(int).result(60)
+            for schema in schemas:
+                request = server.start(server.check(json=schema))
+                grammar = request.structured_output_request._grammar
+                assert isinstance(grammar, XgrammarGrammar | GuidanceGrammar), schema
+        names.append({path.name for path in (tmp_path / "store").glob("*.spec.json")})
+        server.manager.clear_backend()
+        validation.close_gates()
+    assert len(names[0]) == len(schemas)
+    assert len(names[1] - names[0]) == 1, "only the one that was new"
 
 
 def test_prewarm_files(tmp_path: Path, messages: list[str]) -> None:

@@ -22,7 +22,8 @@ from bench.structured.acceptance import (
 from bench.structured.cases import CASES, Case
 from bench.structured.conformance import ARMS, CASE, judge, render
 from vllm_ext.structured import capabilities
-from vllm_ext.structured.routing import RefusedError, plan_spec
+from vllm_ext.structured.errors import RefusedError
+from vllm_ext.structured.routing import plan_spec
 
 FORMATS = jsonschema.FormatChecker()
 

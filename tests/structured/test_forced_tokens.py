@@ -19,16 +19,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from tests.conftest import REPOSITORY
-from vllm_ext.structured.forced_tokens import (
-    LONGEST_TEXT,
-    ForcedTokens,
-    GrammarState,
-    SpellingObserver,
-    Spellings,
-    StateMaker,
-    TokenSizes,
-    find_forced_tokens,
-)
+from vllm_ext.structured.forced_tokens import ForcedTokens, GrammarState, find_forced_tokens
+from vllm_ext.structured.grammar_states import StateMaker, TokenSizes
+from vllm_ext.structured.spellings import LONGEST_TEXT, SpellingObserver, Spellings
 
 TOKENIZER = AutoTokenizer.from_pretrained(REPOSITORY / "bench" / "models" / "tiny_moe")
 SIZE = 4096
@@ -205,6 +198,20 @@ def test_a_guess_that_the_grammar_forbids_ends_the_draft(compilers: dict[str, An
     alp, other = TOKENIZER.encode("al", add_special_tokens=False), TOKENIZER.encode("zz", add_special_tokens=False)
     forced = find_forced_tokens(state, K, Spellings(lambda text: [*alp, *other]))
     assert (forced.tokens, forced.num_certain) == (alp, 0)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_tokenizer_may_know_tokens_that_masks_have_no_place_for(engine: str, compilers: dict[str, Any]) -> None:
+    """Found inside of schedule(), where an error ends the engine."""
+    grammar = make_grammar(compilers, engine, "word")
+    state = StateMaker().make(grammar, END)
+    assert state is not None
+    alp = TOKENIZER.encode("al", add_special_tokens=False)
+    for beyond in (SIZE, SIZE + 8, 70_000, 2**31 - 1, -1):
+        for guess, drafts in (([beyond], []), ([*alp, beyond], alp)):
+            forced = find_forced_tokens(state, K, Spellings(lambda text, guess=guess: guess))  # type: ignore[misc]
+            assert forced.tokens == drafts or engine == "guidance"
+            assert max(forced.tokens, default=0) < SIZE
 
 
 # --- spellings ---------------------------------------------------------------------------------------------

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from vllm_ext.structured import capabilities, cost
 from vllm_ext.structured.disjoint import are_disjoint
-from vllm_ext.structured.normalize import SchemaError, normalize_schema
-from vllm_ext.structured.routing import RefusedError, plan_spec
+from vllm_ext.structured.errors import RefusedError, SchemaError
+from vllm_ext.structured.normalize import normalize_schema
+from vllm_ext.structured.routing import plan_spec
 
 
 def plan(schema: Any, **options: Any) -> Any:
@@ -37,6 +38,11 @@ def plan(schema: Any, **options: Any) -> Any:
         ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "/oneOf", "oneOf"),
         ({"items": [3]}, "/items/0", "schema"),
         ({"type": "object", "minProperties": 3}, "/minProperties", "minProperties"),
+        ({"type": "object", "propertyNames": {"anyOf": [False]}}, "/propertyNames/anyOf", "anyOf"),
+        ({"type": "object", "propertyNames": 3}, "/propertyNames", "schema"),
+        ({"type": "string", "maxLength": float("inf")}, "/maxLength", "maxLength"),
+        ({"type": "string", "maxLength": float("nan")}, "/maxLength", "maxLength"),
+        ({"type": "integer", "maximum": float("inf")}, "/maximum", "maximum"),
     ],
 )
 def test_refusals_name_the_pointer(schema: Any, pointer: str, keyword: str) -> None:
@@ -56,6 +62,12 @@ def test_refusals_name_the_pointer(schema: Any, pointer: str, keyword: str) -> N
             {"anyOf": [{"type": "string", "maxLength": 2}, {"type": "null"}]},
         ),
         ({"allOf": [{"type": "string"}]}, {"type": "string"}),
+        ({"type": "object", "propertyNames": False}, {"type": "object", "additionalProperties": False}),
+        ({"type": "object", "propertyNames": True}, {"type": "object"}),
+        (
+            {"type": "object", "required": ["a", "a"], "minProperties": 2},
+            {"type": "object", "required": ["a"], "minProperties": 2},
+        ),
         ({"minimum": 3, "exclusiveMinimum": True, "type": "integer"}, {"type": "integer", "exclusiveMinimum": 3}),
         (
             {"type": "array", "items": [{}], "additionalItems": False},
@@ -116,12 +128,50 @@ def test_a_reference_without_a_value_in_between_is_refused() -> None:
             False,
         ),
         ({}, {"type": "null"}, False),
+        ({"type": "integer", "minimum": 0, "maximum": 9}, {"type": "integer", "minimum": 10}, True),
+        ({"type": "number", "maximum": 9}, {"type": "integer", "minimum": 9}, False),
+        ({"type": "number", "maximum": 9}, {"type": "number", "exclusiveMinimum": 9}, True),
+        ({"maximum": 9}, {"minimum": 10}, False),
+        ({"type": "string", "pattern": "^a[0-9]$"}, {"type": "string", "pattern": "^b[0-9]$"}, True),
+        ({"type": "string", "pattern": "^a[0-9]|b$"}, {"type": "string", "pattern": "^b[0-9]$"}, False),
+        ({"type": "string", "pattern": "^a?c"}, {"type": "string", "pattern": "^c"}, False),
+        ({"type": "string", "pattern": "^a\\.c"}, {"type": "string", "pattern": "^a-c"}, True),
+        ({"type": "string", "pattern": "^a\\dc"}, {"type": "string", "pattern": "^add"}, False),
+        ({"type": "string", "pattern": "a"}, {"type": "string", "pattern": "^b"}, False),
+        ({"type": "string", "maxLength": 3}, {"type": "string", "minLength": 4}, True),
+        ({"type": "array", "maxItems": 3}, {"type": "array", "minItems": 4}, True),
+        (
+            {"type": "array", "items": {"type": "integer"}, "minItems": 1},
+            {"type": "array", "items": {"type": "string"}},
+            True,
+        ),
+        ({"type": "array", "items": {"type": "integer"}}, {"type": "array", "items": {"type": "string"}}, False),
+        ({"enum": [[1, True], {"a": 1.0}]}, {"enum": [[1, 1], {"a": 2}]}, True),
+        ({"enum": [[1, True], {"a": 1.0}]}, {"enum": [{"a": 1}]}, False),
     ],
 )
 def test_disjointness(left: Any, right: Any, expected: bool) -> None:
     definitions = {"x": {"type": "string"}}
     assert are_disjoint(left, right, definitions) is expected
     assert are_disjoint(right, left, definitions) is expected
+
+
+def test_a_type_beside_alternatives_of_that_type_says_nothing() -> None:
+    """As vLLM writes the schema of `tool_choice: required`."""
+
+    def call(name: str, given: Any) -> Any:
+        properties = {"name": {"type": "string", "enum": [name]}, "parameters": given}
+        return {"properties": properties, "required": ["name", "parameters"]}
+
+    calls = [call("a", {"type": "object", "properties": {"x": {"type": "integer"}}}), call("b", {"type": "object"})]
+    chosen = plan({"type": "array", "minItems": 1, "items": {"type": "object", "anyOf": calls}})
+    assert chosen.engine == "xgrammar"
+    assert "allOf" not in chosen.text
+    assert [each["type"] for each in json.loads(chosen.text)["items"]["anyOf"]] == ["object"] * 2
+    # The type says something beside these.
+    for options in ([{}, {"type": "object"}], [{"minLength": 1}, {"type": "object"}], [{"type": "string"}, calls[0]]):
+        node = normalize_schema({"type": "object", "anyOf": options})
+        assert node.get("type") == "object" or "allOf" in node
 
 
 def test_engines_and_fallbacks() -> None:
@@ -134,7 +184,25 @@ def test_engines_and_fallbacks() -> None:
     assert plan({"enum": [f"w{i}" for i in range(9000)]}).engine == "guidance"
     assert plan_spec("regex", "a^b").engine == "guidance"
     assert plan_spec("regex", "^[a-z]{3}$").engine == "xgrammar"
+    for pattern in (r"\Aab\z", "[[:alpha:]]+", r"a\b"):
+        assert plan_spec("regex", pattern).engine == "guidance"
+    assert plan_spec("regex", r"[:;]\\A\[").engine == "xgrammar"
     assert plan_spec("choice", json.dumps(["a", "b"])).engine == "xgrammar"
+
+
+def make_tag(schema: Any) -> str:
+    tag = {"type": "tag", "begin": "<a>", "content": {"type": "json_schema", "json_schema": schema}, "end": "</a>"}
+    return json.dumps({"type": "structural_tag", "format": tag})
+
+
+def test_tags_cost_what_their_schemas_do() -> None:
+    row = {"type": "array", "items": {"type": "integer"}, "minItems": 30, "maxItems": 30}
+    for schema in ({**row, "items": row}, {"enum": [f"word {i}" for i in range(500)]}):
+        chosen = plan_spec("structural_tag", make_tag(schema))
+        assert plan(schema).states <= chosen.states <= plan(schema).states + 100
+        assert not chosen.is_plain
+    easy = plan_spec("structural_tag", make_tag({"type": "integer"}))
+    assert (easy.is_plain, easy.is_budgeted) == (True, True)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +217,13 @@ def test_engines_and_fallbacks() -> None:
         ("json", json.dumps({"type": "string", "maxLength": 10**9}), "too large: about"),
         ("structural_tag", json.dumps({"structures": [{"schema": {"not": {}}}]}), "/structures/0/schema"),
         ("json", "false", "allows no value"),
+        ("structural_tag", json.dumps({"format": {"type": "regex", "pattern": "ab$cd"}}), "/format/pattern: xgrammar"),
+        ("structural_tag", make_tag({"enum": [f"word number {i}" for i in range(20_000)]}), "too large: about"),
+        (
+            "structural_tag",
+            json.dumps({"format": {"type": "repeat", "max": 10**6, "content": {"type": "const_string", "value": "a"}}}),
+            "too large: about",
+        ),
     ],
 )
 def test_what_is_hopeless_is_refused_without_an_engine(kind: Any, text: str, message: str) -> None:
@@ -162,6 +237,11 @@ def test_what_is_hopeless_is_refused_without_an_engine(kind: Any, text: str, mes
         ("regex", "[" * 200_000),
         ("regex", "[^\\" * 60_000),
         ("regex", "{1," * 100_000),
+        ("regex", "[" * 200_000 + "\\"),
+        ("regex", "{" + "1" * 200_000),
+        ("grammar", "[" * 200_000 + "\\"),
+        ("json", json.dumps({"type": "string", "pattern": "^{" + "1" * 200_000})),
+        ("json", json.dumps({"type": "string", "pattern": "^[" + "\\d" * 100_000})),
         ("json", json.dumps({"type": "string", "pattern": "^" + "[" * 200_000})),
         ("json", json.dumps({"type": "string", "pattern": "^" + "(a|" * 60_000 + "$"})),
         ("json", '[' * 70 + "]" * 70),
@@ -178,6 +258,11 @@ def test_what_is_hopeless_is_refused_without_an_engine(kind: Any, text: str, mes
             "json",
             json.dumps({"oneOf": [{"anyOf": [{"const": f"{i} {j}"} for j in range(40)]} for i in range(60)]}),
         ),
+        (
+            "json",
+            json.dumps({"oneOf": [{"enum": [f"{side}{i}" for i in range(4500)]} for side in "ab"]}),
+        ),
+        ("json", json.dumps({"oneOf": [{"enum": [i, -i - 1]} for i in range(0, 9000, 9)]})),
         ("json", json.dumps({"properties": {"n" * 5000: {}}, "allOf": [{"minProperties": 1}]})),
         ("json", json.dumps({"type": "object", "properties": {"n" * 5000: {"multipleOf": 2}}})),
     ],
@@ -227,10 +312,33 @@ def test_estimates_of_regexes(pattern: str, states: int) -> None:
 @pytest.mark.parametrize(
     ("pattern", "is_plain"),
     [
-        ("^a$", True), ("^[a-z]+-\\d{2,}$", True), ("^(a|b)$", True), ("^(?:a)+$", True), ("^[ -~]+$", True),
+        ("^a$", True), ("^\\S+$", False), ("^[^\\s]+$", False), ("^[a\\s]+$", True), ("^[^a]$", True),
+        ("^[a^]$", False),
+        ("^[a-z]+-\\d{2,}$", True), ("^(a|b)$", True), ("^(?:a)+$", True), ("^[ -~]+$", True),
         ("a", False), ("^a|b$", False), ('^a"$', False), ("^\\\\$", False), ("^(?=a)a$", False), ("^\\n$", False),
         ("^(?<n>a)$", False), ("^\\p{L}$", False), ("^a^b$", False), ("^\\u0041$", False), ("^a\\$", False),
     ],
 )  # fmt: skip
 def test_patterns_that_xgrammar_reads_as_schemas_do(pattern: str, is_plain: bool) -> None:
     assert capabilities.is_plain_pattern(pattern) is is_plain
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#/" + "x" * 500_000},
+        {"$ref": "https://" + "x" * 500_000},
+        {"type": "string", "format": "x" * 500_000},
+        {"type": "x" * 500_000},
+        {"type": "string", "minLength": "x" * 500_000},
+        {"properties": {"p" * 500_000: {"not": {}}}},
+        {"properties": {"\ud800": {"not": {}}}},
+        {"type": "string", "const": "x" * 100, "enum": [10**1000]},
+    ],
+    ids=lambda schema: str(schema)[:20],
+)
+def test_messages_are_short_and_can_be_sent(schema: Any) -> None:
+    """They are remembered with their verdict, and go into the answer."""
+    with pytest.raises(RefusedError) as error:
+        plan(schema)
+    assert len(str(error.value).encode()) < 1000

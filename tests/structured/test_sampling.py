@@ -16,7 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from bench.structured.acceptance import END, find_plan
-from vllm_ext.structured.routing import RefusedError
+from vllm_ext.structured.errors import RefusedError
 
 NAMES = st.sampled_from(["a", "b", "title", "description", "k/1", 'q"'])
 WORDS = st.sampled_from(["", "red", "x y", "\u00e9", '"', "\\", "a/b"])

@@ -8,6 +8,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
@@ -118,6 +119,128 @@ def test_a_defect_answers_one_request(gate: Gate, parts: Any, monkeypatch: pytes
         with pytest.raises(VLLMValidationError, match="ZeroDivisionError: ours"):
             gate.check(params, parts[1])
     assert gate.check(params, parts[1]) == "xgrammar"
+
+
+class Panic(BaseException):
+    """As pyo3's PanicException, which is no Exception."""
+
+
+@pytest.mark.parametrize("kind", [OverflowError, Panic])
+def test_a_defect_after_planning_is_answered_too(
+    gate: Gate, parts: Any, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
+) -> None:
+    def fail(*given: Any) -> Any:
+        raise kind("ours")
+
+    params = StructuredOutputsParams(json=json.dumps({"const": kind.__name__}))
+    with monkeypatch.context() as patch:
+        patch.setattr(Gate, "_parse", fail)
+        with pytest.raises(VLLMValidationError, match=f"{kind.__name__}: ours"):
+            asyncio.run(gate.prepare(params, parts[1]))
+    with monkeypatch.context() as patch:
+        patch.setattr(gate._trials, "submit", fail)
+        with pytest.raises(VLLMValidationError, match=f"{kind.__name__}: ours"):
+            gate.check(StructuredOutputsParams(regex="[a-z]{1,301}"), parts[1])
+    assert len(gate._working) <= 1, "at most the endless one"
+    assert gate.check(params, parts[1]) == "xgrammar"
+
+
+def test_what_is_known_does_not_wait_for_what_is_large(gate: Gate, parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two large specifications that take long to plan and to read; a remembered and a new small one pass by."""
+    known = StructuredOutputsParams(json={"type": "integer", "maximum": 5})
+    gate.check(known, parts[1])
+    original, original_read = validation.plan_spec, validation.read_spec
+    monkeypatch.setattr(
+        validation, "plan_spec", lambda kind, text, *given: time.sleep(len(text) / 1e4) or original(kind, text, *given)
+    )
+    monkeypatch.setattr(
+        validation,
+        "read_spec",
+        lambda params: (
+            (isinstance(params.json, dict) and "enum" in params.json and time.sleep(0.2)) or original_read(params)
+        ),
+    )
+    large = [StructuredOutputsParams(json={"enum": ["x" * 12_000, str(number)]}) for number in range(3)]
+
+    async def run() -> tuple[float, list[Any]]:
+        tasks = [asyncio.create_task(gate.prepare(one, parts[1])) for one in large]
+        await asyncio.sleep(0.3)
+        began = time.perf_counter()
+        await gate.prepare(known, parts[1])
+        await gate.prepare(StructuredOutputsParams(json={"type": "integer", "maximum": 6}), parts[1])
+        elapsed = time.perf_counter() - began
+        return elapsed, await asyncio.gather(*tasks, return_exceptions=True)
+
+    elapsed, answers = asyncio.run(run())
+    assert elapsed < 0.5
+    assert all(answer is None or isinstance(answer, VLLMValidationError) for answer in answers)
+
+
+def test_one_limit_holds_for_reading_and_planning(gate: Gate, parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = validation.read_spec
+    monkeypatch.setattr(validation, "read_spec", lambda params: time.sleep(1.5) or original(params))
+    began = time.perf_counter()
+    with pytest.raises(VLLMValidationError, match="try again"):
+        asyncio.run(prepare_alone(gate, StructuredOutputsParams(json={"const": "y" * 12_000}), parts[1]))
+    assert time.perf_counter() - began < validation.MOST_SECONDS + 0.5
+
+
+async def prepare_alone(gate: Gate, params: Any, tokenizer: Any) -> None:
+    await gate.prepare(params, tokenizer)
+
+
+def test_a_request_withdrawn_while_it_is_planned_is_not_tried(
+    gate: Gate, parts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = validation.plan_spec
+    monkeypatch.setattr(validation, "plan_spec", lambda *given: time.sleep(0.3) or original(*given))
+    tried: list[Any] = []
+    monkeypatch.setattr(gate._trials, "submit", lambda plan: tried.append(plan))
+    key = validation.read_spec(endless(3))[2]
+
+    async def run() -> Any:
+        task = asyncio.create_task(gate.prepare(endless(3), parts[1]))
+        await asyncio.sleep(0.1)
+        work = gate._working[key]
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return work
+
+    assert asyncio.run(run()).result.result(5).refusal == "the request was withdrawn"
+    assert not tried
+
+
+@pytest.mark.parametrize("outcome", ["memory", "slow", "defect"])
+def test_what_may_be_the_machines_fault_is_tried_again(
+    gate: Gate, parts: Any, monkeypatch: pytest.MonkeyPatch, outcome: str
+) -> None:
+    def submit(plan: Any) -> Future[dict[str, Any]]:
+        result: Future[dict[str, Any]] = Future()
+        result.set_result({"outcome": outcome, "message": "TypeError: x", "ms": 1.0})
+        return result
+
+    content = {"type": "const_string", "value": outcome}
+    tag = {"type": "structural_tag", "format": {"type": "repeat", "min": 1, "max": 300, "content": content}}
+    params = StructuredOutputsParams(structural_tag=json.dumps(tag))
+    with monkeypatch.context() as patch:
+        patch.setattr(gate._trials, "submit", submit)
+        with pytest.raises(VLLMValidationError):
+            gate.check(params, parts[1])
+    until = gate._verdicts[validation.read_spec(params)[2]].until
+    assert 0 < until - time.monotonic() <= validation.SLOW_SECONDS
+
+
+def test_llguidance_without_a_tokenizer_for_trials_is_asked_here(
+    gate: Gate, parts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "_tokenizer", SimpleNamespace())
+    monkeypatch.setattr(Gate, "_has_guidance", lambda self: True)
+    parsed = []
+    monkeypatch.setattr(Gate, "_parse", lambda self, plan: parsed.append(plan.engine))
+    params = StructuredOutputsParams(json={"allOf": [{"enum": [f"word {i}" for i in range(4000)]}, {"minLength": 1}]})
+    assert gate.check(params, parts[1]) == "guidance"
+    assert parsed == ["guidance"]
 
 
 def test_verdicts_are_bounded(gate: Gate, parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:

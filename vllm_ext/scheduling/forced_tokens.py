@@ -14,20 +14,18 @@ from vllm.v1.structured_output.utils import strip_speculative_padding
 from vllm_ext import observability
 from vllm_ext.speculation.draft_source import DraftToken, merge_drafts
 from vllm_ext.structured import carrier
-from vllm_ext.structured.forced_tokens import (
-    ForcedTokens,
-    GrammarState,
-    SpellingObserver,
-    Spellings,
-    StateMaker,
-    find_forced_tokens,
-)
+from vllm_ext.structured.forced_tokens import ForcedTokens, GrammarState, find_forced_tokens
+from vllm_ext.structured.grammar_states import StateMaker
 from vllm_ext.structured.masks import MaskFiller
+from vllm_ext.structured.spellings import SpellingObserver, Spellings
 
 #: Of the scheduler's token budget of a step: what drafts may take of it, so that prompts go on.
 DRAFT_SHARE = 0.5
 #: Requests whose grammars are kept beyond those that run, before the ones that left are looked for.
 SLACK = 64
+#: Milliseconds that a look at what a grammar forces takes at most as a rule, and what a request may take beyond that
+#: before nobody looks at its grammar any more: every request of the batch waits for it.
+LOOK_MS, MOST_EXCESS_MS = 2.0, 6.0
 
 
 class _Drafts(NamedTuple):
@@ -38,6 +36,8 @@ class _Drafts(NamedTuple):
     observer: SpellingObserver
     #: Of grammars with a budget (structured/budgets.py): what it takes to look at them is charged, in milliseconds.
     charge: Callable[[float], None] | None
+    #: Milliseconds that its looks took beyond LOOK_MS each.
+    excess_ms: float = 0.0
 
 
 class ForcedTokensMixin:
@@ -122,10 +122,16 @@ class ForcedTokensMixin:
             limit = min(most, request.max_tokens - length - 1, budget)
             if limit < 1:
                 continue
-            began = time.perf_counter()
+            # Of this thread alone: a busy machine makes no grammar slow.
+            began = time.thread_time()
             forced = find_forced_tokens(state, limit, self._spellings)
+            milliseconds = (time.thread_time() - began) * 1e3
             if drafts.charge is not None:
-                drafts.charge((time.perf_counter() - began) * 1e3)
+                drafts.charge(milliseconds)
+            if milliseconds > LOOK_MS:
+                excess_ms = drafts.excess_ms + milliseconds - LOOK_MS
+                is_slow = excess_ms > MOST_EXCESS_MS
+                grammars[rid] = drafts._replace(excess_ms=excess_ms, state=None if is_slow else state)
             if forced.texts:
                 observer.expect(forced, length)
             if not forced.tokens:

@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,29 +25,25 @@ from vllm.v1.structured_output.backend_types import StructuredOutputGrammar, Str
 from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend, XgrammarGrammar
 
 from vllm_ext import observability
-from vllm_ext.config import STRUCTURED_BACKEND
-from vllm_ext.structured import cost, engines
-from vllm_ext.structured.budgets import make_budgeted
+from vllm_ext.structured import engines
+from vllm_ext.structured.budgets import StepTimes, make_budgeted
+from vllm_ext.structured.errors import GrammarError, RefusedError
+from vllm_ext.structured.forced_length import forces_little
 from vllm_ext.structured.options import Options, read_options
-from vllm_ext.structured.routing import Plan, RefusedError, plan_spec
+from vllm_ext.structured.routing import Plan, plan_spec
 from vllm_ext.structured.store import SpecStore
-from vllm_ext.structured.validation import fits_vocabulary
+from vllm_ext.structured.validation import SMALL_TEXT, fits_vocabulary
 
 logger = logging.getLogger("vllm.vllm_ext")
 
-#: Compiled grammars of llguidance kept, by specification; xgrammar has a cache of its own, limited in bytes.
+#: Compiled grammars kept of each engine, by specification.
 MOST_MATCHERS = 256
 #: States that these may have together; a state takes up to 220 bytes (measured).
 MOST_MATCHER_STATES = 1_000_000
-#: Characters of a specification that is planned where its request arrives.
-SMALL_TEXT = 8192
+#: Bytes of xgrammar's compiled grammars that are kept, beside those of its own cache.
+MOST_COMPILED_BYTES = 64 << 20
 #: Compiling threads give way to the engine (nice).
 NICENESS = 5
-
-
-def is_ours(vllm_config: Any) -> bool:
-    """Whether an engine's structured requests are the pack's: its finished configuration names our backend."""
-    return bool(vllm_config.structured_outputs_config.backend == STRUCTURED_BACKEND)
 
 
 @dataclass
@@ -61,18 +57,25 @@ class ExtBackend(XgrammarBackend):
         self._has_guidance = GuidanceBackend.is_tokenizer_supported(self.tokenizer) and fits_vocabulary(
             self.tokenizer, self.vocab_size
         )
-        self._ll_tokenizer: Any = None
         self._lock = threading.Lock()
         self._matchers: OrderedDict[bytes, tuple[Any, int]] = OrderedDict()
+        self._compiled: OrderedDict[bytes, Any] = OrderedDict()
         #: By specification, what has been compiled: its engine's cache has it, so no thread is needed.
         self._plans: OrderedDict[bytes, Plan] = OrderedDict()
+        #: What timed grammars of one step take together; MaskFiller begins steps.
+        self.steps = StepTimes()
+        #: By plan, whether xgrammar may be asked what is forced.
+        self._little: OrderedDict[bytes, bool] = OrderedDict()
         # Two lanes: a grammar that takes a second must not keep small ones waiting.
         self._lanes = {
             is_plain: ThreadPoolExecutor(1, f"vllm-ext-compile-{is_plain}", initializer=_give_way)
             for is_plain in (True, False)
         }
         self._store = SpecStore(self.options, engines.read_vocabulary(self.compiler))
-        self._lanes[False].submit(self._prewarm)
+        # Behind nobody: a list to pre-warm may take minutes, and requests come meanwhile.
+        self._prewarming = ThreadPoolExecutor(1, "vllm-ext-prewarm", initializer=_give_way)
+        self._ll_tokenizer: Future[Any] = self._lanes[True].submit(self._build_tokenizer)
+        self._prewarming.submit(self._prewarm)
 
     def start(self, request: Any, waits: bool = False) -> None:
         """Give a structured request its grammar, or the Future of it. waits: compile before returning.
@@ -84,10 +87,10 @@ class ExtBackend(XgrammarBackend):
         option, text = structured.structured_output_key
         name = (option.name.lower(), text, params.structured_outputs._backend.partition("/")[2])
         stops = params.all_stop_token_ids
-        key = hashlib.sha256("\0".join(name).encode("utf-8", "surrogatepass")).digest()
+        key = _name_key(*name)
         with self._lock:
             plan = self._plans.get(key)
-        if plan is not None:
+        if plan is not None and self._is_compiled(plan):
             structured.grammar = self.make_grammar(plan, stops)
             return
         is_small = False
@@ -106,12 +109,15 @@ class ExtBackend(XgrammarBackend):
 
     def _compile(self, key: bytes, name: tuple[str, str, str], stops: set[int] | None) -> StructuredOutputGrammar:
         plan = self._find_plan(*name)
-        grammar = self._make_counted(plan, stops)
+        grammar = self._make_counted(*name[:2], plan, stops)
+        self._remember(key, plan)
+        return grammar
+
+    def _remember(self, key: bytes, plan: Plan) -> None:
         with self._lock:
             self._plans[key] = plan
             while len(self._plans) > MOST_MATCHERS:
                 self._plans.popitem(last=False)
-        return grammar
 
     def _find_plan(self, kind: str, text: str, engine: str) -> Plan:
         """The plan that validation chose: the one of this engine. Raises RefusedError."""
@@ -129,7 +135,7 @@ class ExtBackend(XgrammarBackend):
         plan = plan_spec(request_type.name.lower(), grammar_spec, self._has_guidance)
         try:
             return self.make_grammar(plan, stop_token_ids)
-        except engines.GrammarError:
+        except GrammarError:
             if plan.fallback is None:
                 raise
             return self.make_grammar(plan.fallback, stop_token_ids)
@@ -139,43 +145,85 @@ class ExtBackend(XgrammarBackend):
         grammar: StructuredOutputGrammar
         if plan.engine == "guidance":
             matcher = self._find_matcher(plan)
-            grammar = GuidanceGrammar(ll_matcher=matcher, ll_tokenizer=self._ll_tokenizer, vocab_size=self.vocab_size)
+            tokenizer = self._ll_tokenizer.result()
+            grammar = GuidanceGrammar(ll_matcher=matcher, ll_tokenizer=tokenizer, vocab_size=self.vocab_size)
         else:
-            compiled = self._store.load(plan) or engines.compile_xgrammar(self.compiler, plan, self.options.whitespace)
+            compiled = self._find_compiled(plan)
             stops = list(stop_token_ids) if stop_token_ids else None
             matcher = xgr.GrammarMatcher(
                 compiled, override_stop_tokens=stops, max_rollback_tokens=self.num_speculative_tokens
             )
             grammar = XgrammarGrammar(matcher=matcher, vocab_size=self.vocab_size, ctx=compiled)
+            # Read by grammar_states.py: only such grammars are looked at.
+            grammar.forces_little = self._forces_little(plan, compiled)
         observability.add(f"vllm_ext:structured_{plan.engine}_requests_total", 1, self._rank)
-        return grammar if plan.states <= cost.PLAIN_STATES else make_budgeted(grammar, self._rank)
+        return make_budgeted(grammar, self.steps, self._rank) if plan.is_budgeted else grammar
 
-    def _make_counted(self, plan: Plan, stops: set[int] | None) -> StructuredOutputGrammar:
+    def _forces_little(self, plan: Plan, compiled: Any) -> bool:
+        """Whether the scheduler may ask what the grammar forces, found out once."""
+        key = _digest(plan)
+        with self._lock:
+            known = self._little.get(key)
+        if known is None:
+            known = forces_little(str(compiled.grammar))
+            with self._lock:
+                self._little[key] = known
+                while len(self._little) > MOST_MATCHERS:
+                    self._little.popitem(last=False)
+        return known
+
+    def _make_counted(self, kind: str, text: str, plan: Plan, stops: set[int] | None) -> StructuredOutputGrammar:
         began = time.monotonic()
         grammar = self.make_grammar(plan, stops)
         seconds = time.monotonic() - began
         observability.add("vllm_ext:structured_compile_seconds_total", seconds, self._rank)
         observability.add("vllm_ext:structured_compiles_total", 1, self._rank)
-        self._store.save(plan, getattr(grammar, "ctx", None), seconds)
+        self._store.save(kind, text, plan, getattr(grammar, "ctx", None), seconds)
         return grammar
 
     def _find_matcher(self, plan: Plan) -> Any:
         """A matcher in its first state: a copy of the one that was compiled."""
         key = _digest(plan)
         with self._lock:
-            if self._ll_tokenizer is None:
-                self._ll_tokenizer = GuidanceBackend._build_ll_tokenizer(self.tokenizer, self.vocab_size)
             matcher, _ = self._matchers.get(key, (None, 0))
             if matcher is not None:
                 self._matchers.move_to_end(key)
         if matcher is None:
-            matcher = engines.compile_guidance(self._ll_tokenizer, plan, self.options.whitespace)
+            matcher = engines.compile_guidance(self._ll_tokenizer.result(), plan, self.options.whitespace)
             with self._lock:
                 self._matchers[key] = matcher, plan.states
                 # The newest stays, whatever its size: its request is about to use it.
                 while len(self._matchers) > 1 and self._is_full():
                     self._matchers.popitem(last=False)
         return matcher.deep_copy()
+
+    def _build_tokenizer(self) -> Any:
+        """llguidance's tokenizer, of which a large vocabulary takes seconds; None where it knows no such tokenizer."""
+        return GuidanceBackend._build_ll_tokenizer(self.tokenizer, self.vocab_size) if self._has_guidance else None
+
+    def _is_compiled(self, plan: Plan) -> bool:
+        """Whether a grammar of a plan is made without compiling: the engines' own caches drop what is large."""
+        key = _digest(plan)
+        with self._lock:
+            return key in (self._matchers if plan.engine == "guidance" else self._compiled)
+
+    def _find_compiled(self, plan: Plan) -> Any:
+        """xgrammar's compiled grammar of a plan."""
+        key = _digest(plan)
+        with self._lock:
+            compiled = self._compiled.get(key)
+            if compiled is not None:
+                self._compiled.move_to_end(key)
+                return compiled
+        compiled = self._store.load(plan) or engines.compile_xgrammar(self.compiler, plan, self.options.whitespace)
+        with self._lock:
+            self._compiled[key] = compiled
+            while len(self._compiled) > 1 and (
+                len(self._compiled) > MOST_MATCHERS
+                or sum(each.memory_size_bytes for each in self._compiled.values()) > MOST_COMPILED_BYTES
+            ):
+                self._compiled.popitem(last=False)
+        return compiled
 
     def _is_full(self) -> bool:
         states = sum(size for _, size in self._matchers.values())
@@ -185,15 +233,22 @@ class ExtBackend(XgrammarBackend):
         """Compile what is listed for this engine, one after the other; a bad entry is logged, not raised."""
         for kind, text in self._store.list_specs():
             try:
-                self._make_counted(plan_spec(kind, text, self._has_guidance), None)
-            except (RefusedError, engines.GrammarError) as error:
+                plan = plan_spec(kind, text, self._has_guidance)
+                self._make_counted(kind, text, plan, None)
+                # As a request will name it (`start`).
+                self._remember(_name_key(kind, text, plan.engine), plan)
+            except (RefusedError, GrammarError) as error:
                 logger.warning("vllm-ext: a specification to pre-warm is left out: %s", error)
 
     def destroy(self) -> None:
         """End the compiling threads; what they do now ends first."""
-        for lane in self._lanes.values():
+        for lane in (*self._lanes.values(), self._prewarming):
             lane.shutdown(wait=False, cancel_futures=True)
         super().destroy()
+
+
+def _name_key(kind: str, text: str, engine: str) -> bytes:
+    return hashlib.sha256(f"{kind}\0{text}\0{engine}".encode("utf-8", "surrogatepass")).digest()
 
 
 def _digest(plan: Plan) -> bytes:

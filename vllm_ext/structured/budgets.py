@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The time that one request's masks may take from everybody's steps.
+"""The time that one request's grammar may take from everybody's steps: its masks, its moves, and looks at it.
 
-Masks of a step are filled one after the other, so a grammar with slow masks makes every request of the batch wait. Only
-grammars whose size makes it possible are timed (`Plan.is_plain` is False). A request may be slow for a while; over its
-budget it ends with an error, as vLLM ends a request whose grammar fails.
+Masks of a step are filled one after the other, so a slow grammar makes every request of the batch wait. Grammars are
+timed whose size makes it possible, or that were written by hand (`Plan.is_budgeted`). A request may be slow for a
+while; over its budget it ends with an error, as vLLM ends a request whose grammar fails.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 from vllm.v1.structured_output.backend_guidance import GuidanceGrammar
@@ -23,34 +24,67 @@ logger = logging.getLogger("vllm.vllm_ext")
 #: Milliseconds that every mask adds to what a request may use, and what it may have used ahead of that.
 MASK_MS = 1.0
 CREDIT_MS = 250.0
+#: Milliseconds that timed grammars may take together in a step; above it every mask adds less.
+STEP_MS = 16.0
+
+
+class StepTimes:
+    """What the timed grammars of an engine took together in a step, and so what a mask of the next one may take."""
+
+    def __init__(self) -> None:
+        self.total_ms = 0.0
+        self.mask_ms = MASK_MS
+
+    def begin(self) -> None:
+        """A step ends and another begins."""
+        self.mask_ms = MASK_MS * min(1.0, STEP_MS / max(self.total_ms, 1e-9))
+        self.total_ms = 0.0
 
 
 class _Budgeted:
-    """What a timed grammar has beside vLLM's: the sum of its masks over the allowance, in milliseconds."""
+    """What a timed grammar has beside vLLM's: the sum of its times over the allowance, in milliseconds."""
 
     debt_ms = 0.0
     is_exhausted = False
     rank = 0
-
-    def fill_bitmask(self, bitmask: Any, idx: int) -> None:
-        """vLLM's, with the time it takes charged."""
-        began = time.perf_counter()
-        super().fill_bitmask(bitmask, idx)  # type: ignore[misc]
-        self.charge((time.perf_counter() - began) * 1e3)
+    steps: StepTimes
 
     def charge(self, milliseconds: float) -> None:
-        """Count the time of one mask."""
-        self.debt_ms = max(0.0, self.debt_ms + milliseconds - MASK_MS)
+        """Count time that the grammar took."""
+        self.steps.total_ms += milliseconds
+        self.debt_ms += milliseconds
         if self.debt_ms > CREDIT_MS and not self.is_exhausted:
             self.is_exhausted = True
             observability.add("vllm_ext:structured_over_budget_total", 1, self.rank)
 
+    def _time(self, function: Callable[..., Any], *given: Any) -> Any:
+        # Of this thread alone: a busy machine makes no grammar slow.
+        began = time.thread_time()
+        try:
+            return function(*given)
+        finally:
+            self.charge((time.thread_time() - began) * 1e3)
+
+    def fill_bitmask(self, bitmask: Any, idx: int) -> None:
+        """vLLM's, with the time it takes charged."""
+        self.debt_ms = max(0.0, self.debt_ms - self.steps.mask_ms)
+        self._time(super().fill_bitmask, bitmask, idx)  # type: ignore[misc]
+
     def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
-        """vLLM's; False, which ends the request, where its masks have used up their time."""
+        """vLLM's; False, which ends the request, where its grammar has used up its time."""
         if self.is_exhausted:
-            logger.warning("vllm-ext: request %s ends, its masks take more than %g ms each", request_id, MASK_MS)
+            logger.warning("vllm-ext: request %s ends, its grammar takes more than %g ms a token", request_id, MASK_MS)
             return False
-        return bool(super().accept_tokens(request_id, tokens))  # type: ignore[misc]
+        return bool(self._time(super().accept_tokens, request_id, tokens))  # type: ignore[misc]
+
+    def validate_tokens(self, tokens: list[int]) -> list[int]:
+        """vLLM's, with the time it takes charged."""
+        valid: list[int] = self._time(super().validate_tokens, tokens)  # type: ignore[misc]
+        return valid
+
+    def rollback(self, num_tokens: int) -> None:
+        """vLLM's, with the time it takes charged."""
+        self._time(super().rollback, num_tokens)  # type: ignore[misc]
 
 
 class BudgetedXgrammar(_Budgeted, XgrammarGrammar):
@@ -61,9 +95,9 @@ class BudgetedGuidance(_Budgeted, GuidanceGrammar):
     """A timed grammar of llguidance."""
 
 
-def make_budgeted(grammar: StructuredOutputGrammar, rank: int = 0) -> StructuredOutputGrammar:
-    """The same grammar, timed. rank: vLLM's data-parallel rank, for the metrics."""
+def make_budgeted(grammar: StructuredOutputGrammar, steps: StepTimes, rank: int = 0) -> StructuredOutputGrammar:
+    """The same grammar, timed. steps: shared by the engine's grammars. rank: data-parallel, for the metrics."""
     kind = BudgetedXgrammar if isinstance(grammar, XgrammarGrammar) else BudgetedGuidance
     timed: StructuredOutputGrammar = kind.__new__(kind)
-    timed.__dict__.update(grammar.__dict__, rank=rank)
+    timed.__dict__.update(grammar.__dict__, steps=steps, rank=rank)
     return timed

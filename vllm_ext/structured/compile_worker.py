@@ -9,7 +9,7 @@ it always answers; it ends with the pipe, and its forks with it. All of them run
 
 Messages are JSON behind a length of four bytes. To the supervisor: first the tokenizer, then {"id", "plan",
 "limit_ms", "limit_mib", "wait_ms"} or {"cancel": id}. From it: {"ready": threads}, then {"id", "outcome", "message",
-"ms"}; outcome is ok, refused (by the engine), slow, memory, or busy (never started).
+"ms"}; outcome is ok, refused (by the engine), slow, memory, defect (the exception by name), or busy (never started).
 """
 
 from __future__ import annotations
@@ -142,6 +142,8 @@ class Supervisor:
             except ValueError as error:
                 # The engine's own word where the limit on memory met one of its allocations.
                 outcome, text = ("memory", "") if "bad_alloc" in str(error) else ("refused", str(error))
+            except BaseException as error:  # noqa: BLE001 - reported by name; a panic of an engine is no Exception
+                outcome, text = "defect", f"{type(error).__name__}: {error}"
             write_message(writer, {"outcome": outcome, "message": text})
         finally:
             # Whatever happened, a fork must not go on as a second supervisor.
@@ -231,6 +233,8 @@ class Engines:
         from vllm_ext.structured import engines
 
         if plan.engine == "guidance":
+            if self._tokenizer is None:
+                raise ValueError("llguidance has no tokenizer of this kind here")
             _walk(engines.compile_guidance(self._tokenizer, plan, self._whitespace))
             return
         import xgrammar as xgr

@@ -5,11 +5,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
-#: Comparisons of two schemas before the answer is "not found out"; alternatives of alternatives multiply.
-MOST_STEPS = 30_000
+from vllm_ext.structured.capabilities import hide_classes
+from vllm_ext.structured.errors import SchemaError
+
+#: Values read before the answer is "not found out", and what a comparison of two schemas counts for: alternatives of
+#: alternatives multiply.
+MOST_STEPS, COMPARISON = 240_000, 8
+
+
+#: Characters that stand for themselves at the start of a pattern, and those that say how often one comes.
+_LITERAL = re.compile(r"\^((?:[A-Za-z0-9 _@#:,;=!%&~<>/'-]|\\[.\-/+*?()\[\]{}|^$])*+)([*?{+]?)")
+
+
+def choose_one_of(node: Any, definitions: Mapping[str, Any], steps: Iterator[int] | None = None) -> Any:
+    """A normalized schema with `oneOf` as `anyOf` where its schemas exclude each other. definitions: its `$defs`.
+
+    steps: what is left of the comparisons. Raises SchemaError where it cannot be shown that they do.
+    """
+    steps = steps or iter(range(MOST_STEPS))
+    if isinstance(node, list):
+        return [choose_one_of(each, definitions, steps) for each in node]
+    if not isinstance(node, dict):
+        return node
+    if "oneOf" in node and isinstance(node.get("at"), str):
+        options = node["oneOf"]
+        for i, left in enumerate(options):
+            for j, right in enumerate(options[:i]):
+                if not are_disjoint(left, right, definitions, steps):
+                    reason = f"schemas {j} and {i} of it may both allow a value, and no engine can count"
+                    raise SchemaError(node["at"], "oneOf", reason)
+        node = {"anyOf": options, **({"$defs": node["$defs"]} if "$defs" in node else {})}
+    return {
+        key: {name: choose_one_of(each, definitions, steps) for name, each in value.items()}
+        if key in ("properties", "patternProperties", "$defs")
+        else value
+        if key in ("const", "enum")
+        else choose_one_of(value, definitions, steps)
+        for key, value in node.items()
+    }
 
 
 def are_disjoint(left: Any, right: Any, definitions: Mapping[str, Any], steps: Iterator[int] | None = None) -> bool:
@@ -23,7 +61,7 @@ def are_disjoint(left: Any, right: Any, definitions: Mapping[str, Any], steps: I
 
 def _compare(left: Any, right: Any, definitions: Mapping[str, Any], steps: Iterator[int], depth: int) -> bool:
     """`are_disjoint` while steps last, and no deeper than references sensibly go."""
-    if depth > 16 or next(steps, None) is None:
+    if depth > 16 or sum(1 for _ in islice(steps, COMPARISON)) < COMPARISON:
         return False
     if left is False or right is False:
         return True
@@ -40,11 +78,97 @@ def _compare(left: Any, right: Any, definitions: Mapping[str, Any], steps: Itera
                 return True
         if any(_compare(part, second, definitions, steps, depth + 1) for part in first.get("allOf", ())):
             return True
-        if (values := _list_values(first)) is not None and all(_excludes(second, value) for value in values):
+        if (values := _list_values(first)) is not None and _excludes_all(second, values, steps):
             return True
     if not _list_types(left) & _list_types(right):
         return True
-    return left.get("type") == right.get("type") == "object" and _objects_differ(left, right, definitions, steps, depth)
+    kinds = {left.get("type"), right.get("type")}
+    if kinds <= {"integer", "number"}:
+        return _is_below(left, right) or _is_below(right, left)
+    if kinds == {"string"}:
+        return _counts_differ(left, right, "Length") or _beginnings_differ(left, right)
+    if kinds == {"array"}:
+        return _counts_differ(left, right, "Items") or _first_items_differ(left, right, definitions, steps, depth)
+    return kinds == {"object"} and _objects_differ(left, right, definitions, steps, depth)
+
+
+def _is_below(left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
+    """Whether every number of one schema is below every number of the other."""
+    highest = [(left[key], key == "maximum") for key in ("maximum", "exclusiveMaximum") if key in left]
+    lowest = [(right[key], key == "minimum") for key in ("minimum", "exclusiveMinimum") if key in right]
+    return any(
+        high < low or (high == low and not (has_high and has_low))
+        for high, has_high in highest
+        for low, has_low in lowest
+    )
+
+
+def _counts_differ(left: Mapping[str, Any], right: Mapping[str, Any], what: str) -> bool:
+    """Whether one schema asks for more characters or items than the other allows."""
+    return any(
+        first.get(f"min{what}", 0) > second[f"max{what}"]
+        for first, second in ((left, right), (right, left))
+        if f"max{what}" in second
+    )
+
+
+def _beginnings_differ(left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
+    """Whether patterns that hold for the start of a string ask for other characters there."""
+    first, second = (_read_beginning(node.get("pattern", "")) for node in (left, right))
+    return any(a != b for a, b in zip(first, second, strict=False))
+
+
+def _read_beginning(pattern: str) -> str:
+    """Characters with which all strings of a pattern begin; empty where its text does not show it."""
+    found = _LITERAL.match(pattern)
+    if found is None:
+        return ""
+    depth = 0
+    for character in hide_classes(pattern):
+        depth += (character == "(") - (character == ")")
+        if character == "|" and depth == 0:
+            return ""
+    text = re.sub(r"\\(.)", r"\1", found[1])
+    # The last one may be repeated, or be missing.
+    return text[:-1] if found[2] else text
+
+
+def _first_items_differ(
+    left: Mapping[str, Any], right: Mapping[str, Any], definitions: Mapping[str, Any], steps: Iterator[int], depth: int
+) -> bool:
+    """Whether no item can be the first one of both arrays, of which one needs an item."""
+    if not (left.get("minItems") or right.get("minItems")):
+        return False
+    first, second = (node.get("prefixItems", [node.get("items", True)]) for node in (left, right))
+    return bool(first and second) and _compare(first[0], second[0], definitions, steps, depth + 1)
+
+
+def _excludes_all(node: Any, values: Sequence[Any], steps: Iterator[int]) -> bool:
+    """Whether no value of a list is valid under a schema; False where too many steps would show it."""
+    others = _list_values(node) if isinstance(node, dict) else None
+    try:
+        allowed = None if others is None else {_freeze(other, steps) for other in others}
+        return all(
+            (allowed is not None and _freeze(value, steps) not in allowed) or _excludes(node, value, steps)
+            for value in values
+        )
+    except _NoStepsError:
+        return False
+
+
+class _NoStepsError(Exception):
+    """The comparisons are used up."""
+
+
+def _freeze(value: Any, steps: Iterator[int]) -> Any:
+    """A key that two values share where they are equal in JSON: 1 equals 1.0, and true does not equal 1."""
+    if next(steps, None) is None:
+        raise _NoStepsError
+    if isinstance(value, list):
+        return ("list", *(_freeze(each, steps) for each in value))
+    if isinstance(value, dict):
+        return ("object", frozenset((name, _freeze(each, steps)) for name, each in value.items()))
+    return ("boolean", value) if isinstance(value, bool) else value
 
 
 def _list_values(node: Mapping[str, Any]) -> list[Any] | None:
@@ -54,31 +178,22 @@ def _list_values(node: Mapping[str, Any]) -> list[Any] | None:
     return node.get("enum")
 
 
-def _excludes(node: Any, value: Any) -> bool:
-    """Whether a value is surely invalid under a schema."""
+def _excludes(node: Any, value: Any, steps: Iterator[int]) -> bool:
+    """Whether a value is surely invalid under a schema, its list of values aside. Raises _NoStepsError."""
+    if next(steps, None) is None:
+        raise _NoStepsError
     if not isinstance(node, dict):
         return node is False
-    if (values := _list_values(node)) is not None and not any(_is_equal(value, each) for each in values):
-        return True
     if _name_type(value) not in _list_types(node):
         return True
     if isinstance(value, dict):
         properties = node.get("properties", {})
         if any(name not in value for name in node.get("required", ())):
             return True
-        return any(name in properties and _excludes(properties[name], each) for name, each in value.items())
+        return any(
+            name in properties and _excludes_all(properties[name], [each], steps) for name, each in value.items()
+        )
     return False
-
-
-def _is_equal(left: Any, right: Any) -> bool:
-    """JSON's equality: 1 equals 1.0, and true does not equal 1."""
-    if isinstance(left, bool) or isinstance(right, bool):
-        return left is right
-    if isinstance(left, list) and isinstance(right, list):
-        return len(left) == len(right) and all(map(_is_equal, left, right))
-    if isinstance(left, dict) and isinstance(right, dict):
-        return left.keys() == right.keys() and all(_is_equal(left[name], right[name]) for name in left)
-    return bool(left == right)
 
 
 def _name_type(value: Any) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from vllm_ext.structured.errors import GrammarError, shorten
 from vllm_ext.structured.routing import Plan
 
 Whitespace = str | int
@@ -17,10 +18,6 @@ Whitespace = str | int
 #: Ways in which llguidance may go on at one place (its default, 2,000, is less than 60 objects of 20 optional
 #: properties need); such masks take some ten milliseconds, which budgets.py counts.
 MOST_ITEMS = 20_000
-
-
-class GrammarError(ValueError):
-    """An engine does not take a specification; the message is the engine's."""
 
 
 def parse_xgrammar(plan: Plan, whitespace: Whitespace = "any") -> Any:
@@ -139,5 +136,4 @@ def is_lark(text: str) -> bool:
 
 
 def _shorten(error: object, length: int = 400) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= length else text[: length - 3] + "..."
+    return shorten(" ".join(str(error)[: 4 * length].split()), length)

@@ -9,12 +9,14 @@ Schema 2020-12, 4.3.1) and fall away. No vllm import.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote
 
 from vllm_ext.structured import capabilities as table
-from vllm_ext.structured.disjoint import MOST_STEPS, are_disjoint
+from vllm_ext.structured.disjoint import choose_one_of
+from vllm_ext.structured.errors import SchemaError, quote
 
 #: Schemas, keywords and values visited; a schema with more is refused before any engine sees it.
 MAX_NODES = 100_000
@@ -24,15 +26,6 @@ LEAP_DAY = (
     "^([0-9]{4}-(0[13-9]|1[0-2])|[0-9]{4}-02-([01][0-9]|2[0-8])|"
     "([0-9][0-9](0[48]|[2468][048]|[13579][26])|([02468][048]|[13579][26])00)-02-29)"
 )
-
-
-class SchemaError(ValueError):
-    """A schema that is not served; `pointer` is the JSON pointer of the keyword at fault, `keyword` its name."""
-
-    def __init__(self, pointer: str, keyword: str, reason: str) -> None:
-        super().__init__(f"JSON schema keyword {keyword!r} at #{pointer}: {reason}")
-        self.pointer = pointer
-        self.keyword = keyword
 
 
 def normalize_schema(schema: Any) -> Any:
@@ -58,7 +51,7 @@ class _Normalizer:
         if self.definitions and isinstance(node, dict):
             node = {**node, "$defs": self.definitions}
         self._refuse_loops(node)
-        return _infer_types(_choose_one_of(node, self.definitions, iter(range(MOST_STEPS))))
+        return _infer_types(choose_one_of(node, self.definitions))
 
     def _refuse_loops(self, root: Any) -> None:
         """References that lead back to themselves without a value in between mean nothing."""
@@ -116,7 +109,7 @@ class _Normalizer:
         types = given["type"] if isinstance(given["type"], list) else [given["type"]]
         for name in types:
             if not isinstance(name, str) or (name != "integer" and name not in table.BY_TYPE):
-                raise SchemaError(f"{pointer}/type", "type", f"{name!r} is no type of JSON")
+                raise SchemaError(f"{pointer}/type", "type", f"{quote(name)} is no type of JSON")
         if not types:
             raise SchemaError(f"{pointer}/type", "type", "an empty list leaves no value")
         kept = [name for name in dict.fromkeys(types) if name != "integer" or "number" not in types]
@@ -151,7 +144,8 @@ class _Normalizer:
         if not isinstance(reference, str):
             raise SchemaError(pointer, "$ref", f"a reference is a string, not {_name(reference)}")
         if not reference.startswith("#") or (len(reference) > 1 and reference[1] != "/"):
-            raise SchemaError(pointer, "$ref", f"{reference!r} is not inside this schema (only '#' and '#/...' are)")
+            reason = f"{quote(reference)} is not inside this schema (only '#' and '#/...' are)"
+            raise SchemaError(pointer, "$ref", reason)
         place = unquote(reference[1:])
         if place not in self.names:
             self.names[place] = f"d{len(self.names)}"
@@ -168,7 +162,7 @@ class _Normalizer:
             elif isinstance(node, list) and name.isdecimal() and int(name) < len(node):
                 node = node[int(name)]
             else:
-                raise SchemaError(pointer, "$ref", f"nothing is at '#{place}'")
+                raise SchemaError(pointer, "$ref", f"nothing is at {quote('#' + place)}")
             if isinstance(node, dict) and isinstance(node.get("$id"), str) and not node["$id"].startswith("#"):
                 raise SchemaError(pointer, "$ref", "references into a schema with an $id of its own are not followed")
         return node
@@ -213,9 +207,8 @@ class _Normalizer:
                 out[key] = given[key]
         if out.get("format", "date") not in {**table.FORMATS, **table.PATTERN_FORMATS}:
             known = ", ".join(sorted({**table.FORMATS, **table.PATTERN_FORMATS}))
-            raise SchemaError(
-                f"{pointer}/format", "format", f"no engine holds {out['format']!r}; drop it, use pattern, or: {known}"
-            )
+            reason = f"no engine holds {quote(out['format'])}; drop it, use pattern, or: {known}"
+            raise SchemaError(f"{pointer}/format", "format", reason)
         if out.get("minLength") == 0:
             del out["minLength"]
 
@@ -230,10 +223,10 @@ class _Normalizer:
                 if value and bound in out:
                     out[key] = out.pop(bound)
                 continue
-            if not isinstance(value, int | float) or isinstance(value, bool) or value != value:
+            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
                 raise SchemaError(f"{pointer}/{key}", key, f"it must be a number, not {_name(value)}")
             if key == "multipleOf" and value <= 0:
-                raise SchemaError(f"{pointer}/{key}", key, f"it must be above 0, not {value!r}")
+                raise SchemaError(f"{pointer}/{key}", key, f"it must be above 0, not {quote(value)}")
             out[key] = int(value) if isinstance(value, float) and value.is_integer() else value
 
     def _rewrite_arrays(self, given: Mapping[str, Any], out: dict[str, Any], pointer: str) -> None:
@@ -257,8 +250,6 @@ class _Normalizer:
     def _rewrite_objects(self, given: Mapping[str, Any], out: dict[str, Any], pointer: str) -> None:
         for key in ("minProperties", "maxProperties"):
             self._copy_count(given, out, key, pointer)
-        if out.get("minProperties", 0) <= len(given.get("required", ())):
-            out.pop("minProperties", None)
         for key in ("properties", "patternProperties"):
             if key in given:
                 if not isinstance(given[key], dict):
@@ -272,6 +263,8 @@ class _Normalizer:
             raise SchemaError(f"{pointer}/required", "required", "it must be a list of property names")
         if required:
             out["required"] = list(dict.fromkeys(required))
+        if out.get("minProperties", 0) <= len(out.get("required", ())):
+            out.pop("minProperties", None)
         if "additionalProperties" in given:
             out["additionalProperties"] = self.rewrite(given["additionalProperties"], f"{pointer}/additionalProperties")
         if "propertyNames" in given:
@@ -286,7 +279,10 @@ class _Normalizer:
         fits = "properties" not in out and "patternProperties" not in out and not out.get("required")
         if names is True or (isinstance(names, dict) and not keys):
             return
-        if fits and keys == {"pattern"}:
+        if fits and names is False:
+            # No property at all.
+            keys = set()
+        elif fits and keys == {"pattern"}:
             out["patternProperties"] = {names["pattern"]: value}
         elif fits and keys <= {"minLength", "maxLength"}:
             pattern = f"^[\\s\\S]{{{names.get('minLength', 0)},{names.get('maxLength', '')}}}$"
@@ -301,8 +297,9 @@ class _Normalizer:
         value = given.get(key)
         if value is None:
             return
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or int(value) != value:
-            raise SchemaError(f"{pointer}/{key}", key, f"it must be a whole number from 0, not {value!r}")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or value < 0 or value % 1 != 0:
+            raise SchemaError(f"{pointer}/{key}", key, f"it must be a whole number from 0, not {quote(value)}")
         out[key] = int(value)
 
     def _combine(self, parts: list[Any], out: dict[str, Any], types: list[str] | None, given: Mapping[str, Any]) -> Any:
@@ -316,7 +313,9 @@ class _Normalizer:
             out["pattern"] = extra
         if types is not None and not (out == {} and ("const" in given or "enum" in given)):
             split = [_select(name, out) for name in types]
-            parts.append(split[0] if len(split) == 1 else {"anyOf": split})
+            # Every alternative says so itself: as a second schema it would send tool calls to the slower engine.
+            if len(split) > 1 or out or not any(_implies_type(part, types[0]) for part in parts):
+                parts.append(split[0] if len(split) == 1 else {"anyOf": split})
         elif out:
             parts.append(out)
         parts = [part for part in parts if part not in (True, {})]
@@ -334,28 +333,21 @@ def _select(name: str, out: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": name, **{key: value for key, value in out.items() if key in keywords}}
 
 
-def _choose_one_of(node: Any, definitions: Mapping[str, Any], steps: Iterator[int]) -> Any:
-    """`oneOf` as `anyOf` where its schemas exclude each other; refused where that cannot be shown."""
-    if isinstance(node, list):
-        return [_choose_one_of(each, definitions, steps) for each in node]
-    if not isinstance(node, dict):
-        return node
-    if "oneOf" in node and isinstance(node.get("at"), str):
-        options = node["oneOf"]
-        for i, left in enumerate(options):
-            for j, right in enumerate(options[:i]):
-                if not are_disjoint(left, right, definitions, steps):
-                    reason = f"schemas {j} and {i} of it may both allow a value, and no engine can count"
-                    raise SchemaError(node["at"], "oneOf", reason)
-        node = {"anyOf": options, **({"$defs": node["$defs"]} if "$defs" in node else {})}
-    return {
-        key: {name: _choose_one_of(each, definitions, steps) for name, each in value.items()}
-        if key in ("properties", "patternProperties", "$defs")
-        else value
-        if key in ("const", "enum")
-        else _choose_one_of(value, definitions, steps)
-        for key, value in node.items()
-    }
+#: Keywords that tell an object or an array where the type is missing.
+_MARKS = {"object": {"properties", "additionalProperties"}, "array": {"items", "prefixItems"}}
+
+
+def _implies_type(node: Any, name: str) -> bool:
+    """Whether all alternatives of a rewritten schema have a type, once types are inferred."""
+    options = (node.get("anyOf") or node.get("oneOf") or []) if isinstance(node, dict) else []
+    return bool(options) and all(
+        isinstance(option, dict)
+        and (
+            option.get("type") == name
+            or bool(option.keys() <= table.BY_TYPE.get(name, set()) and option.keys() & _MARKS.get(name, set()))
+        )
+        for option in options
+    )
 
 
 def _infer_types(node: Any) -> Any:
@@ -376,7 +368,7 @@ def _infer_types(node: Any) -> Any:
         for key, value in node.items()
     }
     keys = set(node) - {"$defs"}
-    for name, marks in (("object", {"properties", "additionalProperties"}), ("array", {"items", "prefixItems"})):
+    for name, marks in _MARKS.items():
         if keys and keys <= table.BY_TYPE[name] and keys & marks:
             return {"type": name, **node}
     return node

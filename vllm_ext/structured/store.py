@@ -62,7 +62,7 @@ class SpecStore:
 
     def load(self, plan: Plan) -> Any:
         """The compiled grammar of a plan, or None where none is kept, or it fits no more."""
-        path = self._place(plan, "compiled")
+        path = self._place_compiled(plan)
         if path is None:
             return None
         if path in self._loaded:
@@ -79,15 +79,20 @@ class SpecStore:
             path.unlink(missing_ok=True)
             return None
 
-    def save(self, plan: Plan, compiled: Any, seconds: float) -> None:
-        """Keep the specification, and its compiled form (None for llguidance) where loading beats `seconds`."""
-        path = self._place(plan, "spec")
+    def save(self, kind: str, text: str, plan: Plan, compiled: Any, seconds: float) -> None:
+        """Keep the specification, and its compiled form (None for llguidance) where loading beats `seconds`.
+
+        kind, text: as the request had them, by which the next one will be known again; a plan's text is another one.
+        """
+        if kind == "json_object":
+            kind, text = plan.kind, plan.text
+        path = self._place_spec(kind, text)
         if path is None:
             return
         if not path.exists():
-            _write(path, json.dumps({plan.kind: json.loads(plan.text) if plan.kind == "json" else plan.text}))
+            _write(path, json.dumps({kind: text}))
             self._list_kept("spec")
-        if compiled is None or (place := self._place(plan, "compiled")) is None or place.exists():
+        if compiled is None or (place := self._place_compiled(plan)) is None or place.exists():
             return
         size = compiled.memory_size_bytes * JSON_BYTES_PER_BYTE
         if size < MOST_JSON_BYTES and size * LOAD_SECONDS_PER_BYTE * 2 < seconds:
@@ -102,11 +107,19 @@ class SpecStore:
             path.unlink(missing_ok=True)
         return kept[:MOST_SPECS]
 
-    def _place(self, plan: Plan, what: str) -> Path | None:
-        if self._folder is None or (what == "compiled" and plan.engine != "xgrammar"):
+    def _place_spec(self, kind: str, text: str) -> Path | None:
+        return self._place(f"{kind}\0{text}", "spec")
+
+    def _place_compiled(self, plan: Plan) -> Path | None:
+        if plan.engine != "xgrammar":
             return None
-        text = f"{self._options}\0{plan.kind}\0{plan.text}" + ("" if what == "spec" else f"\0{self._mark}")
-        return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.{what}.json"
+        return self._place(f"{plan.kind}\0{plan.text}\0{self._mark}", "compiled")
+
+    def _place(self, text: str, what: str) -> Path | None:
+        if self._folder is None:
+            return None
+        name = hashlib.sha256(f"{self._options}\0{text}".encode()).hexdigest()[:32]
+        return self._folder / f"{name}.{what}.json"
 
 
 def read_specs(path: Path) -> Iterator[tuple[Kind, str]]:

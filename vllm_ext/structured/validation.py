@@ -10,6 +10,7 @@ vLLM validates every request anew on the event loop, and compiles without a limi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import threading
@@ -17,7 +18,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
@@ -25,8 +26,9 @@ from vllm.v1.structured_output.request import get_structured_output_key
 
 from vllm_ext import observability
 from vllm_ext.structured import cost, engines
+from vllm_ext.structured.errors import GrammarError, RefusedError, shorten
 from vllm_ext.structured.options import Options, read_options
-from vllm_ext.structured.routing import Plan, RefusedError, plan_spec
+from vllm_ext.structured.routing import MOST_LEVELS, Plan, plan_spec
 from vllm_ext.structured.trials import TrialPool
 
 logger = logging.getLogger("vllm.vllm_ext")
@@ -37,8 +39,8 @@ MOST_VERDICTS = 1024
 SLOW_SECONDS = 60.0
 #: A request is answered after so long; the check goes on, and a repeated request finds its verdict.
 MOST_SECONDS = 0.8
-#: Levels of objects and arrays; vLLM's own limit (MAX_STRUCTURED_OUTPUT_JSON_NESTING).
-MOST_LEVELS = 64
+#: Characters of a specification that is read where its request arrives, and planned beside others of its kind.
+SMALL_TEXT = 8192
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,12 @@ class _Work:
     """A check under way, and how many requests wait for it."""
 
     result: Future[Verdict]
+    lane: ThreadPoolExecutor
     trial: Future[dict[str, Any]] | None = None
     waiting: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+_WITHDRAWN = Verdict(None, "the request was withdrawn", 0.0)
 
 
 class Gate:
@@ -69,7 +74,12 @@ class Gate:
         self._verdicts: OrderedDict[bytes, Verdict] = OrderedDict()
         self._working: dict[bytes, _Work] = {}
         self._lock = threading.Lock()
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="vllm-ext-validation")
+        # Large specifications are read and planned beside small ones, which must not wait for them.
+        self._lanes = {
+            is_small: ThreadPoolExecutor(1, thread_name_prefix=f"vllm-ext-validation-{is_small}")
+            for is_small in (True, False)
+        }
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="vllm-ext-reading")
         self._tokenizer: Any = None
         self._trials = TrialPool(self._make_setup, options.max_compile_ms, options.max_compile_mib)
 
@@ -77,7 +87,7 @@ class Gate:
         """Start the process that tries grammars, in the background, before a request needs it."""
         if self._tokenizer is None and tokenizer is not None:
             self._tokenizer = tokenizer
-            self._threads.submit(self._trials.start)
+            self._lanes[False].submit(self._trials.start)
 
     async def prepare(self, params: Any, tokenizer: Any) -> None:
         """Settle the verdict on a request's specification without holding the event loop.
@@ -87,13 +97,23 @@ class Gate:
         """
         self._tokenizer = self._tokenizer or tokenizer
         loop = asyncio.get_running_loop()
-        kind, text, key = await loop.run_in_executor(self._threads, read_spec, params)
+        ends = loop.time() + MOST_SECONDS
+        if is_small(params):
+            kind, text, key = read_spec(params)
+        else:
+            reading = loop.run_in_executor(self._reader, read_spec, params)
+            try:
+                kind, text, key = await asyncio.wait_for(reading, MOST_SECONDS)
+            except TimeoutError:
+                raise VLLMValidationError("other large specifications are being read: try again") from None
         verdict = self._recall(key)
         if verdict is None:
             work = self._begin(key, kind, text)
+            waiting = asyncio.shield(asyncio.wrap_future(work.result))
             try:
-                verdict = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(work.result)), MOST_SECONDS)
+                verdict = await asyncio.wait_for(waiting, max(0.0, ends - loop.time()))
             except TimeoutError:
+                # It counts as waiting further on: it was told that a later request finds the verdict.
                 verdict = Verdict(None, f"the {kind} specification is costly and still being checked: try again")
             except asyncio.CancelledError:
                 self._leave(work)
@@ -112,7 +132,8 @@ class Gate:
     def close(self) -> None:
         """End threads and processes."""
         self._trials.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (*self._lanes.values(), self._reader):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def _recall(self, key: bytes) -> Verdict | None:
         with self._lock:
@@ -127,8 +148,9 @@ class Gate:
         with self._lock:
             work = self._working.get(key)
             if work is None:
-                work = self._working[key] = _Work(Future())
-                self._threads.submit(self._decide, key, kind, text, work)
+                work = _Work(Future(), self._lanes[len(text) <= SMALL_TEXT])
+                work.lane.submit(self._decide, key, kind, text, work)
+                self._working[key] = work
             work.waiting += 1
             return work
 
@@ -141,22 +163,34 @@ class Gate:
 
     def _decide(self, key: bytes, kind: Any, text: str, work: _Work) -> None:
         """Plan, and parse what is plain; what is not goes on in `_try_next` when its trial ends."""
-        try:
-            plan = plan_spec(kind, text, self._has_guidance())
-        except RefusedError as error:
-            self._settle(key, work, Verdict(None, str(error)))
-        except Exception as error:  # a defect of ours must answer this request, and nobody else's
-            logger.exception("vllm-ext: a structured specification could not be checked")
-            self._settle(key, work, Verdict(None, f"{type(error).__name__}: {error}", 0.0))
-        else:
+        with self._answering(key, work):
+            try:
+                plan = plan_spec(kind, text, self._has_guidance())
+            except RefusedError as error:
+                self._settle(key, work, Verdict(None, str(error)))
+                return
             self._try_next(key, work, list(_chain(plan)), "")
+
+    @contextlib.contextmanager
+    def _answering(self, key: bytes, work: _Work) -> Iterator[None]:
+        """Whatever goes wrong inside answers this specification's requests, and is not remembered."""
+        try:
+            yield
+        except BaseException as error:  # a defect of ours, or a panic of an engine, which is no Exception
+            logger.exception("vllm-ext: a structured specification could not be checked")
+            if not work.result.done():
+                self._settle(key, work, Verdict(None, shorten(f"{type(error).__name__}: {error}"), 0.0))
+
+    def _go_on(self, key: bytes, work: _Work, plans: list[Plan], refusal: str) -> None:
+        with self._answering(key, work):
+            self._try_next(key, work, plans, refusal)
 
     def _try_next(self, key: bytes, work: _Work, plans: list[Plan], refusal: str) -> None:
         while plans and plans[0].is_plain:
             plan = plans.pop(0)
             try:
                 self._parse(plan)
-            except engines.GrammarError as error:
+            except GrammarError as error:
                 refusal = _explain(plan, "refused", str(error), self._options)
                 continue
             self._settle(key, work, Verdict(plan.engine))
@@ -165,25 +199,41 @@ class Gate:
             self._settle(key, work, Verdict(None, refusal))
             return
         plan = plans.pop(0)
+        if plan.engine == "guidance" and not hasattr(self._tokenizer, "backend_tokenizer"):
+            # The process that tries grammars cannot be given such a tokenizer (Mistral's): its estimate has to do.
+            self._go_on(key, work, [replace(plan, states=0), *plans], refusal)
+            return
+        with self._lock:
+            is_withdrawn = work.waiting == 0
+        if is_withdrawn:
+            self._settle(key, work, _WITHDRAWN)
+            return
         work.trial = self._trials.submit(plan)
         observability.add("vllm_ext:structured_trials_total", 1)
 
         def go_on(trial: Future[dict[str, Any]]) -> None:
-            if trial.cancelled():
-                self._settle(key, work, Verdict(None, "the request was withdrawn", 0.0))
-                return
-            outcome = trial.result()
-            if outcome["outcome"] == "ok":
-                self._settle(key, work, Verdict(plan.engine))
-                return
-            said = _explain(plan, outcome["outcome"], outcome["message"], self._options)
-            if plans:
-                self._threads.submit(self._try_next, key, work, plans, said)
-                return
-            until = float("inf") if outcome["outcome"] in ("refused", "memory") else time.monotonic() + SLOW_SECONDS
-            self._settle(key, work, Verdict(None, said, 0.0 if outcome["outcome"] == "busy" else until))
+            with self._answering(key, work):
+                self._read_outcome(key, work, plan, plans, trial)
 
         work.trial.add_done_callback(go_on)
+
+    def _read_outcome(
+        self, key: bytes, work: _Work, plan: Plan, plans: list[Plan], trial: Future[dict[str, Any]]
+    ) -> None:
+        if trial.cancelled():
+            self._settle(key, work, _WITHDRAWN)
+            return
+        outcome = trial.result()
+        if outcome["outcome"] == "ok":
+            self._settle(key, work, Verdict(plan.engine))
+            return
+        said = _explain(plan, outcome["outcome"], outcome["message"], self._options)
+        if plans:
+            work.lane.submit(self._go_on, key, work, plans, said)
+            return
+        # What met a limit, or a defect, may have met it because of the machine.
+        until = float("inf") if outcome["outcome"] == "refused" else time.monotonic() + SLOW_SECONDS
+        self._settle(key, work, Verdict(None, said, 0.0 if outcome["outcome"] == "busy" else until))
 
     def _settle(self, key: bytes, work: _Work, verdict: Verdict) -> None:
         with self._lock:
@@ -257,7 +307,19 @@ def read_spec(params: Any) -> tuple[str, str, bytes]:
     return kind, text, digest
 
 
-def _measure(value: Any) -> None:
+def is_small(params: Any) -> bool:
+    """Whether StructuredOutputsParams are read in no time."""
+    values = (params.json, params.choice, params.regex, params.grammar, params.structural_tag)
+    try:
+        for value in values:
+            if not isinstance(value, str | None):
+                _measure(value, SMALL_TEXT)
+    except VLLMValidationError:
+        return False
+    return sum(len(value) for value in values if isinstance(value, str)) <= SMALL_TEXT
+
+
+def _measure(value: Any, most: int = cost.MAX_SPEC_BYTES) -> None:
     """Refuse what is too large or too deep before it is written as text."""
     size, level = 0, [value]
     for _ in range(MOST_LEVELS + 1):
@@ -269,8 +331,8 @@ def _measure(value: Any) -> None:
                 deeper.extend(each.values())
             elif isinstance(each, list):
                 deeper.extend(each)
-            if size + 2 * len(deeper) > cost.MAX_SPEC_BYTES:
-                raise VLLMValidationError(f"the specification has more than {cost.MAX_SPEC_BYTES} bytes")
+            if size + 2 * len(deeper) > most:
+                raise VLLMValidationError(f"the specification has more than {most} bytes")
         if not deeper:
             return
         level = deeper
@@ -289,13 +351,15 @@ def _explain(plan: Plan, outcome: str, message: str, options: Options) -> str:
     if outcome == "slow":
         limit = f"{options.max_compile_ms:g} ms (structured.max_compile_ms)"
         return f"the {plan.kind} specification takes longer to compile than {limit}: make it smaller"
+    if outcome == "defect":
+        return shorten(f"{engine} fails on the {plan.kind} specification: {message}")
     if outcome == "memory":
         limit = f"{options.max_compile_mib:g} MiB (structured.max_compile_mib)"
         return f"the {plan.kind} specification needs more memory to compile than {limit}: make it smaller"
     if outcome == "busy":
         return f"other costly specifications are being checked and this {plan.kind} is one too: try again"
     because = f" (chosen because {plan.reason})" if plan.reason else ""
-    return f"{engine} does not take the {plan.kind} specification{because}: {message}"
+    return shorten(f"{engine} does not take the {plan.kind} specification{because}: {message}")
 
 
 def _raise_refusal(verdict: Verdict) -> None:
