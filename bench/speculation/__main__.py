@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The controller against its alternatives on a grid of simulated servers.
 
-    python -m bench.speculation [--out DIR] [--quick]
+    python -m bench.speculation [--out DIR] [--quick] [--dry]
 
 Every cell is one cost model (with its per-token and drafting costs also 30 % lower and higher), one number of
-concurrent requests and one regime of acceptance. Written are one record, case `smartspec_simulated`, whose metrics are
-the cells, and a plot. Simulated: no engine runs.
+concurrent requests and one regime of acceptance; outcomes, noise and the measured prior are drawn several times, and
+the worst draw counts. Written are one record, case `smartspec_simulated`, whose metrics are the cells, and a plot.
+Simulated: no engine runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -20,154 +21,209 @@ from typing import NamedTuple
 import numpy as np
 
 from bench.records import RESULTS, Metric, Record, describe_environment, write_record
-from bench.speculation.policies import FixedLength, Oracle, Ours, Published, StockTable
+from bench.speculation.policies import FixedLength, Oracle, Ours, Published, StockTable, measure_prior
 from bench.speculation.regimes import REGIMES
-from bench.speculation.simulator import DraftPolicy, Regime, Trace, TrueCost, Workload, read_costs, simulate
+from bench.speculation.simulator import DraftPolicy, Regime, TimedTrace, Trace, TrueCost, Workload, read_costs, simulate
 
 CASE = "smartspec_simulated"
 COSTS = Path(__file__).parent / "costs.yaml"
 SCALES = (0.7, 1.0, 1.3)
 CONCURRENCY = (1, 4, 16, 32)
 FIXED = (0, 1, 3, 5, 8)
+#: Draws of each cell.
+SEEDS = 3
 #: Tokens of a cell's workload for each concurrent request.
 TOKENS = 1500
 #: A workload is drawn for at least so many requests at once: one alone has few lengths to average over.
 FEWEST = 4
-#: How far what an earlier engine stored may be from the truth: standard deviation of its log.
-PRIOR_ERROR = 0.4
 #: Steps over which recovery is looked at, and what share of the oracle's goodput counts as recovered.
 RECOVERY_WINDOW, RECOVERED = 20, 0.9
-#: Metrics of the record before those of the cells.
-NUM_SUMMARY = 10
 
 
 class Cell(NamedTuple):
-    """Ours as a share of the goodput of the oracle, of the best fixed length, of the stock table, and of the published
-    method; and the most steps that it took to recover after a change, None where nothing changes."""
+    """One draw of ours: as a share of the goodput of the oracle, of the best fixed length in the same engine, of an
+    engine without a drafter, of the stock table, and of the published method; the share of time that probes took; and
+    the most steps that it took to recover after a change, None where nothing changes."""
 
-    name: str
     vs_oracle: float
     vs_fixed: float
+    vs_off: float
     vs_table: float
     vs_published: float
+    probing: float
     recovery: int | None
 
 
-def run_cell(name: str, cost: TrueCost, regime: Regime, concurrency: int, passes_per_draft: int, seed: int) -> Cell:
-    """Simulate all policies of one cell on the same workload."""
-    workload = Workload.draw(TOKENS * max(concurrency, FEWEST), seed)
-    rng = np.random.default_rng(seed)
-    prior = {key: value * float(rng.lognormal(0, PRIOR_ERROR)) for key, value in cost.coefficients.items()}
+class Group(NamedTuple):
+    """Cells with the same requests and outcomes: what asks nothing of the clock takes the same steps in all of them."""
 
-    def run(policy: DraftPolicy) -> Trace:
-        return simulate(
-            policy,
-            regime,
-            cost,
-            workload,
-            concurrency=concurrency,
-            seed=seed,
-            passes_per_draft=passes_per_draft,
-        )
-
-    ours = run(Ours(passes_per_draft, cost.graph_sizes, prior))
-    oracle = run(Oracle(passes_per_draft))
-    best = max(run(FixedLength(length)).measure_goodput() for length in FIXED)
-    goodput = ours.measure_goodput()
-    return Cell(
-        name,
-        goodput / oracle.measure_goodput(),
-        goodput / best,
-        goodput / run(StockTable()).measure_goodput(),
-        goodput / run(Published(passes_per_draft)).measure_goodput(),
-        measure_recovery(ours, oracle, regime),
-    )
+    regime: Regime
+    concurrency: int
+    #: By name of the cell.
+    costs: Mapping[str, TrueCost]
+    seed: int
 
 
-def measure_recovery(ours: Trace, oracle: Trace, regime: Regime) -> int | None:
-    """Most steps after a change until goodput is back at `RECOVERED` of what the oracle has in that phase."""
+def run_group(group: Group, seeds: int = SEEDS, tokens: int = TOKENS, has_prior: bool = True) -> dict[str, list[Cell]]:
+    """Simulate all policies of every cell of a group: the draws by name of the cell."""
+    regime, concurrency = group.regime, group.concurrency
+    workload = Workload.draw(tokens * max(concurrency, FEWEST), group.seed)
+
+    def run(policy: DraftPolicy, cost: TrueCost, seed: int = 0) -> Trace:
+        return simulate(policy, regime, cost, workload, concurrency=concurrency, seed=seed)
+
+    any_cost = next(iter(group.costs.values()))
+    fixed = {length: run(FixedLength(length), any_cost) for length in FIXED}
+    table = run(StockTable(), any_cost)
+    cells: dict[str, list[Cell]] = {}
+    for name, cost in group.costs.items():
+        timed = {length: trace.time(cost).measure_goodput() for length, trace in fixed.items()}
+        oracle = run(Oracle(), cost).time(cost)
+        published = run(Published(), cost).time(cost).measure_goodput()
+        cells[name] = []
+        for seed in range(1000 * group.seed, 1000 * group.seed + seeds):
+            prior = measure_prior(cost, seed) if has_prior else None
+            ours = run(Ours(cost, prior), cost, seed).time(cost)
+            goodput = ours.measure_goodput()
+            cells[name].append(
+                Cell(
+                    goodput / oracle.measure_goodput(),
+                    goodput / max(timed.values()),
+                    goodput / fixed[0].without_drafter().time(cost).measure_goodput(),
+                    goodput / table.time(cost).measure_goodput(),
+                    goodput / published,
+                    float(ours.probing.sum() / ours.milliseconds.sum()),
+                    measure_recovery(ours, oracle, regime),
+                )
+            )
+    return cells
+
+
+def measure_recovery(ours: TimedTrace, oracle: TimedTrace, regime: Regime) -> int | None:
+    """Most steps after a change until `RECOVERY_WINDOW` have had `RECOVERED` of the oracle's goodput in that phase.
+
+    Raises ValueError for a phase that is shorter than the window.
+    """
     longest = None
     bounds = [*(first for first, _ in regime.phases), 1.01]
     for start, end in itertools.pairwise(bounds[1:]):
-        reached = find_steps(oracle, start, end)
-        target = RECOVERED * oracle.measure_goodput(reached[0], reached[-1] + 1)
-        steps = find_steps(ours, start, end)
-        waited = len(steps)
-        for index in range(len(steps) - RECOVERY_WINDOW):
-            first = steps[index]
-            if ours.measure_goodput(first, first + RECOVERY_WINDOW) >= target:
-                waited = index
-                break
-        longest = max(longest or 0, waited)
+        inside = (oracle.progress >= start) & (oracle.progress < end)
+        if inside.sum() < RECOVERY_WINDOW:
+            raise ValueError(
+                f"{int(inside.sum())} steps from {start:.0%} of the work on are too few: serve more tokens"
+            )
+        target = RECOVERED * oracle.tokens[inside].sum() / oracle.milliseconds[inside].sum()
+        inside = (ours.progress >= start) & (ours.progress < end)
+        tokens, milliseconds = (
+            np.convolve(values[inside], np.ones(RECOVERY_WINDOW), "valid")
+            for values in (ours.tokens, ours.milliseconds)
+        )
+        reached = np.flatnonzero(tokens >= target * milliseconds)
+        steps = int(reached[0]) + RECOVERY_WINDOW if len(reached) else int(inside.sum())
+        longest = max(longest or 0, steps)
     return longest
 
 
-def find_steps(trace: Trace, start: float, end: float) -> list[int]:
-    """Steps that began in a phase."""
-    return [step for step, progress in enumerate(trace.progress) if start <= progress < end]
-
-
-def run_grid(quick: bool) -> list[Cell]:
+def make_groups(quick: bool) -> list[Group]:
     """All cells; quick: one scale and two batch sizes."""
+    costs = read_costs(COSTS.read_text(encoding="utf-8"))
+    groups: list[Group] = []
+    for concurrency, regime, drafter in itertools.product(
+        CONCURRENCY[1:3] if quick else CONCURRENCY, REGIMES, ("model", "lookup")
+    ):
+        if drafter == "model" and regime.matches < 1:
+            continue
+        cells = {
+            f"{name}-x{scale:g}-c{concurrency}-{regime.name}": cost.scale(scale)
+            for name, cost in costs.items()
+            for scale in (SCALES[1:2] if quick else SCALES)
+            if cost.drafter == drafter
+        }
+        groups.append(Group(regime, concurrency, cells, len(groups)))
+    return groups
+
+
+def run_grid(quick: bool) -> dict[str, list[Cell]]:
+    """The draws of every cell."""
     from rich.console import Console
     from rich.progress import track
 
-    costs = read_costs(COSTS.read_text(encoding="utf-8"))
-    tasks = [
-        (f"{name}-x{scale:g}-c{concurrency}-{regime.name}", cost.scale(scale), regime, concurrency, name)
-        for name, cost in costs.items()
-        for scale in (SCALES[1:2] if quick else SCALES)
-        for concurrency in (CONCURRENCY[1:3] if quick else CONCURRENCY)
-        for regime in REGIMES
-    ]
     with ProcessPoolExecutor() as processes:
-        cells = [
-            processes.submit(run_cell, name, cost, regime, concurrency, 0 if kind == "lookup" else 1, seed)
-            for seed, (name, cost, regime, concurrency, kind) in enumerate(tasks)
-        ]
-        return [cell.result() for cell in track(cells, "simulate", console=Console(stderr=True))]
+        results = [processes.submit(run_group, group) for group in make_groups(quick)]
+        done = [result.result() for result in track(results, "simulate", console=Console(stderr=True))]
+    return dict(sorted(itertools.chain.from_iterable(cells.items() for cells in done)))
 
 
-def make_record(cells: Sequence[Cell], quick: bool) -> Record:
-    """One record: the figures that count, then every cell."""
-    oracle, fixed = np.array([cell.vs_oracle for cell in cells]), np.array([cell.vs_fixed for cell in cells])
-    published = np.array([cell.vs_published for cell in cells])
-    recovery = [cell.recovery for cell in cells if cell.recovery is not None]
-    metrics = {
+def summarize(cells: Mapping[str, Sequence[Cell]]) -> dict[str, Metric]:
+    """The figures that count. Worst: of all draws of all cells."""
+    draws = [cell for each in cells.values() for cell in each]
+    oracle, fixed = np.array([cell.vs_oracle for cell in draws]), np.array([cell.vs_fixed for cell in draws])
+    off, published = np.array([cell.vs_off for cell in draws]), np.array([cell.vs_published for cell in draws])
+    probing = np.array([cell.probing for cell in draws])
+    worst = np.array([min(cell.vs_fixed for cell in each) for each in cells.values()])
+    typical = np.array([np.mean([cell.vs_fixed for cell in each]) for each in cells.values()])
+
+    def find_recovery(is_few: bool) -> np.ndarray:
+        return np.array(
+            [
+                cell.recovery
+                for name, each in cells.items()
+                for cell in each
+                if cell.recovery is not None and name.endswith("-few") == is_few
+            ]
+        )
+
+    recovery, few = find_recovery(False), find_recovery(True)
+    return {
         "goodput_vs_oracle_mean": Metric(float(oracle.mean()), "ratio", "higher"),
         "goodput_vs_oracle_min": Metric(float(oracle.min()), "ratio", "higher"),
-        "goodput_vs_best_fixed_min": Metric(float(fixed.min()), "ratio", "higher"),
-        "cells_below_0.97_of_best_fixed": Metric(float((fixed < 0.97).sum()), "cells", "lower"),
         "goodput_vs_best_fixed_mean": Metric(float(fixed.mean()), "ratio", "higher"),
+        "goodput_vs_best_fixed_min": Metric(float(fixed.min()), "ratio", "higher"),
+        "cells_below_0.97_of_best_fixed": Metric(float((worst < 0.97).sum()), "cells", "lower"),
+        "cells_below_0.97_of_best_fixed_on_average": Metric(float((typical < 0.97).sum()), "cells", "lower"),
+        "goodput_vs_no_drafter_min": Metric(float(off.min()), "ratio", "higher"),
         "goodput_vs_published_mean": Metric(float(published.mean()), "ratio", "higher"),
         "goodput_vs_published_min": Metric(float(published.min()), "ratio", "higher"),
+        "probing_share_mean": Metric(float(probing.mean()), "ratio", "lower"),
+        "probing_share_max": Metric(float(probing.max()), "ratio", "lower"),
+        "recovery_steps_max": Metric(float(recovery.max(initial=0)), "steps", "lower"),
+        "recovery_steps_median": Metric(float(np.median(recovery)) if len(recovery) else 0.0, "steps", "lower"),
+        "recoveries_beyond_100_steps": Metric(float((recovery > 100).sum()), "draws", "lower"),
+        "recoveries": Metric(float(len(recovery)), "draws"),
+        "recovery_steps_few_matches_max": Metric(float(few.max(initial=0)), "steps", "lower"),
+        "recovery_steps_few_matches_median": Metric(float(np.median(few)) if len(few) else 0.0, "steps", "lower"),
         "cells": Metric(float(len(cells)), "cells"),
-        "recovery_steps_max": Metric(float(max(recovery)), "steps", "lower"),
-        "recovery_steps_median": Metric(float(np.median(recovery)), "steps", "lower"),
+        "draws_per_cell": Metric(float(len(draws) / len(cells)), "draws"),
     }
-    for cell in cells:
-        metrics[f"{cell.name}:vs_oracle"] = Metric(cell.vs_oracle, "ratio", "higher")
-        metrics[f"{cell.name}:vs_best_fixed"] = Metric(cell.vs_fixed, "ratio", "higher")
-        metrics[f"{cell.name}:vs_stock_table"] = Metric(cell.vs_table, "ratio", "higher")
-        metrics[f"{cell.name}:vs_published"] = Metric(cell.vs_published, "ratio", "higher")
-    settings = {"simulated": True, "tokens_per_request_slot": TOKENS, "prior_error": PRIOR_ERROR, "quick": quick}
+
+
+def make_record(cells: Mapping[str, Sequence[Cell]], quick: bool) -> Record:
+    """One record: the figures that count, then the worst draw of every cell."""
+    metrics = summarize(cells)
+    for name, each in cells.items():
+        metrics[f"{name}:vs_oracle"] = Metric(min(cell.vs_oracle for cell in each), "ratio", "higher")
+        metrics[f"{name}:vs_best_fixed"] = Metric(min(cell.vs_fixed for cell in each), "ratio", "higher")
+        metrics[f"{name}:vs_stock_table"] = Metric(min(cell.vs_table for cell in each), "ratio", "higher")
+        metrics[f"{name}:vs_published"] = Metric(min(cell.vs_published for cell in each), "ratio", "higher")
+    settings = {"simulated": True, "tokens_per_request_slot": TOKENS, "draws": SEEDS, "quick": quick}
     return Record(CASE, "ours", 0, metrics, **describe_environment(), settings=settings)
 
 
-def draw(cells: Sequence[Cell], path: Path) -> None:
-    """Distribution of the cells: ours against the oracle, the best fixed length and the stock table."""
+def draw(cells: Mapping[str, Sequence[Cell]], path: Path) -> None:
+    """Distribution of the worst draws of the cells: ours against the oracle, the best fixed length, the table."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(8, 4), layout="constrained")
-    for label, values in (
-        ("oracle", [cell.vs_oracle for cell in cells]),
-        ("best fixed length of the cell", [cell.vs_fixed for cell in cells]),
-        ("table by batch size", [cell.vs_table for cell in cells]),
-        ("method as published", [cell.vs_published for cell in cells]),
+    for label, name in (
+        ("oracle", "vs_oracle"),
+        ("best fixed length of the cell", "vs_fixed"),
+        ("table by batch size", "vs_table"),
+        ("method as published", "vs_published"),
     ):
+        values = [min(getattr(cell, name) for cell in each) for each in cells.values()]
         axis.plot(np.sort(values), np.linspace(0, 1, len(values)), label=f"ours / {label}")
     axis.axvline(1.0, color="grey", linewidth=0.8)
     axis.set(xlabel="goodput ratio", ylabel="share of cells", title=f"{len(cells)} simulated servers", xlim=(0.85, 1.6))
@@ -181,16 +237,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.speculation", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results")
     parser.add_argument("--quick", action="store_true", help="one scale of costs and two batch sizes")
+    parser.add_argument("--dry", action="store_true", help="print the figures and write nothing")
     options = parser.parse_args(argv)
     cells = run_grid(options.quick)
     record = make_record(cells, options.quick)
-    path = write_record(options.out, record)
-    draw(cells, path.parent / "ours.svg")
+    if not options.dry:
+        draw(cells, write_record(options.out, record).parent / "ours.svg")
     from rich.console import Console
     from rich.table import Table
 
     table = Table("figure", "value", title=f"simulated, {len(cells)} cells")
-    for name, metric in list(record.metrics.items())[:NUM_SUMMARY]:
+    for name, metric in summarize(cells).items():
         table.add_row(name, f"{metric.value:.4g}")
     Console().print(table)
     return 0

@@ -3,46 +3,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
-from bench.speculation.simulator import K_MAX, Observation, TrueCost, Truth
+from bench.speculation.simulator import K_MAX, NOISE, PASSES, Observation, Plan, TrueCost, Truth
 from vllm_ext.speculation.controller import Batch, GoodputController
-from vllm_ext.speculation.goodput import DraftCost, choose_padded
+from vllm_ext.speculation.goodput import Choice, DraftCost, choose_lengths, choose_padded
+from vllm_ext.speculation.prior import fit_prior
 from vllm_ext.speculation.step_time import StepFeatures, StepTimeModel
 
 #: (largest batch, length): the example of vLLM's documentation of `num_speculative_tokens_per_batch_size`, in shape.
 STOCK_TABLE = ((4, 5), (16, 3), (64, 1))
+#: Tokens of the forward passes that the engine measures when it starts, and passes of each size.
+SWEEP_SIZES, SWEEP_ROUNDS = (1, 2, 4, 8, 16, 32, 64, 128), 5
 
 
 class FixedLength:
-    """The same length for every request at every step; 0 is no speculation."""
+    """The same length for every request at every step; 0 asks for no drafts."""
 
     def __init__(self, length: int) -> None:
         self.length = length
 
-    def choose(self, batch: Batch, truth: Truth) -> np.ndarray:
+    def trim(self, batch: Batch, given: np.ndarray, is_probe: bool, truth: Truth) -> np.ndarray:
+        """All of them."""
+        return given
+
+    def plan(self, batch: Batch, truth: Truth) -> Plan:
         """`length` for all."""
-        return np.full(len(batch.request_ids), self.length, np.int64)
+        return Plan(np.full(len(batch.request_ids), self.length, np.int64))
 
     def observe(self, observation: Observation) -> None:
         """Nothing is learned."""
 
 
-class StockTable:
+class StockTable(FixedLength):
     """vLLM's dynamic speculation: the length by the number of running requests."""
 
-    def choose(self, batch: Batch, truth: Truth) -> np.ndarray:
+    def __init__(self) -> None:
+        super().__init__(0)
+
+    def plan(self, batch: Batch, truth: Truth) -> Plan:
         """The table's length for all."""
         count = len(batch.request_ids)
-        return np.full(count, next((length for limit, length in STOCK_TABLE if count <= limit), 0), np.int64)
-
-    def observe(self, observation: Observation) -> None:
-        """Nothing is learned."""
+        self.length = next((length for limit, length in STOCK_TABLE if count <= limit), 0)
+        return super().plan(batch, truth)
 
 
-class Published:
+class Published(FixedLength):
     """SmartSpec as its paper has it (arXiv:2406.14066, sections 4.1 to 4.3), told the true cost.
 
     One moving average of accepted / drafted for all requests, one length for the whole batch, the one with the most
@@ -50,22 +58,21 @@ class Published:
     the average drifts back to where it began, so that it drafts again.
     """
 
-    def __init__(self, passes_per_draft: int = 1, initial: float = 0.7, memory: float = 0.9) -> None:
-        self._passes_per_draft = passes_per_draft
+    def __init__(self, initial: float = 0.7, memory: float = 0.9) -> None:
+        super().__init__(0)
         self._initial, self._memory = initial, memory
         self._rate = initial
 
-    def choose(self, batch: Batch, truth: Truth) -> np.ndarray:
+    def plan(self, batch: Batch, truth: Truth) -> Plan:
         """The best length for all, by tokens over time of this step."""
-        count = len(batch.request_ids)
-        goodput = []
-        for length in range(K_MAX + 1):
-            tokens = count * sum(self._rate**j for j in range(length + 1))
-            features = StepFeatures(
-                count * (length + 1), batch.context_tokens, count, length * self._passes_per_draft, count * length
-            )
-            goodput.append(tokens / truth.cost.measure(features))
-        return np.full(count, int(np.argmax(goodput)), np.int64)
+        lengths, count = np.arange(K_MAX + 1), len(batch.request_ids)
+        passes = np.array(PASSES[truth.cost.drafter])
+        drafted = count * (passes if passes.any() else lengths)
+        same = np.full(K_MAX + 1, count)
+        features = np.stack([count * (lengths + 1), same * 0 + batch.context_tokens, same, passes, drafted], axis=1)
+        tokens = np.cumsum(self._rate**lengths)
+        self.length = int(np.argmax(tokens / truth.cost.measure_many(features)))
+        return super().plan(batch, truth)
 
     def observe(self, observation: Observation) -> None:
         """Moves the average."""
@@ -75,44 +82,76 @@ class Published:
 
 
 class Oracle:
-    """The best lengths for the true chances and the true cost: told the rates, not the outcomes."""
+    """The best lengths of each step for the true chances and the true cost: told the rates, not the outcomes.
 
-    def __init__(self, passes_per_draft: int = 1) -> None:
-        self._passes_per_draft = passes_per_draft
+    It looks no further than the step, by the objective that ours has: no bound of what is possible, but close to it.
+    """
 
-    def choose(self, batch: Batch, truth: Truth) -> np.ndarray:
+    def trim(self, batch: Batch, given: np.ndarray, is_probe: bool, truth: Truth) -> np.ndarray:
+        """The drafts that are worth a place in the forward pass; a model's were chosen for the same requests."""
+        if PASSES[truth.cost.drafter][-1]:
+            return given
+        return self._choose(batch, given, truth, True).lengths
+
+    def plan(self, batch: Batch, truth: Truth) -> Plan:
         """The exact answer."""
+        return Plan(self._choose(batch, K_MAX, truth, False).lengths)
+
+    def _choose(self, batch: Batch, caps: np.ndarray | int, truth: Truth, is_made: bool) -> Choice:
         survival = np.cumprod(truth.hazards, axis=1)
-        count, names = len(survival), truth.cost.coefficients
+        count, names, passes = len(survival), truth.cost.coefficients, PASSES[truth.cost.drafter]
         plain = TrueCost(names).measure(StepFeatures(batch.tokens, batch.context_tokens, count, 0, 0))
-        cost = DraftCost(plain, names["tokens"] + names["drafted"], names["passes"] * self._passes_per_draft)
-        caps = np.full(count, K_MAX)
-        return choose_padded(survival, caps, cost, names["tokens"], batch.tokens, truth.cost.graph_sizes).lengths
+        if is_made:
+            cost = DraftCost(plain, names["tokens"])
+        elif passes[-1]:
+            cost = DraftCost(plain, names["tokens"], names["passes"] + count * names["drafted"])
+        else:
+            cost = DraftCost(plain, names["tokens"] + names["drafted"])
+        if truth.cost.graph_sizes:
+            sizes = truth.cost.graph_sizes
+            return choose_padded(survival, caps, cost, names["tokens"], batch.tokens, sizes, passes=passes)
+        return choose_lengths(survival, caps, cost, passes=passes)
 
     def observe(self, observation: Observation) -> None:
         """Nothing is learned."""
 
 
 class Ours:
-    """The controller of the pack, told nothing but its own observations."""
+    """The controller of the pack, as the engine has it: told the drafter's passes, the sizes of captured graphs, and
+    what a sweep of forward passes took before serving."""
 
-    def __init__(
-        self, passes_per_draft: int = 1, graph_sizes: Sequence[int] = (), prior: Mapping[str, float] | None = None
-    ) -> None:
-        """graph_sizes: as in the engine's own configuration. prior: what an earlier engine stored; None for none."""
-        self._sizes = sorted(graph_sizes)
+    def __init__(self, cost: TrueCost, prior: Mapping[str, float] | None) -> None:
+        """cost: for the sizes of graphs and the drafter's kind, which the engine's configuration says. prior: of a
+        sweep (`measure_prior`); None for none."""
         self.controller = GoodputController(
-            K_MAX, step_time=StepTimeModel(prior), passes_per_draft=passes_per_draft, graph_sizes=graph_sizes
+            K_MAX, step_time=StepTimeModel(prior), passes=PASSES[cost.drafter], graph_sizes=cost.graph_sizes
         )
 
-    def choose(self, batch: Batch, truth: Truth) -> np.ndarray:
+    def trim(self, batch: Batch, given: np.ndarray, is_probe: bool, truth: Truth) -> np.ndarray:
+        """The controller's choice among the drafts."""
+        return self.controller.trim_drafts(batch, given, is_probe)
+
+    def plan(self, batch: Batch, truth: Truth) -> Plan:
         """The controller's lengths."""
-        return self.controller.plan_drafts(batch).lengths
+        decision = self.controller.plan_drafts(batch)
+        return Plan(decision.lengths, decision.is_probe)
 
     def observe(self, observation: Observation) -> None:
         """As the scheduler mixin does after a step."""
-        ids, drafted, accepted, features, milliseconds = observation
-        padded = next((size for size in self._sizes if size >= features.tokens), features.tokens)
-        features = features._replace(tokens=padded)
-        self.controller.observe(ids, drafted, accepted, features, milliseconds)
+        ids, drafted, accepted, features, milliseconds, is_probe = observation
+        self.controller.observe(ids, drafted, accepted, features, milliseconds, is_probe)
         self.controller.forget(dict.fromkeys(ids))
+
+
+def measure_prior(cost: TrueCost, seed: int) -> dict[str, float]:
+    """What the engine's sweep at its start finds: passes of the target model without context, and of the drafter."""
+    rng = np.random.default_rng(seed)
+
+    def measure(milliseconds: float) -> float:
+        return float(np.median(milliseconds * rng.lognormal(0, NOISE, SWEEP_ROUNDS)))
+
+    target = {size: measure(cost.measure(StepFeatures(size, 0, 0, 0, 0))) for size in SWEEP_SIZES}
+    if not PASSES[cost.drafter][-1]:
+        return fit_prior(target)
+    names = cost.coefficients
+    return fit_prior(target, {size: measure(names["passes"] + names["drafted"] * size) for size in SWEEP_SIZES})

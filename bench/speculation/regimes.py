@@ -23,4 +23,7 @@ REGIMES = (
     # Drafters that are models are sure of their first token and less of each that follows.
     Regime("falling", [(0.0, [np.array([0.9, 0.8, 0.7, 0.5, 0.4, 0.3, 0.2, 0.1])])]),
     Regime("changing", [(0.0, repeat(0.9)), (0.35, repeat(0.05)), (0.65, repeat(0.85))]),
+    # A lookup finds nothing at most places of a text that does not repeat itself.
+    Regime("0.85-few", [(0.0, repeat(0.85))], 0.3),
+    Regime("changing-few", [(0.0, repeat(0.9)), (0.35, repeat(0.05)), (0.65, repeat(0.85))], 0.3),
 )

@@ -18,11 +18,12 @@ from vllm_ext.speculation.step_time import COEFFICIENTS, StepTimeModel
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(300)]
 
 K = 6
+MAX_MODEL_LEN = 512
 
 
 def start_engine(model: str, cache: Path, **arguments: Any) -> LLM:
     return LLM(
-        model=model, dtype="float32", enforce_eager=True, max_model_len=512, max_num_seqs=8,
+        model=model, dtype="float32", enforce_eager=True, max_model_len=MAX_MODEL_LEN, max_num_seqs=8,
         speculative_config={"method": "ngram", "num_speculative_tokens": K, "prompt_lookup_min": 1},
         additional_config={"vllm_ext": {"smartspec": {}, "cache_dir": str(cache)}},
         disable_log_stats=False, **arguments,
@@ -74,7 +75,7 @@ def test_tokens_are_the_models_and_lengths_follow_acceptance(
 
     def generate(prompts: list[list[int]], **sampling: Any) -> list[list[int]]:
         planned.clear()
-        parameters = SamplingParams(max_tokens=160, ignore_eos=True, **sampling)
+        parameters = SamplingParams(**{"max_tokens": 160, "ignore_eos": True, **sampling})
         outputs = llm.generate([TokensPrompt(prompt_token_ids=one) for one in prompts], parameters, use_tqdm=False)
         return [list(one.outputs[0].token_ids) for one in outputs]
 
@@ -83,6 +84,12 @@ def test_tokens_are_the_models_and_lengths_follow_acceptance(
         check_greedy(reference, prompt, tokens)
     assert preempted
     eager = float(np.mean([length for lengths in planned[-40:] for length in lengths]))
+
+    # Up to the end of the context: vLLM drafts nothing for any request while one has less than K tokens left.
+    prompts = repetitive[:2]
+    for prompt, tokens in zip(prompts, generate(prompts, temperature=0, max_tokens=MAX_MODEL_LEN), strict=True):
+        assert len(tokens) == MAX_MODEL_LEN - len(prompt)
+        check_greedy(reference, prompt, tokens)
 
     # Noise of few tokens: always a match, hardly ever the right one. Where a draft costs as much as a step, as it does
     # not on this machine, only probes may draft.
@@ -104,3 +111,27 @@ def test_tokens_are_the_models_and_lengths_follow_acceptance(
     assert scheduler._notes == {}
     counters = read_counters(llm)
     assert 0 < counters["spec_decode_num_accepted_tokens"] <= counters["spec_decode_num_draft_tokens"]
+
+
+def test_two_tensor_parallel_ranks(
+    tiny_moe: str, reference: Any, tmp_path: Path, engine_in_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Two workers on one NUMA node have to be told their cores.
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    llm = start_engine(tiny_moe, tmp_path, tensor_parallel_size=2, distributed_executor_backend="mp")
+    try:
+        generator = np.random.default_rng(1)
+        prompts = [generator.integers(10, 900, 12).tolist() * 4 for _ in range(4)]
+        parameters = SamplingParams(max_tokens=80, temperature=0, ignore_eos=True)
+        outputs = llm.generate([TokensPrompt(prompt_token_ids=one) for one in prompts], parameters, use_tqdm=False)
+        for prompt, output in zip(prompts, outputs, strict=True):
+            tokens = list(output.outputs[0].token_ids)
+            assert len(tokens) == 80
+            check_greedy(reference, prompt, tokens)
+        # Both ranks ran the sweep and drafted.
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        assert scheduler._controller.step_time.is_prior_measured
+        counters = read_counters(llm)
+        assert 0 < counters["spec_decode_num_accepted_tokens"] <= counters["spec_decode_num_draft_tokens"]
+    finally:
+        llm.llm_engine.engine_core.shutdown()

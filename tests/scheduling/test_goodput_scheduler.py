@@ -177,9 +177,9 @@ def test_asynchronous_steps_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     timed: list[float] = []
     observe = scheduler._controller.observe
 
-    def note(ids: Any, drafted: Any, accepted: Any, features: Any, milliseconds: float) -> None:
+    def note(ids: Any, drafted: Any, accepted: Any, features: Any, milliseconds: float, is_probe: bool) -> None:
         timed.append(milliseconds)
-        observe(ids, drafted, accepted, features, milliseconds)
+        observe(ids, drafted, accepted, features, milliseconds, is_probe)
 
     scheduler._controller.observe = note
     requests = {rid: add_request(scheduler, rid, max_tokens=60) for rid in "abc"}
@@ -212,3 +212,25 @@ def test_asynchronous_steps_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert timed[2:-1] == pytest.approx([10.0] * len(timed[2:-1]))
     scheduler._controller.forget(scheduler.requests)
     assert len(scheduler._controller.acceptance) == 0
+
+
+def test_what_stands_for_drafts_at_the_end_of_the_context_is_not_verified(tmp_path: Path) -> None:
+    """While one request has less than K tokens of room, vLLM's V1 runner drafts for none, and hands back zeros."""
+    scheduler = build_scheduler(K, tmp_path)
+    long = add_request(scheduler, "long", 2048 - 12 * K, max_tokens=12 * K)
+    add_request(scheduler, "short", 16)
+    verified: list[tuple[bool, int]] = []
+    is_full, lengths = False, {}
+    while not long.is_finished():
+        hand_drafts(scheduler, {rid: [0 if is_full else 9] * length for rid, length in lengths.items()})
+        output = scheduler.schedule()
+        verified.append((is_full, sum(map(len, output.scheduled_spec_decode_tokens.values()))))
+        # The runner's own condition, on the lengths that include this step.
+        is_full = max(request.num_computed_tokens for request in scheduler.running) + K > 2048
+        lengths = dict.fromkeys(output.draft_lengths, K) if is_full else output.draft_lengths
+        assert not is_full or not any(output.draft_lengths.values())
+        model = run_model(output, lambda rid, drafts: [9] * (1 + drafts.count(9)))
+        scheduler.update_from_output(output, model)
+    assert sum(count for full, count in verified if not full) > 0
+    assert [count for full, count in verified if full] == [0] * sum(full for full, _ in verified)
+    assert sum(full for full, _ in verified) > 0

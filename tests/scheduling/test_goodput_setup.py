@@ -3,34 +3,16 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from vllm.config import CUDAGraphMode
-from vllm.platforms import current_platform
 
+from tests.scheduling.configurations import K, describe_engine, pretend_cuda
 from vllm_ext import config
-from vllm_ext.scheduling.goodput_setup import ControlPlan, check_engine, plan_control
+from vllm_ext.scheduling.goodput_setup import check_engine, describe_plan, plan_control
 
-K = 6
-
-
-def describe_engine(method: str = "ngram", uses_v2: bool = False, **smartspec: Any) -> Any:
-    """What is read of a finished VllmConfig."""
-    return SimpleNamespace(
-        speculative_config=SimpleNamespace(
-            method=method,
-            num_speculative_tokens=K,
-            num_speculative_tokens_per_batch_size=None,
-            enable_adaptive_verification=False,
-            prompt_lookup_max=4,
-        ),
-        model_config=SimpleNamespace(model="some/model", is_hybrid=False, is_diffusion=False),
-        compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.NONE),
-        use_v2_model_runner=uses_v2,
-        additional_config={"vllm_ext": {"smartspec": smartspec}},
-    )
+SPLIT = CUDAGraphMode.FULL_AND_PIECEWISE
 
 
 @pytest.mark.parametrize("policy", ["equal", "priority", "deadline", "priority+deadline"])
@@ -47,6 +29,7 @@ def test_what_is_accepted(policy: str) -> None:
         (describe_engine(k_max=0), "k_max must be 1 to num_speculative_tokens=6, got 0"),
         (describe_engine(probe_every=0), "probe_every must be at least 1 step, got 0"),
         (describe_engine(drafter="trie", uses_v2=True), "needs the V1 model runner, and this engine uses V2"),
+        (describe_engine("extract_hidden_states", uses_v2=True), "'extract_hidden_states', which makes no drafts"),
     ],
 )
 def test_bad_settings_are_named(engine: Any, message: str) -> None:
@@ -75,25 +58,118 @@ def test_a_missing_drafter_is_named() -> None:
         check_engine(engine)
 
 
-def test_what_is_controlled_without_graphs() -> None:
-    assert plan_control(describe_engine()) == ControlPlan(K, True, True, None, 0)
-    assert plan_control(describe_engine("draft_model", k_max=3)) == ControlPlan(3, True, True, None, 1)
-    # Not told a length, or insisting on one.
-    assert plan_control(describe_engine("suffix")) == ControlPlan(K, False, True, None, 0)
-    adaptive = describe_engine("eagle", uses_v2=True)
-    adaptive.speculative_config.enable_adaptive_verification = True
-    assert plan_control(adaptive) == ControlPlan(K, True, False, None, 1)
+@pytest.mark.parametrize(
+    ("engine", "plan", "line"),
+    [
+        (
+            describe_engine(),
+            (K, True, True, None, (), (0,) * 7),
+            "method ngram, V1 model runner, cudagraph_mode NONE: 0 to 6 drafts by request, verification trimmed by req",
+        ),
+        (
+            describe_engine("draft_model", k_max=3),
+            (3, True, True, None, (), (1, 1, 2, 3, 4, 5, 6)),
+            "method draft_model, V1 model runner, cudagraph_mode NONE: 0 to 3 drafts by request, ",
+        ),
+        # Insisting on a number, or not told one.
+        (
+            describe_engine("suffix"),
+            (K, False, True, None, (), (0,) * 7),
+            "suffix, V1 model runner, cudagraph_mode NONE: the drafter's own number of drafts, verification trimmed",
+        ),
+        (
+            describe_engine("eagle", uses_v2=True, is_adaptive=True),
+            (K, True, False, None, (), (1, 1, 2, 3, 4, 5, 6)),
+            "0 to 6 drafts by request, verification left to enable_adaptive_verification",
+        ),
+    ],
+)
+def test_what_is_controlled_without_graphs(engine: Any, plan: tuple[Any, ...], line: str) -> None:
+    assert plan_control(engine) == plan
+    assert line in describe_plan(engine, plan_control(engine))
 
 
-def test_what_is_controlled_with_graphs_of_whole_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("engine", "plan", "line"),
+    [
+        # One graph for one length of all: the lengths that were declared.
+        (
+            describe_engine("eagle", uses_v2=True, mode=SPLIT),
+            (K, True, False, (0, 1, 3, K), (), (1, 1, 2, 3, 4, 5, 6)),
+            "V2 model runner, cudagraph_mode FULL_AND_PIECEWISE: 0, 1, 3, 6 drafts for all requests of a step, nothing",
+        ),
+        # A table of the user's own stays, as far as some batch uses it.
+        (
+            describe_engine("eagle", uses_v2=True, mode=SPLIT, table=[(1, 4, 5), (5, 64, 2), (65, 99, 4)], k_max=5),
+            (5, True, False, (0, 2, 5), (), (1, 1, 2, 3, 4, 5, 6)),
+            "0, 2, 5 drafts for all",
+        ),
+        # V1 has one length, so that piecewise graphs take over, as with stock's table.
+        (
+            describe_engine("eagle", mode=SPLIT),
+            (K, True, True, None, (1, 2, 4, 8, 16), (1, 1, 2, 3, 4, 5, 6)),
+            "cudagraph_mode PIECEWISE: 0 to 6 drafts by request, verification trimmed by request",
+        ),
+        (
+            describe_engine(mode=SPLIT, k_max=4),
+            (4, True, True, None, (7, 14), (0,) * 7),
+            "cudagraph_mode FULL_AND_PIECEWISE: 0 to 4 drafts by request, verification trimmed",
+        ),
+        (
+            describe_engine("suffix", mode=SPLIT),
+            (K, False, True, None, (7, 14), (0,) * 7),
+            "the drafter's own number of drafts, verification trimmed",
+        ),
+        (
+            describe_engine("suffix", mode=CUDAGraphMode.FULL_DECODE_ONLY),
+            (K, False, True, None, (), (0,) * 7),
+            "verification trimmed",
+        ),
+        # Graphs that take any lengths.
+        (
+            describe_engine("medusa", mode=CUDAGraphMode.PIECEWISE),
+            (K, False, True, None, (1, 2, 4, 8, 16), (1,) * 7),
+            "the drafter's own number of drafts, verification trimmed",
+        ),
+        (
+            describe_engine("mtp", uses_v2=True, mode=CUDAGraphMode.FULL),
+            (K, True, True, None, (1, 2, 4, 8, 16), (1, 1, 2, 3, 4, 5, 6)),
+            "0 to 6 drafts by request",
+        ),
+    ],
+)
+def test_what_is_controlled_with_graphs(
+    engine: Any, plan: tuple[Any, ...], line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On CUDA, which is not at hand: only what is captured may be used."""
-    monkeypatch.setattr(type(current_platform), "is_cuda_alike", lambda self: True)
-    engine = describe_engine("eagle")
-    engine.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
-    assert plan_control(engine) == ControlPlan(K, True, False, (0, K), 1)
-    engine.speculative_config.num_speculative_tokens_per_batch_size = [(1, 4, 5), (5, 64, 2)]
-    assert plan_control(engine).uniform_lengths == (0, 2, 5, K)
-    engine.additional_config["vllm_ext"]["smartspec"]["k_max"] = 4
-    assert plan_control(engine).uniform_lengths == (0, 2)
-    engine.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
-    assert plan_control(engine) == ControlPlan(4, True, True, None, 1)
+    pretend_cuda(monkeypatch)
+    check_engine(engine)
+    assert plan_control(engine) == plan
+    assert line in describe_plan(engine, plan_control(engine))
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        (
+            describe_engine("eagle", uses_v2=True, mode=SPLIT, k_max=3, table=[[1, 64, 5]]),
+            r"k_max=3 is below every .* with num_speculative_tokens_per_batch_size=\[\[1, 64, 5\]\]: raise k_max",
+        ),
+        (
+            describe_engine("medusa", mode=SPLIT),
+            r"'medusa' always makes num_speculative_tokens=6 drafts, .* set cudagraph_mode .* to PIECEWISE",
+        ),
+        (
+            describe_engine("eagle3", mode=SPLIT, is_parallel=True),
+            r"'eagle3' always makes num_speculative_tokens=6 drafts",
+        ),
+        (
+            describe_engine("eagle", mode=CUDAGraphMode.FULL_DECODE_ONLY),
+            r"FULL_DECODE_ONLY captures decoding of one length only: set cudagraph_mode .* to PIECEWISE",
+        ),
+    ],
+)
+def test_engines_with_nothing_to_choose(engine: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_cuda(monkeypatch)
+    with pytest.raises(config.ConfigError, match=message):
+        check_engine(engine)

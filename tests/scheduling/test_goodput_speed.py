@@ -26,8 +26,11 @@ from vllm_ext.speculation.goodput import DraftCost, choose_lengths
 pytestmark = pytest.mark.slow
 
 REQUESTS, K, STEPS, WARMUP = 256, 8, 160, 20
-#: Seconds of a step that the mixin may take, and of the choice alone.
-MIXIN_LIMIT, CHOICE_LIMIT = 300e-6, 50e-6
+#: Seconds of a step that the mixin may take, by policy: what it took, and a fifth of that. The goal is 300 us, which is
+#: missed; docs/smartspec.md says so.
+MIXIN_LIMITS = {"equal": 600e-6, "priority+deadline": 950e-6}
+#: Seconds of the choice alone.
+CHOICE_LIMIT = 50e-6
 #: Of the time of vLLM's scheduler in the same steps.
 MIXIN_SHARE = 0.5
 
@@ -88,7 +91,7 @@ def compose_timed(watch: Stopwatch) -> Callable[[str], type]:
     return compose
 
 
-@pytest.mark.parametrize("policy", ["equal", "priority+deadline"])
+@pytest.mark.parametrize("policy", MIXIN_LIMITS)
 def test_the_mixin_at_256_requests(policy: str, tmp_path: Path, benchmark: Any) -> None:
     watch = Stopwatch()
     scheduler = build_scheduler(K, tmp_path, num_seqs=REQUESTS, compose=compose_timed(watch), policy=policy)
@@ -124,11 +127,7 @@ def test_the_mixin_at_256_requests(policy: str, tmp_path: Path, benchmark: Any) 
     share = typical / statistics.median(take_block_minima(stock[-STEPS:]))
     benchmark.extra_info["share_of_stock"] = share
     assert share < MIXIN_SHARE
-    try:
-        judge(benchmark, seconds[-STEPS:], MIXIN_LIMIT, meter)
-    except AssertionError:
-        # docs/smartspec.md has the figure. What is asserted above holds whatever the machine does.
-        pytest.xfail(f"the goal of {MIXIN_LIMIT * 1e6:.0f} us is missed: {typical * 1e6:.0f} us")
+    judge(benchmark, seconds[-STEPS:], MIXIN_LIMITS[policy], meter)
 
 
 def test_the_choice_for_256_requests(benchmark: Any) -> None:

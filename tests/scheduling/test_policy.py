@@ -60,6 +60,15 @@ def test_priorities_are_relative_to_the_batch() -> None:
     assert policy("ac").tolist() == [1.0, 1.0]
 
 
+def test_priorities_of_any_size() -> None:
+    """vLLM's Python interfaces take any integer; an error here would end the engine for all."""
+    requests = make_requests(
+        make_request("a", priority=2**63), make_request("b", priority=-(2**80)), make_request("c", priority=0)
+    )
+    weights = RequestPolicy(requests, priorities=True, deadlines=False)("abc")
+    assert weights / weights[1] == pytest.approx([0.25, 1.0, 0.5])
+
+
 def test_a_deadline_weighs_by_the_pace_of_its_request() -> None:
     clock = Clock()
     requests = make_requests(make_request("slow", 500), make_request("idle"), make_request("calm", 60_000.0))

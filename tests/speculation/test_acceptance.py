@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Acceptance is learned as it is, per position and request, whatever was censored."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -153,3 +155,43 @@ def test_what_is_kept_between_calls_is_never_stale() -> None:
     again = model.find_slots(requests)
     assert sorted(again.tolist()) == sorted(slots.tolist())
     assert model.predict_survival(again)[1, 0] < after[0, 0]
+
+
+def test_a_name_used_again_is_another_request() -> None:
+    """However many others wait, of whom nothing is known yet."""
+    model = AcceptanceModel(3)
+    slots = model.find_slots(["a", "b"])
+    for _ in range(30):
+        model.observe(slots, np.array([3, 3]), np.array([0, 3]))
+    before = model.predict_survival(model.find_slots(["a", "b"]))[0, 0]
+    waiting = dict.fromkeys(range(1000))
+    model.keep_only({"b": None, **waiting})
+    assert len(model) == 1
+    assert model.predict_survival(model.find_slots(["a", "b"]))[0, 0] > before + 0.1
+    model.keep_only({"b"})
+    assert len(model) == 1
+
+
+def test_nothing_is_forgotten_while_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    forgotten = []
+    monkeypatch.setattr(AcceptanceModel, "_forget_outcomes", lambda model: forgotten.append(model))
+    for seed, (count, chance) in enumerate(itertools.product((1, 4, 32), (0.1, 0.5, 0.9))):
+        rng, model = np.random.default_rng(seed), AcceptanceModel(3)
+        slots, drafted = model.find_slots(range(count)), np.full(count, 3)
+        for _ in range(600):
+            model.observe(slots, drafted, draw_accepted(rng, np.full((count, 3), chance), drafted))
+    assert len(forgotten) <= 2
+
+
+def test_short_requests_that_are_alike_do_not_seem_to_differ() -> None:
+    """What a few trials differ by is luck, and more of it than many discounted trials have."""
+    rng, model = np.random.default_rng(0), AcceptanceModel(4)
+    spreads = []
+    for life in range(150):
+        ids = [(life, row) for row in range(16)]
+        for _ in range(5):
+            slots, drafted = model.find_slots(ids), np.full(16, 4)
+            model.observe(slots, drafted, draw_accepted(rng, np.full((16, 4), 0.6), drafted))
+        model.keep_only(dict.fromkeys(ids))
+        spreads.append(model._spread)
+    assert np.mean(spreads[50:]) < 0.004

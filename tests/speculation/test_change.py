@@ -20,7 +20,8 @@ def count_steps(detector: ChangeDetector, believed: float, true: float, count: i
 @pytest.mark.parametrize("believed", [0.05, 0.5, 0.9])
 def test_luck_is_no_change(believed: float, count: int) -> None:
     alarms = [count_steps(ChangeDetector(), believed, believed, count, 1000, seed) < 1000 for seed in range(20)]
-    assert sum(alarms) <= 10
+    # Outcomes of one request are far from normal where most are the same: there one in two thousand steps is enough.
+    assert sum(alarms) <= (2 if believed == 0.5 else 10)
 
 
 @pytest.mark.parametrize("count", [1, 4, 32])
@@ -34,5 +35,10 @@ def test_a_change_is_found_in_a_few_steps(believed: float, true: float, count: i
 def test_an_alarm_begins_anew_and_nothing_tried_says_nothing() -> None:
     detector = ChangeDetector()
     assert count_steps(detector, 0.05, 1.0, 4, 100, 0) < 8
+    # A change for the better may not be over: the sum is half full, and empties where nothing more comes of it.
+    assert detector.above == 4.0
     assert not detector.observe(np.full(4, 0.05), np.zeros(4, bool))
     assert not detector.observe(np.zeros(0), np.zeros(0, bool))
+    assert count_steps(detector, 0.5, 0.5, 4, 1000, 0) == 1000
+    assert count_steps(detector, 0.95, 0.0, 4, 100, 0) < 8
+    assert detector.above == detector.below == 0.0

@@ -1,105 +1,224 @@
 # SPDX-License-Identifier: Apache-2.0
 """The controller: it stops speculating where that costs, comes back where it pays, and keeps to what is allowed."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import pytest
 
-from vllm_ext.speculation.controller import PROBE_SHARE, PROBE_WANTED, Batch, GoodputController
+from tests.speculation.server import COMPUTE_BOUND, Server, Step, find_recovery, measure_goodput
+from vllm_ext.speculation.controller import Batch, GoodputController
+from vllm_ext.speculation.probing import PROBE_SHARE
 from vllm_ext.speculation.step_time import StepFeatures, StepTimeModel
 
 #: A step of 10 ms; a draft costs 1 ms to make for all requests and 0.3 ms to verify for each.
 PRIOR = {"step": 10.0, "tokens": 0.3, "context_tokens": 0.0, "requests": 0.0, "passes": 1.0, "drafted": 0.0}
+#: One pass for each position, and one where nothing is asked for.
+PASSES = [1, 1, 2, 3, 4, 5, 6]
 REQUESTS = ["a", "b", "c", "d"]
 
 
-def make_controller(**settings: object) -> GoodputController:
-    return GoodputController(6, step_time=StepTimeModel(PRIOR), **settings)  # type: ignore[arg-type]
+def make_controller(prior: Mapping[str, float] | None = PRIOR, **settings: object) -> GoodputController:
+    return GoodputController(6, step_time=StepTimeModel(prior), **settings)  # type: ignore[arg-type]
 
 
-def serve(controller: GoodputController, chance: float, steps: int, seed: int = 0) -> list[np.ndarray]:
-    """Steps of four requests whose drafts are accepted with one chance; returns the lengths."""
-    rng = np.random.default_rng(seed)
-    batch = Batch(REQUESTS, 4, 1000)
-    history = []
-    for _ in range(steps):
-        lengths = controller.plan_drafts(batch).lengths
-        passed = np.cumprod(rng.random((4, 6)) < chance, axis=1).sum(axis=1)
-        drafted = int(lengths.sum())
-        features = StepFeatures(4 + drafted, 1000, 4, int(lengths.max()), drafted)
-        time = 10.0 + 0.3 * (4 + drafted) + 1.0 * int(lengths.max())
-        controller.observe(REQUESTS, lengths, np.minimum(passed, lengths), features, time * rng.lognormal(0, 0.03))
-        history.append(lengths)
-    return history
+def make_server(**settings: object) -> Server:
+    return Server(make_controller(passes=PASSES, **settings), PRIOR, 4, passes=PASSES)
+
+
+def find_planned(steps: list[Step]) -> np.ndarray:
+    """Lengths [steps, n]."""
+    return np.array([step.planned for step in steps])
 
 
 def test_good_drafts_are_long_and_bad_ones_stop() -> None:
-    assert np.mean(serve(make_controller(), 0.95, 150)[50:]) > 4
-    assert np.mean(serve(make_controller(), 0.02, 300)[100:]) < 0.05
+    assert find_planned(make_server().serve(0.95, 150))[50:].mean() > 4
+    # A first draft takes no pass that is not made anyway, and 0.3 ms of 12: nothing at all is less.
+    assert find_planned(make_server().serve(0.01, 300))[100:].mean() < 0.2
 
 
-def test_not_speculating_is_not_for_ever() -> None:
-    controller = make_controller()
-    serve(controller, 0.02, 400)
-    history = serve(controller, 0.95, 100, seed=1)
-    assert np.mean(history[-20:]) > 3
+@pytest.mark.parametrize("count", [1, 32])
+@pytest.mark.parametrize(("token", "chance"), [(0.9, 0.02), (0.9, 0.15), (3.0, 0.3)])
+def test_probes_keep_to_their_share_whatever_is_accepted(count: int, token: float, chance: float) -> None:
+    """What the drafts of a server that should not speculate take, less what they bring."""
+    cost = {**COMPUTE_BOUND, "tokens": token}
+    server = Server(GoodputController(8, step_time=StepTimeModel(cost)), cost, count)
+    steps = server.serve(chance, 800)[200:]
+    assert any(step.verified.any() for step in steps), "nothing is tried any more"
+    plain = count / steps[0].plain
+    assert measure_goodput(steps) / plain > 1 - 2 * PROBE_SHARE
 
 
-@pytest.mark.parametrize("dearness", [1.0, 10.0])
-def test_probes_keep_to_their_share_of_the_time(dearness: float) -> None:
-    """As many requests as that pays for, seldom where one alone is dear, and not the same ones each time."""
-    controller = GoodputController(6, step_time=StepTimeModel({**PRIOR, "tokens": 0.3 * dearness}))
-    rng = np.random.default_rng(0)
-    history = []
-    for _ in range(800):
-        lengths = controller.plan_drafts(Batch(REQUESTS, 4, 1000)).lengths
-        drafted, passes = int(lengths.sum()), int(lengths.max())
-        time = 10.0 + 0.3 * dearness * (4 + drafted) + 1.0 * passes
-        features = StepFeatures(4 + drafted, 1000, 4, passes, drafted)
-        controller.observe(REQUESTS, lengths, np.zeros(4, int), features, time * rng.lognormal(0, 0.03))
-        history.append(lengths)
-    probes = [(step, lengths) for step, lengths in enumerate(history) if step >= 200 and lengths.any()]
-    assert all(lengths.max() == 1 for _, lengths in probes)
-    cost = sum(1.0 + 0.3 * dearness * lengths.sum() for _, lengths in probes) / (600 * (10.0 + 1.2 * dearness))
-    assert cost == pytest.approx(PROBE_SHARE, rel=0.5)
-    gaps = np.diff([step for step, _ in probes])
-    assert (gaps >= (PROBE_WANTED if dearness == 1.0 else PROBE_WANTED + 4)).all()
-    assert sum(lengths for _, lengths in probes).min() > 0, "a request was never probed"
+def test_probes_take_turns() -> None:
+    cost = {**COMPUTE_BOUND, "step": 30.0}
+    for passes in (None, PASSES):
+        controller = GoodputController(6, step_time=StepTimeModel(cost), passes=passes)
+        steps = Server(controller, {**cost, "passes": 0.0}, 4, passes=passes).serve(0.02, 600)[100:]
+        probes = [step.verified for step in steps if step.verified.any()]
+        assert all(verified.max() == 1 for verified in probes)
+        assert min(np.sum(probes, axis=0)) > 0.5 * max(np.sum(probes, axis=0))
 
 
-def test_caps_are_kept() -> None:
-    controller = make_controller()
-    serve(controller, 0.95, 60)
-    caps = np.array([0, 1, 2, 6])
+@pytest.mark.parametrize("count", [1, 4, 16])
+def test_not_speculating_is_not_for_ever(count: int) -> None:
+    for seed in range(2):
+        server = Server(GoodputController(8, step_time=StepTimeModel(COMPUTE_BOUND)), COMPUTE_BOUND, count, seed=seed)
+        server.serve(0.05, 300)
+        # Half of the length that is best.
+        assert find_recovery(server.serve(0.95, 100), {1: 2.0, 4: 1.0, 16: 0.5}[count]) < 100
+
+
+@pytest.mark.parametrize("count", [4, 16])
+def test_a_lookup_that_seldom_finds_anything_comes_back(count: int) -> None:
+    """Everybody is asked, and those that have drafts are tried: a probe that finds none is none."""
+    cost = {**COMPUTE_BOUND, "tokens": 0.3}
+    for seed in range(2):
+        server = Server(GoodputController(8, step_time=StepTimeModel(cost)), cost, count, seed=seed)
+        server.serve(0.05, 300, matches=0.2)
+        after = server.serve(0.95, 120, matches=0.2)
+        assert find_recovery(after, 0.15) < 100
+
+
+@pytest.mark.parametrize("count", [1, 4, 16])
+def test_a_drafter_that_decides_itself_is_probed_by_trimming(count: int) -> None:
+    cost = {**COMPUTE_BOUND, "tokens": 0.5}
+    controller = GoodputController(8, step_time=StepTimeModel(cost), plans_drafts=False)
+    server = Server(controller, cost, count, asks=8)
+    before = server.serve(0.02, 400)[200:]
+    assert measure_goodput(before) * before[0].plain / count > 1 - 2 * PROBE_SHARE
+    assert any(step.verified.any() for step in before)
+    assert find_recovery(server.serve(0.95, 150), 0.5) < 120
+
+
+def test_drafts_that_are_planned_and_cut_are_tried_too() -> None:
+    """Alone, the drafts of few requests may not pay where those of all would: nothing would ever be learned."""
+    controller = make_controller({**PRIOR, "tokens": 1.0})
+    batch = Batch(REQUESTS, 4, 1000)
+    tried = 0
+    for _ in range(100):
+        kept = controller.trim_drafts(batch, np.array([1, 0, 0, 0]))
+        controller.acceptance.observe(controller.acceptance.find_slots(REQUESTS), kept, np.zeros(4, np.int64))
+        tried += int(kept.sum())
+        controller.plan_drafts(batch)
+    assert 1 < tried < 30
+
+
+def test_a_lookup_whose_drafts_are_not_trimmed_pays_for_its_probes() -> None:
+    server = Server(GoodputController(8, step_time=StepTimeModel(COMPUTE_BOUND)), COMPUTE_BOUND, 4, trims=False)
+    steps = server.serve(0.02, 600)[100:]
+    assert any(step.verified.any() for step in steps)
+    # One step in four is as many requests more than the budget has: whole batches are probed, and more seldom.
+    assert measure_goodput(steps) > (1 - 4 * PROBE_SHARE) * 4 / steps[0].plain
+
+
+@pytest.mark.parametrize("chance", [0.1, 0.4])
+@pytest.mark.parametrize("each_pass", [1.1, 4.0])
+def test_a_pass_that_runs_anyway_is_used(each_pass: float, chance: float) -> None:
+    """No drafts save no pass, and one draft costs none."""
+    cost = {**COMPUTE_BOUND, "step": 10.0, "tokens": 0.05, "passes": each_pass}
+    controller = GoodputController(6, step_time=StepTimeModel(cost), passes=PASSES)
+    server = Server(controller, cost, 1, passes=PASSES)
+    assert measure_goodput(server.serve(chance, 700)[150:]) > 0.97 * server.find_best(chance)
+
+
+def test_a_drafter_that_makes_all_drafts_in_one_pass() -> None:
+    cost = {**COMPUTE_BOUND, "step": 10.0, "tokens": 0.05, "passes": 4.0}
+    controller = GoodputController(6, step_time=StepTimeModel(cost), passes=[1] * 7)
+    server = Server(controller, cost, 2, passes=[1] * 7)
+    steps = server.serve(0.8, 200)[50:]
+    assert measure_goodput(steps) > 0.98 * server.find_best(0.8)
+
+
+@pytest.mark.parametrize("chance", [0.15, 0.7])
+@pytest.mark.parametrize(("step", "token"), [(1.0, 1.0), (3.0, 0.9), (18.0, 0.06)])
+def test_a_guess_is_replaced_by_the_first_steps(step: float, token: float, chance: float) -> None:
+    cost = {**COMPUTE_BOUND, "step": step, "tokens": token}
+    server = Server(GoodputController(8, step_time=StepTimeModel(None)), cost, 1)
+    assert measure_goodput(server.serve(chance, 900)[300:]) > 0.95 * server.find_best(chance)
+
+
+@pytest.mark.parametrize("chance", [0.02, 0.4])
+@pytest.mark.parametrize("count", [64, 256])
+def test_dear_uniform_probes_are_seldom(count: int, chance: float) -> None:
+    """Five drafts for everybody take several steps' time: they wait until it is earned."""
+    cost = {**COMPUTE_BOUND, "step": 9.0, "tokens": 0.12}
+    controller = GoodputController(5, step_time=StepTimeModel(cost), uniform_lengths=(0, 5), passes=[0] * 6)
+    server = Server(controller, cost, count, trims=False)
+    steps = server.serve(chance, 700)[100:]
+    assert measure_goodput(steps) > 0.975 * server.count / steps[0].plain
+
+
+def test_uniform_lengths_learn_what_no_drafts_cost() -> None:
+    """A prior that takes drafts for cheap is found out, though no step without drafts would ever be chosen."""
+    cost = {**COMPUTE_BOUND, "step": 18.0, "tokens": 0.06, "passes": 3.0}
+    passes, prior = [0, 1, 2, 3, 4, 5], {**cost, "passes": 0.3}
+    controller = GoodputController(5, step_time=StepTimeModel(prior), uniform_lengths=(0, 5), passes=passes)
+    server = Server(controller, cost, 32, passes=passes, trims=False)
+    lengths = find_planned(server.serve(0.5, 1500))
+    assert (lengths[:20] == 5).mean() > 0.9
+    assert (lengths[-300:] == 5).mean() < 0.1
+
+
+def test_prompts_make_drafts_cheap() -> None:
+    """Beside 512 tokens of a prompt a draft adds little to the step."""
+    controller = GoodputController(8, step_time=StepTimeModel(COMPUTE_BOUND))
+    Server(controller, COMPUTE_BOUND, 8).serve(0.6, 150)
+    ids = list(range(8))
+    alone, beside = (controller.plan_drafts(Batch(ids, 8 + more, 8000)).lengths.mean() for more in (0, 512))
+    assert beside > alone + 2
+    kept = [controller.trim_drafts(Batch(ids, 8 + more, 8000), np.full(8, 8)).mean() for more in (0, 512)]
+    assert kept[1] > kept[0] + 2
+
+
+def test_steps_are_filled_up_to_the_size_of_a_graph() -> None:
+    """Nine requests run as sixteen: seven drafts cost nothing, an eighth as much as sixteen."""
+    sizes, cost = (8, 16, 32), {**COMPUTE_BOUND, "tokens": 0.5}
+    controller = GoodputController(6, step_time=StepTimeModel(cost), graph_sizes=sizes)
+    batch, ids = Batch(list(range(9)), 9, 9000), list(range(9))
     for _ in range(30):
-        assert (controller.plan_drafts(Batch(REQUESTS, 4, 1000), caps).lengths <= caps).all()
+        controller.observe(ids, np.full(9, 1), np.array([1, 0, 0] * 3), StepFeatures(18, 9000, 9, 0, 9), 3 + 0.5 * 32)
+    assert controller.plan_drafts(batch).lengths.sum() == 7
+    assert controller.trim_drafts(batch, np.full(9, 6)).sum() == 7
+    assert controller.predict(StepFeatures(18, 9000, 9, 0, 9)) == pytest.approx(3 + 0.5 * 32, rel=0.02)
+    assert controller.predict(StepFeatures(32, 9000, 9, 0, 9)) == pytest.approx(3 + 0.5 * 32, rel=0.02)
 
 
 def test_only_what_pays_is_verified() -> None:
-    controller = make_controller()
-    serve(controller, 0.02, 100)
-    batch, drafted = Batch(REQUESTS, 4, 1000), np.array([6, 3, 0, 1])
-    trimmed = controller.trim_drafts(batch, drafted)
+    server = make_server()
+    server.serve(0.01, 200)
+    batch, drafted = Batch(list(range(4)), 4, 1000), np.array([6, 3, 0, 1])
+    trimmed = server.controller.trim_drafts(batch, drafted)
     assert (trimmed <= drafted).all()
     assert trimmed.sum() <= 1
-    assert (controller.trim_drafts(batch, drafted, is_probe=True) == drafted).all()
-    serve(controller, 0.97, 100)
-    assert controller.trim_drafts(batch, drafted).tolist() == [6, 3, 0, 1]
+    assert (server.controller.trim_drafts(batch, drafted, is_probe=True) == drafted).all()
+    server.serve(0.97, 100)
+    assert server.controller.trim_drafts(batch, drafted).tolist() == [6, 3, 0, 1]
 
 
 def test_one_length_for_all_where_graphs_need_it() -> None:
-    controller = make_controller(uniform_lengths=(0, 1, 2, 4))
-    history = serve(controller, 0.9, 100)
-    assert {len(set(lengths)) for lengths in history} == {1}
-    assert {int(lengths[0]) for lengths in history} <= {0, 1, 2, 4}
-    assert np.mean(history[40:]) > 1.5
+    controller = make_controller(uniform_lengths=(0, 1, 2, 4), passes=PASSES)
+    lengths = find_planned(Server(controller, PRIOR, 4, passes=PASSES, trims=False).serve(0.9, 150))
+    assert (lengths == lengths[:, :1]).all()
+    assert set(lengths[:, 0].tolist()) <= {0, 1, 2, 4}
+    assert lengths[40:].mean() > 1.5
+
+
+def test_what_is_expected_is_said_without_a_bonus() -> None:
+    controller = make_controller(uniform_lengths=(0, 2), passes=PASSES)
+    Server(controller, PRIOR, 4, passes=PASSES, trims=False).serve(0.9, 101)
+    batch = Batch(list(range(4)), 4, 4000)
+    decision = controller.plan_drafts(batch)
+    verified = int(decision.lengths.sum())
+    assert verified == 8
+    expected = controller.predict(controller.describe_step(batch, verified, decision.lengths))
+    assert decision.expected_milliseconds == pytest.approx(expected, rel=1e-9)
 
 
 def test_a_policy_weighs_requests() -> None:
     def favour_the_first(request_ids: object) -> np.ndarray:
         return np.array([4.0, 0.25, 0.25, 0.25])
 
-    controller = make_controller(policy=favour_the_first)
-    lengths = np.mean(serve(controller, 0.6, 200)[50:], axis=0)
+    lengths = find_planned(make_server(policy=favour_the_first).serve(0.6, 200))[50:].mean(axis=0)
     assert lengths[0] > lengths[1:].max() + 0.5
 
 
@@ -122,12 +241,18 @@ def test_a_policy_is_asked_once_a_step() -> None:
 
 
 def test_gone_requests_are_forgotten() -> None:
-    controller = make_controller()
-    serve(controller, 0.5, 10)
-    controller.forget({"b": None})
-    assert len(controller.acceptance) == 1
+    server = make_server()
+    server.serve(0.5, 10)
+    server.controller.forget({1: None})
+    assert len(server.controller.acceptance) == 1
 
 
 def test_lengths_that_are_not_allowed() -> None:
     with pytest.raises(ValueError, match=r"uniform lengths \[1, 9\] need 0 and nothing above k_max=6"):
         make_controller(uniform_lengths=[1, 9])
+
+
+@pytest.mark.parametrize("passes", [[0] * 6, [0] * 8, [-1] * 7, [1, 0, 1, 1, 1, 1, 1]])
+def test_passes_that_do_not_fit(passes: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"need 7 numbers that do not fall, one for each length 0\.\.6"):
+        make_controller(passes=passes)

@@ -49,6 +49,30 @@ def test_no_combination_of_lengths_is_better(data: st.DataObject, n: int, k_max:
     assert found >= find_best(survival, caps, cost, weights) - 1e-9
 
 
+@given(st.data(), st.integers(1, 3), costs, st.lists(st.integers(0, 3), min_size=4, max_size=4))
+def test_no_combination_is_better_whatever_passes_a_length_takes(
+    data: st.DataObject, n: int, cost: DraftCost, rises: list[int]
+) -> None:
+    survival = make_survival([data.draw(st.lists(chances, min_size=3, max_size=3)) for _ in range(n)])
+    caps = np.array(data.draw(st.lists(st.integers(0, 3), min_size=n, max_size=n)))
+    passes = np.cumsum(rises).tolist()
+    choice = choose_lengths(survival, caps, cost, passes=passes)
+
+    def measure(lengths: Sequence[int]) -> float:
+        return cost.fixed + cost.per_token * sum(lengths) + cost.per_pass * passes[max(lengths)]
+
+    assert choice.milliseconds == pytest.approx(measure(choice.lengths.tolist()))
+    best = max(
+        judge(survival, lengths, measure(lengths), np.ones(n))
+        for lengths in itertools.product(*(range(cap + 1) for cap in caps))
+    )
+    assert judge(survival, choice.lengths.tolist(), choice.milliseconds, np.ones(n)) >= best - 1e-9
+    padded = choose_padded(
+        survival, caps, cost, cost.per_token, n, (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12), passes=passes
+    )
+    assert padded.lengths.tolist() == choice.lengths.tolist()
+
+
 @given(st.integers(0, 10**6), st.integers(1, 40), costs)
 def test_the_order_in_memory_decides_nothing(seed: int, n: int, cost: DraftCost) -> None:
     random = np.random.default_rng(seed)

@@ -3,35 +3,33 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from vllm_ext import __version__, config
-from vllm_ext.scheduling import trie_proposer
+from vllm_ext import config
+from vllm_ext.scheduling import graphs, step_times, trie_proposer
+from vllm_ext.scheduling.drafters import REFUSED_METHOD, describe_drafter
 from vllm_ext.scheduling.policy import make_policy
 from vllm_ext.speculation.controller import PROBE_EVERY, GoodputController
-from vllm_ext.speculation.step_time import StepTimeModel, load_prior
+from vllm_ext.speculation.step_time import StepTimeModel
 
 logger = logging.getLogger("vllm.vllm_ext")
-
-#: Drafters that give lists of tokens at a cost that hardly depends on their number: no pass of a model per draft.
-LIST_METHODS = ("ngram", "ngram_gpu", "suffix", "custom_class")
-#: Drafters that insist on, or are not told, the number of drafts: only their verification is trimmed.
-FIXED_METHODS = ("suffix", "custom_class")
 
 
 class ControlPlan(NamedTuple):
     """Which of the two decisions are ours, and how lengths are limited."""
 
     k_max: int
-    drafts: bool
+    #: Whether the number of drafts is ours, and whether the number of those that are verified is.
+    plans_drafts: bool
     trims: bool
+    #: Lengths that all requests of a step have in common; None for a length each.
     uniform_lengths: tuple[int, ...] | None
-    passes_per_draft: int
+    #: Tokens that forward passes are padded to.
+    graph_sizes: tuple[int, ...]
+    #: Forward passes of the drafter by the longest draft that is asked for, 0 to num_speculative_tokens.
+    passes: tuple[int, ...]
 
 
 def read_settings(vllm_config: Any) -> config.Settings:
@@ -40,7 +38,10 @@ def read_settings(vllm_config: Any) -> config.Settings:
 
 
 def check_engine(vllm_config: Any) -> None:
-    """Refuse what only the finished configuration shows. Raises config.ConfigError naming the value and the fix."""
+    """Refuse what only the finished configuration shows, and have the draft lengths captured that will be used.
+
+    Raises config.ConfigError naming the value and the fix.
+    """
     speculative = vllm_config.speculative_config
     settings = read_settings(vllm_config).smartspec
     assert settings is not None
@@ -55,6 +56,11 @@ def check_engine(vllm_config: Any) -> None:
     if settings.probe_every is not None and settings.probe_every < 1:
         raise config.ConfigError(f"vllm_ext.smartspec.probe_every must be at least 1 step, got {settings.probe_every}")
     trie_proposer.check_drafter(vllm_config, settings)
+    if speculative.method == REFUSED_METHOD:
+        raise config.ConfigError(
+            f"smartspec does not run with the speculative method {REFUSED_METHOD!r}, which makes no drafts: "
+            "switch smartspec off"
+        )
     if vllm_config.model_config.is_diffusion:
         raise config.ConfigError(
             f"smartspec does not run with diffusion models ({vllm_config.model_config.model}): what vLLM schedules as "
@@ -65,63 +71,87 @@ def check_engine(vllm_config: Any) -> None:
             f"smartspec does not run with hybrid models ({vllm_config.model_config.model}): their state-space layers "
             "align blocks to a fixed number of drafts; switch smartspec off"
         )
+    graphs.declare_lengths(vllm_config, describe_drafter(vllm_config), settings.k_max or most)
+    _check_control(vllm_config)
+
+
+def _check_control(vllm_config: Any) -> None:
+    """Refuse an engine in which nothing would be left to choose."""
+    plan, speculative = plan_control(vllm_config), vllm_config.speculative_config
+    if plan.plans_drafts or plan.trims:
+        return
+    mode = vllm_config.compilation_config.cudagraph_mode.name
+    if plan.uniform_lengths == (0,):
+        table = speculative.num_speculative_tokens_per_batch_size
+        raise config.ConfigError(
+            f"vllm_ext.smartspec.k_max={plan.k_max} is below every draft length that cudagraph_mode {mode} captures "
+            f"with num_speculative_tokens_per_batch_size={table}: raise k_max, add a length up to it to the table, or "
+            "drop the table"
+        )
+    raise config.ConfigError(
+        f"smartspec has nothing to choose here: the speculative method {speculative.method!r} always makes "
+        f"num_speculative_tokens={speculative.num_speculative_tokens} drafts, and cudagraph_mode {mode} verifies as "
+        "many for every request: set cudagraph_mode in --compilation-config to PIECEWISE, or switch smartspec off"
+    )
 
 
 def plan_control(vllm_config: Any) -> ControlPlan:
     """Decide what is controlled: see docs/smartspec.md, "What is controlled where"."""
-    from vllm.platforms import current_platform
-
     speculative = vllm_config.speculative_config
     settings = read_settings(vllm_config).smartspec
     assert settings is not None
     k_max = settings.k_max or speculative.num_speculative_tokens
-    drafts = speculative.method not in FIXED_METHODS
-    graphs = vllm_config.compilation_config.cudagraph_mode
-    has_decode_graphs = current_platform.is_cuda_alike() and graphs is not None and graphs.has_full_cudagraphs()
-    uniform = None
-    if has_decode_graphs:
-        # Whole decode steps are captured for one length of all requests: the full one and those of stock's table.
-        table = speculative.num_speculative_tokens_per_batch_size or ()
-        captured = {length for *_, length in table} | {speculative.num_speculative_tokens}
-        uniform = tuple(sorted({0} | {length for length in captured if length <= k_max}))
-        drafts = drafts and len(uniform) > 1
-    # Stock's own verification trimming sees the draft model's logits, which say more than past acceptance.
-    trims = not has_decode_graphs and not getattr(speculative, "enable_adaptive_verification", False)
-    return ControlPlan(k_max, drafts, trims, uniform, 0 if speculative.method in LIST_METHODS else 1)
+    drafter = describe_drafter(vllm_config)
+    limits = graphs.find_limits(vllm_config, drafter, k_max)
+    uniform = limits.uniform_lengths
+    return ControlPlan(
+        k_max,
+        plans_drafts=drafter.takes_number and uniform != (0,),
+        # Stock's own trimming, on the V2 runner, sees the draft model's logits, which say more than past acceptance.
+        trims=uniform is None and not speculative.enable_adaptive_verification,
+        uniform_lengths=uniform,
+        graph_sizes=limits.sizes,
+        passes=drafter.passes,
+    )
+
+
+def describe_plan(vllm_config: Any, plan: ControlPlan) -> str:
+    """One line of what will be chosen, and of what will not."""
+    if not plan.plans_drafts:
+        drafts = "the drafter's own number of drafts"
+    elif plan.uniform_lengths is not None:
+        drafts = f"{', '.join(map(str, plan.uniform_lengths))} drafts for all requests of a step"
+    else:
+        drafts = f"0 to {plan.k_max} drafts by request"
+    if plan.trims:
+        trims = "verification trimmed by request"
+    elif vllm_config.speculative_config.enable_adaptive_verification:
+        trims = "verification left to enable_adaptive_verification"
+    else:
+        trims = "nothing trimmed"
+    method, mode = vllm_config.speculative_config.method, vllm_config.compilation_config.cudagraph_mode
+    runner = "V2" if vllm_config.use_v2_model_runner else "V1"
+    return f"method {method}, {runner} model runner, cudagraph_mode {mode}: {drafts}, {trims}"
 
 
 def make_controller(vllm_config: Any, plan: ControlPlan, requests: Mapping[str, Any]) -> GoodputController:
-    """The controller, with the step times that the start-up sweep stored for this model and device.
+    """The controller, with the step times that a start-up sweep measured for this model and device.
 
     requests: the scheduler's, by id, which a policy weighs.
     """
     settings = read_settings(vllm_config).smartspec
     assert settings is not None
-    prior = load_prior(find_prior_path(vllm_config))
+    logger.info("smartspec: %s", describe_plan(vllm_config, plan))
+    prior = step_times.find_step_times(vllm_config)
     if prior is None:
-        logger.info("smartspec: no measured step times; starting from a guess that the first steps replace")
+        logger.info("smartspec: no measured step times; starting from a guess that serving replaces")
     return GoodputController(
         plan.k_max,
         step_time=StepTimeModel(prior),
         uniform_lengths=plan.uniform_lengths,
-        passes_per_draft=plan.passes_per_draft,
+        graph_sizes=plan.graph_sizes,
+        passes=plan.passes[: plan.k_max + 1],
+        plans_drafts=plan.plans_drafts,
         probe_every=settings.probe_every or PROBE_EVERY,
         policy=make_policy(settings.policy, requests),
     )
-
-
-def find_prior_path(vllm_config: Any) -> Path:
-    """File of the step times of this model on this device: <cache_dir>/smartspec/<hash>.json."""
-    from vllm.platforms import current_platform
-
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    speculative = vllm_config.speculative_config
-    key = {
-        "model": [str(model.model), str(model.revision), str(model.dtype), str(model.quantization)],
-        "device": [current_platform.device_name, current_platform.get_device_name(), parallel.tensor_parallel_size],
-        "drafter": [str(speculative.method), str(speculative.model)],
-        "graphs": str(vllm_config.compilation_config.cudagraph_mode),
-        "version": __version__,
-    }
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return read_settings(vllm_config).cache_path / "smartspec" / f"{name}.json"

@@ -88,7 +88,10 @@ class RequestPolicy:
     def _read_batch(self, requests: list[Any]) -> _Batch:
         urgency = None
         if self._priorities:
-            urgency = weigh_priorities(np.array([request.priority for request in requests], np.int64))
+            priorities = [request.priority for request in requests]
+            # By rank: a priority may be any integer of Python's.
+            ranks = {priority: rank for rank, priority in enumerate(sorted(set(priorities)))}
+            urgency = weigh_priorities(np.array([ranks[priority] for priority in priorities], np.int64))
         now = self._clock()
         dues = [self._find_due(request, now) for request in requests if self._deadlines]
         return _Batch(

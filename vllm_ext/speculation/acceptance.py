@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Container, Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -57,7 +57,7 @@ class AcceptanceModel:
         initial: float = 0.6,
         shared_strength: float = 0.8,
         request_memory: float = 0.9,
-        shared_memory: float = 0.97,
+        shared_memory: float = 0.985,
         idle_memory: float = 0.97,
         untried_memory: float = 0.995,
     ) -> None:
@@ -107,11 +107,11 @@ class AcceptanceModel:
             self._last_known = self._last_survival = None
         return self._last_slots
 
-    def keep_only(self, request_ids: frozenset[Hashable] | set[Hashable] | dict[Hashable, object]) -> None:
+    def keep_only(self, request_ids: Container[Hashable]) -> None:
         """Forget every request that is not among these."""
-        if len(self._slots) > len(request_ids):
-            for rid in [rid for rid in self._slots if rid not in request_ids]:
-                self.remove(rid)
+        gone = [rid for rid in self._slots if rid not in request_ids]
+        for rid in gone:
+            self.remove(rid)
 
     def remove(self, request_id: Hashable) -> None:
         """Forget a request; one that was never seen is no error."""
@@ -120,6 +120,11 @@ class AcceptanceModel:
             self._free.append(slot)
             self._last_ids, self._last_slots = [], np.zeros(0, np.int64)
             self._last_known = self._last_survival = None
+
+    @property
+    def hope(self) -> float:
+        """How far recent outcomes were better than expected: `ChangeDetector.above`."""
+        return self._change.above
 
     def observe(self, slots: np.ndarray, drafted: np.ndarray, accepted: np.ndarray) -> None:
         """Learn from one verified step.
@@ -209,15 +214,18 @@ class AcceptanceModel:
 
     def _learn_spread(self, known: _Known) -> None:
         """Method of moments: how far requests are from the chance of all, less what luck alone accounts for."""
-        total, succeeded, expected = np.add.reduce(known.counts[1], axis=0), known.succeeded, known.expected
+        trials, succeeded, expected = known.counts[1], known.succeeded, known.expected
+        total, squares = np.add.reduce(trials, axis=0), np.einsum("ij,ij->j", trials, trials)
         enough = total > 2.0
         if not enough.all():
             if not enough.any():
                 return
-            total, succeeded, expected = total[enough], succeeded[enough], expected[enough]
+            total, squares, succeeded, expected = total[enough], squares[enough], succeeded[enough], expected[enough]
         expected = expected / total
-        # Discounted trials: a sum of weights w has the variance of sum(w)^2 / sum(w^2) trials of weight one.
-        noise = expected * (1 - expected) / (total * (1 + self._request_memory))
+        # Weights m^0 .. m^(t-1) add up to w and their squares to w (2 - (1 - m) w) / (1 + m).
+        memory = self._request_memory
+        squares = (2 * total - (1 - memory) * squares) / (1 + memory)
+        noise = expected * (1 - expected) * squares / np.square(total)
         surplus = np.square(succeeded / total - expected) - noise
         self._spread += SPREAD_RATE * (float(np.add.reduce(surplus)) / len(surplus) - self._spread)
 

@@ -27,13 +27,14 @@ class ChangeDetector:
     def __init__(self, reference: float = 0.5, threshold: float = 8.0) -> None:
         """reference: standard deviations that each surprise is reduced by; threshold: sum that raises the alarm."""
         self._reference, self._threshold = reference, threshold
-        self._above = self._below = 0.0
+        #: The two sums: outcomes better than expected, and worse.
+        self.above = self.below = 0.0
 
     def observe(self, expected: np.ndarray, succeeded: np.ndarray) -> bool:
         """Whether outcomes have changed, after one more step.
 
         expected: float64 [n], the chance that was believed in; succeeded: bool [n], what came. After an alarm the sums
-        begin anew.
+        begin anew, with a head start where outcomes became better (Lucas and Crosier 1982).
         """
         count = len(expected)
         if not count:
@@ -42,9 +43,10 @@ class ChangeDetector:
         variance = (total - float(expected @ expected)) / count / min(count, MOST_WITNESSES)
         surprise = (int(np.count_nonzero(succeeded)) - total) / count / math.sqrt(max(variance, 1e-6))
         surprise = min(max(surprise, -LARGEST_SURPRISE), LARGEST_SURPRISE)
-        self._above = max(0.0, self._above + surprise - self._reference)
-        self._below = max(0.0, self._below - surprise - self._reference)
-        if max(self._above, self._below) < self._threshold:
+        self.above = max(0.0, self.above + surprise - self._reference)
+        self.below = max(0.0, self.below - surprise - self._reference)
+        if max(self.above, self.below) < self._threshold:
             return False
-        self._above = self._below = 0.0
+        # Half way to the next alarm: what became better may be better still than it seems after one forgotten past.
+        self.above, self.below = (self._threshold / 2 if self.above >= self._threshold else 0.0), 0.0
         return True

@@ -3,76 +3,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
 from vllm_ext.speculation.acceptance import AcceptanceModel
-from vllm_ext.speculation.goodput import (
-    Choice,
-    DraftCost,
-    choose_lengths,
-    choose_padded,
-    choose_uniform,
-    value_drafts,
-)
+from vllm_ext.speculation.chooser import Batch, Decision, LengthChooser, Outlook, Policy
+from vllm_ext.speculation.goodput import Choice, DraftCost
+from vllm_ext.speculation.probing import PROBE_EVERY, ProbeBudget
 from vllm_ext.speculation.step_time import StepFeatures, StepTimeModel
 
-#: Steps between two probes while nothing is speculated: at first, wanted while probes tell nothing new, at most, and
-#: after one that was accepted more than expected.
-PROBE_EVERY, PROBE_WANTED, PROBE_AT_MOST, PROBE_AGAIN = 8, 16, 64, 1
-#: What probes may cost, as a share of the time. As many requests are probed as that allows.
-PROBE_SHARE = 0.008
+__all__ = ["PROBE_EVERY", "Batch", "Decision", "GoodputController", "Policy"]
+
 #: While requests speculate, one step in so many drafts one more or one less: lengths that never change do not tell what
 #: a draft costs. Often at first, then seldom.
 EXPLORE_EVERY, EXPLORE_SELDOM, EXPLORE_AT_FIRST = 12, 96, 300
-#: (measured steps, longest draft below so many).
-FIRST_LENGTHS = ((8, 1), (16, 3))
-#: A change of the number of drafting passes must promise this much more goodput: noise is not followed.
-HYSTERESIS = 1.01
-
-#: Weights of requests by id: what progress of each is worth, 1 for most. Deadlines and priorities enter here.
-Policy = Callable[[Sequence[Hashable]], np.ndarray]
 
 
-class Batch(NamedTuple):
-    """The requests of a step: ids, tokens without drafts (one for a decoding request), and KV tokens read."""
-
-    request_ids: Sequence[Hashable]
-    tokens: int
-    context_tokens: int
-
-
-class _Outlook(NamedTuple):
-    """What is believed of a batch's drafts: chances [n, k_max], the policy's weights, and `value_drafts` of both (None
-    where all lengths are the same)."""
-
-    batch: Batch
-    survival: np.ndarray
-    weights: np.ndarray | None
-    values: np.ndarray | None
-
-
-class Decision(NamedTuple):
-    """Draft lengths by request, int64 [n], and what is expected of the step that verifies them."""
-
-    lengths: np.ndarray
-    expected_tokens: float
-    expected_milliseconds: float
-    is_probe: bool
-
-
-class GoodputController:
+class GoodputController(LengthChooser):
     """Draft lengths from measured acceptance and measured step time.
 
     plan_drafts   how much to draft for the next step: drafting and verifying cost
     trim_drafts   how much of given drafts to verify: drafting is paid already
     observe       what a step drafted, accepted and took
 
-    k = 0 is never for ever: when no request has speculated for a while, some are given a short draft now and then,
-    less often while that changes nothing, and for a fixed small part of the time. Lengths depend on past outcomes
-    only, never on the drafts themselves, so the tokens that come out are those of the target model.
+    k = 0 is never for ever: when nothing has been verified for a while, some requests get a short draft now and then,
+    for a fixed small part of the time (`ProbeBudget`). Lengths depend on past outcomes only, never on the drafts
+    themselves, so the tokens that come out are those of the target model.
+
+    A step of prompts counts as any other: its time is what its requests wait for, and drafts are cheap beside it.
+    What progress with a prompt is worth is not modelled.
 
     Source: SmartSpec (arXiv:2406.14066), sections 4.1 to 4.4; per-request lengths, hazards by position, the online
     fit and the probes are ours.
@@ -86,70 +46,83 @@ class GoodputController:
         step_time: StepTimeModel | None = None,
         uniform_lengths: Sequence[int] | None = None,
         graph_sizes: Sequence[int] = (),
-        passes_per_draft: int = 1,
+        passes: Sequence[int] | None = None,
         probe_every: int = PROBE_EVERY,
         policy: Policy | None = None,
+        plans_drafts: bool = True,
     ) -> None:
         """k_max: longest draft.
 
         uniform_lengths: allowed lengths where all requests must have the same one; None for a length each. graph_sizes:
-        tokens that forward passes are padded to. passes_per_draft: 1 for a drafter that is a model and makes one draft
-        a pass, 0 for list drafters. probe_every: steps before the first probe. policy: weights of requests.
-        Raises ValueError for lengths that k_max does not allow.
+        tokens that forward passes are padded to. passes: int [k_max + 1], forward passes of the drafter in a step whose
+        longest draft is k; None for a drafter that is no model and makes none. probe_every: steps before the first
+        probe. policy: weights of requests. plans_drafts: whether plan_drafts is asked; where the number of drafts is
+        not ours, trim_drafts probes.
+        Raises ValueError for lengths that k_max does not allow, and for passes that do not fit it.
         """
-        if uniform_lengths is not None and (0 not in uniform_lengths or max(uniform_lengths) > k_max):
-            raise ValueError(f"uniform lengths {list(uniform_lengths)} need 0 and nothing above k_max={k_max}")
-        self.k_max = k_max
-        self.acceptance = acceptance or AcceptanceModel(k_max)
-        self.step_time = step_time or StepTimeModel()
-        self._uniform = None if uniform_lengths is None else sorted(uniform_lengths)
-        self._graph_sizes = sorted(graph_sizes)
-        self._passes_per_draft = passes_per_draft
-        self._probe_every = self._probe_interval = probe_every
-        self._since_draft = self._turn = 0
-        #: Whether the last probe was accepted more than expected: the next one asks all requests.
-        self._is_surprised = False
+        super().__init__(
+            k_max,
+            acceptance or AcceptanceModel(k_max),
+            step_time or StepTimeModel(),
+            uniform_lengths=uniform_lengths,
+            graph_sizes=graph_sizes,
+            passes=passes,
+            policy=policy,
+        )
+        self._plans_drafts = plans_drafts
+        self._probes = ProbeBudget(probe_every)
+        #: Where in the batch the last probe ended: the next one asks those behind.
+        self._turn = 0
         self._steps = 0
-        self._last_passes = 0
-        self._policy = policy
+        if not plans_drafts:
+            # Whoever plans them asks for all.
+            self._drafting = (self._passes[-1], 0)
+        #: Milliseconds of a request's draft in a probe that was offered to all and that no trim has cut yet.
+        self._offered = 0.0
+        #: Whether the last trim left nothing of what it was given.
+        self._is_cut = False
         #: What was trimmed, and what would be drafted next for the same batch: until that is planned.
-        self._prepared: tuple[_Outlook, Choice] | None = None
+        self._prepared: tuple[Outlook, Choice] | None = None
 
-    def plan_drafts(self, batch: Batch, caps: np.ndarray | None = None) -> Decision:
-        """Draft lengths for the next step of these requests. caps: int [n], the longest allowed; None for k_max."""
-        outlook, choice, limits = self._find_choice(batch, caps)
+    def plan_drafts(self, batch: Batch) -> Decision:
+        """Draft lengths for the next step of these requests."""
+        outlook, choice = self._find_choice(batch)
         self._prepared = None
-        if passes := int(choice.lengths.max(initial=0)):
-            self._since_draft = 0
-            self._probe_interval = self._probe_every
-            self._last_passes = passes
-            lengths = choice.lengths if self._uniform is not None else self._explore(choice.lengths, limits)
-            return Decision(lengths, choice.tokens, choice.milliseconds, False)
-        self._last_passes = 0
-        self._since_draft += 1
-        if self._since_draft >= self._probe_interval and np.max(limits, initial=0) > 0:
-            self._since_draft, cost = 0, self._describe_cost(batch)
-            lengths = self._make_probe(np.broadcast_to(limits, choice.lengths.shape), cost)
-            tokens = choice.tokens + float((outlook.survival * (np.arange(self.k_max) < lengths[:, None])).sum())
-            time = cost.fixed + cost.per_token * int(lengths.sum()) + cost.per_pass * int(lengths.max())
-            # Less often while that changes nothing, and never for more than their share of the time.
-            longest = (time / cost.fixed - 1) / PROBE_SHARE
-            longest = min(max(longest, PROBE_WANTED, self._probe_every), max(PROBE_AT_MOST, self._probe_every))
-            self._probe_interval = min(2 * self._probe_interval, int(longest))
-            return Decision(lengths, tokens, time, True)
-        return Decision(choice.lengths, choice.tokens, choice.milliseconds, False)
+        decision = self._plan(outlook, choice)
+        features = self.describe_step(batch, 0, decision.lengths)
+        self._drafting = features.passes, features.drafted
+        return decision
 
     def trim_drafts(self, batch: Batch, drafted: np.ndarray, is_probe: bool = False) -> np.ndarray:
-        """How many of each request's drafts to verify, int64 [n], at most `drafted`. A probe is verified whole."""
-        if is_probe or not len(drafted):
+        """How many of each request's drafts to verify, int64 [n], at most `drafted`.
+
+        is_probe: whether these drafts come from a plan that was a probe. A probe of a drafter that is a model is
+        verified whole; one of a drafter that is none is offered to all, and those that have drafts are tried in turn.
+        """
+        if not len(drafted) or (is_probe and (self._has_passes or self._uniform is not None)):
             return drafted
         outlook = self._look_ahead(batch)
-        features = StepFeatures(batch.tokens, batch.context_tokens, len(drafted), 0, 0)
-        cost = self.step_time.describe_verification(features)
-        lengths = choose_lengths(outlook.survival, drafted, cost, outlook.weights, outlook.values).lengths
-        # Most often the next step is planned for the same batch. Here everything that takes is in the processor's
-        # caches; after vLLM's scheduling it takes three times as long.
-        self._prepared = (outlook, self._choose(outlook, self._limit_unknown()))
+        if is_probe:
+            self._offered = 0.0
+            return self._probe_drafts(outlook, drafted)
+        cost = self._describe_verification(batch)
+        choice = self._choose_each(outlook, drafted, cost)
+        lengths = choice.lengths
+        if not self._plans_drafts:
+            self._probes.earn(choice.milliseconds, cost.per_token)
+        is_cut, self._is_cut = self._is_cut, False
+        if not lengths.any():
+            # Neither a plan nor anything verified: without a probe this would be for ever.
+            self._is_cut = bool(drafted.any())
+            if self._is_cut:
+                self._probes.wait()
+                lengths = self._probe_drafts(outlook, drafted)
+        elif is_cut or not self._plans_drafts:
+            self._probes.rest()
+        if self._plans_drafts:
+            # Most often the next step is planned for the same batch. Here everything that takes is in the processor's
+            # caches; after vLLM's scheduling it takes three times as long.
+            self._prepared = (outlook, self._choose(outlook))
         return lengths
 
     def observe(
@@ -159,93 +132,114 @@ class GoodputController:
         accepted: np.ndarray,
         features: StepFeatures | None = None,
         milliseconds: float | None = None,
+        is_probe: bool = False,
     ) -> None:
         """Learn from a finished step.
 
         drafted, accepted: int [n], verified and accepted drafts of each request. features, milliseconds: of the whole
-        step; None where its time is not known.
+        step, tokens without padding; None where its time is not known. is_probe: whether the drafts that this step
+        verified come from a plan that was a probe.
         """
         self._prepared = None
-        slots = self.acceptance.find_slots(request_ids)
-        if self._last_passes == 0 and (tried := drafted > 0).any():
-            # A probe. More success than expected is a change: look again soon, until it is what is expected.
-            expected = float(self.acceptance.predict_first(slots[tried]).sum())
-            if int((accepted > 0).sum()) > expected + 0.4 * np.sqrt(tried.sum()):
-                self._probe_interval, self._is_surprised = PROBE_AGAIN, True
-        self.acceptance.observe(slots, drafted, accepted)
+        if is_probe and self._offered and drafted.any():
+            # Nobody asked trim_drafts: all of it was verified.
+            width = int(np.count_nonzero(drafted))
+            self._probes.pay(self._offered * width, width)
+            self._offered = 0.0
+        if is_probe or (self._is_cut and drafted.any()):
+            self._probes.hear()
+        self.acceptance.observe(self.acceptance.find_slots(request_ids), drafted, accepted)
         if features is not None and milliseconds is not None:
-            self.step_time.observe(features, milliseconds)
+            self.step_time.observe(self._pad(features), milliseconds)
 
     def forget(self, running: Mapping[Hashable, object]) -> None:
         """Drop every request that is not among the running ones."""
-        self.acceptance.keep_only(running)  # type: ignore[arg-type]
+        self.acceptance.keep_only(running)
 
-    def _look_ahead(self, batch: Batch) -> _Outlook:
-        survival = self._predict(batch)
-        weights = None if self._policy is None else self._policy(batch.request_ids)
-        return _Outlook(batch, survival, weights, value_drafts(survival, weights) if self._uniform is None else None)
+    def _plan(self, outlook: Outlook, choice: Choice) -> Decision:
+        if choice.lengths.any():
+            if not self._is_cut:
+                self._probes.rest()
+            self._probes.earn(choice.milliseconds, 0.0)
+            return self._explore(outlook, choice)
+        width, common, each = self._describe_probe(outlook)
+        self._probes.earn(choice.milliseconds, common + each)
+        self._probes.wait()
+        width = self._probes.find_width(width, choice.milliseconds, common, each, self.acceptance.hope)
+        if not width:
+            return Decision(choice.lengths, choice.tokens, choice.milliseconds, False)
+        if self._uniform is not None:
+            lengths = np.full(len(choice.lengths), self._uniform[1], np.int64)
+        elif self._has_passes:
+            lengths = self._take_turns(np.ones(len(choice.lengths), np.int64), width)
+        else:
+            # Few may have drafts: all are asked, and trim_drafts tries as many as the budget has.
+            lengths = np.ones(len(choice.lengths), np.int64)
+        if self._uniform is not None or self._has_passes:
+            self._probes.pay(common + each * width, width)
+        else:
+            self._probes.offer(self.step_time.coefficients["drafted"] * len(lengths))
+            self._offered = common + each
+        return self._describe_decision(outlook, lengths, True)
 
-    def _predict(self, batch: Batch) -> np.ndarray:
-        return self.acceptance.predict_survival(self.acceptance.find_slots(batch.request_ids))
+    def _describe_probe(self, outlook: Outlook) -> tuple[int, float, float]:
+        """(how many can be asked, milliseconds that a probe loses for all, for each)."""
+        cost, count = self._describe_cost(outlook.batch), len(outlook.survival)
+        length = 1 if self._uniform is None else self._uniform[1] if len(self._uniform) > 1 else 0
+        if not length:
+            return 0, 0.0, 0.0
+        common = cost.per_pass * (self._passes[length] - self._passes[0])
+        each, gain = cost.per_token * length, self._value_step(outlook, cost, length)
+        if self._uniform is not None:
+            return 1, 0.0, self._probes.find_loss(common + each * count, gain * count)
+        return count, common, self._probes.find_loss(each, gain)
 
-    def _find_choice(self, batch: Batch, caps: np.ndarray | None) -> tuple[_Outlook, Choice, np.ndarray | int]:
-        """What the next step should draft, and the longest drafts that were allowed."""
-        most = self._limit_unknown()
-        if caps is None and self._prepared is not None:
+    def _value_step(self, outlook: Outlook, cost: DraftCost, length: int) -> float:
+        """Milliseconds of a step that drafts of this length are believed to save, of an average request."""
+        return float(np.add.reduce(outlook.survival[:, :length], axis=None)) / len(outlook.survival) ** 2 * cost.fixed
+
+    def _probe_drafts(self, outlook: Outlook, drafted: np.ndarray) -> np.ndarray:
+        """One draft of as many requests that have any as the budget allows: int64 [n]."""
+        cost = self._describe_verification(outlook.batch)
+        each = self._probes.find_loss(cost.per_token, self._value_step(outlook, cost, 1))
+        count = int(np.count_nonzero(drafted))
+        width = self._probes.find_width(count, cost.fixed, 0.0, each, self.acceptance.hope)
+        if not width:
+            return np.zeros(len(drafted), np.int64)
+        self._probes.pay(each * width, width)
+        return self._take_turns(drafted, width)
+
+    def _take_turns(self, drafted: np.ndarray, width: int) -> np.ndarray:
+        """One draft of `width` requests that have drafts, those first that come after the last ones: int64 [n]."""
+        rows = np.flatnonzero(drafted)
+        rows = np.roll(rows, -int(np.searchsorted(rows, self._turn)))[:width]
+        self._turn = (int(rows[-1]) + 1) % len(drafted)
+        lengths = np.zeros(len(drafted), np.int64)
+        lengths[rows] = 1
+        return lengths
+
+    def _find_choice(self, batch: Batch) -> tuple[Outlook, Choice]:
+        """What the next step should draft."""
+        if self._prepared is not None:
             outlook, choice = self._prepared
             # The same array: the same requests, of whom nothing was learned since.
             if outlook.survival is self._predict(batch) and outlook.batch[1:] == batch[1:]:
-                return outlook, choice, most
-        limits = most if caps is None else np.minimum(caps, most)
+                return outlook, choice
         outlook = self._look_ahead(batch)
-        return outlook, self._choose(outlook, limits), limits
+        return outlook, self._choose(outlook)
 
-    def _limit_unknown(self) -> int:
-        """Short drafts until a few steps have been measured: on a compute-bound machine long ones cost most there."""
-        if self.step_time.is_prior_measured:
-            return self.k_max
-        observed = self.step_time.num_observed
-        return next((limit for steps, limit in FIRST_LENGTHS if observed < steps), self.k_max)
-
-    def _describe_cost(self, batch: Batch) -> DraftCost:
-        features = StepFeatures(batch.tokens, batch.context_tokens, len(batch.request_ids), 0, 0)
-        cost = self.step_time.describe_cost(features)
-        return DraftCost(cost.fixed, cost.per_token, cost.per_pass * self._passes_per_draft)
-
-    def _choose(self, outlook: _Outlook, caps: np.ndarray | int) -> Choice:
-        batch, survival, weights, values = outlook
-        cost = self._describe_cost(batch)
-        if self._uniform is None and self._graph_sizes:
-            padding = self.step_time.coefficients["tokens"]
-            return choose_padded(survival, caps, cost, padding, batch.tokens, self._graph_sizes, weights, values)
-        if self._uniform is None:
-            return choose_lengths(survival, caps, cost, weights, values)
-        allowed = [length for length in self._uniform if length <= np.min(caps, initial=self.k_max)]
-        costs = [cost.fixed + length * (cost.per_token * len(survival) + cost.per_pass) for length in allowed]
-        # Graphs make a change of length cheap, but following noise is not free either.
-        costs = [
-            time / HYSTERESIS if length == self._last_passes else time
-            for length, time in zip(allowed, costs, strict=True)
-        ]
-        return choose_uniform(survival, allowed, costs, weights)
-
-    def _explore(self, lengths: np.ndarray, caps: np.ndarray | int) -> np.ndarray:
+    def _explore(self, outlook: Outlook, choice: Choice) -> Decision:
+        """The choice, or now and then one with other lengths."""
         self._steps += 1
         every = EXPLORE_EVERY if self._steps < EXPLORE_AT_FIRST else EXPLORE_SELDOM
         if self._steps % every:
-            return lengths
-        change = 1 if (self._steps // every) % 2 else -1
-        return np.where(lengths > 0, np.clip(lengths + change, 0, caps), 0)
-
-    def _make_probe(self, caps: np.ndarray, cost: DraftCost) -> np.ndarray:
-        if self._uniform is not None:
-            return np.minimum(caps, next(length for length in self._uniform if length))
-        # As many requests as the budget of one interval pays for, in turn: they tell about the others.
-        count = len(caps)
-        budget = PROBE_SHARE * PROBE_WANTED * cost.fixed - cost.per_pass
-        width = count if self._is_surprised else min(count, max(1, int(budget / max(cost.per_token, 1e-9))))
-        self._is_surprised = False
-        self._turn = (self._turn + width) % count
-        lengths = np.zeros(count, np.int64)
-        lengths[(self._turn + np.arange(width)) % count] = 1
-        return np.minimum(caps, lengths)
+            return Decision(*choice, False)
+        lengths, change = choice.lengths, 1 if (self._steps // every) % 2 else -1
+        if self._uniform is None:
+            # Those that draft nothing go on so.
+            lengths = np.where(lengths > 0, np.clip(lengths + change, 0, self._limit_unknown()), 0)
+        else:
+            place, most = self._uniform.index(self._last_length), self._limit_unknown()
+            longer = change > 0 and place + 1 < len(self._uniform) and self._uniform[place + 1] <= most
+            lengths = np.full(len(lengths), self._uniform[place + 1 if longer else place - 1], np.int64)
+        return self._describe_decision(outlook, lengths, False)

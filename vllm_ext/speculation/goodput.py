@@ -3,7 +3,7 @@
 
     maximize  sum_i weight_i * log(tokens_i(k_i))  -  sum_i weight_i * log(time(k))
     tokens_i(k) = 1 + sum_{j <= k} survival[i, j]
-    time(k)     = fixed + per_token * sum_i k_i + per_pass * max_i k_i
+    time(k)     = fixed + per_token * sum_i k_i + per_pass * passes(max_i k_i)
 
 survival[i, j], the chance that the first j drafts of request i are all accepted, falls along j, so taking every draft
 worth more than a price takes a prefix of each request's draft.
@@ -24,13 +24,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-#: (number of drafts or float64 of them, passes) -> milliseconds of the step, as many.
+#: (number of drafts or float64 of them, the longest draft) -> milliseconds of the step, as many.
 _MeasureTimes = Callable[[Any, int], Any]
 
 
 class DraftCost(NamedTuple):
-    """Milliseconds of a step: without drafts, for each draft, and for each pass of a drafter that makes one draft a
-    pass for all requests (0 for drafters whose drafts cost the same at any length)."""
+    """Milliseconds of a step: without drafts or drafting, for each draft, and for each forward pass of the drafter."""
 
     fixed: float
     per_token: float
@@ -74,23 +73,27 @@ def choose_lengths(
     cost: DraftCost,
     weights: np.ndarray | None = None,
     values: np.ndarray | None = None,
+    passes: Sequence[int] | None = None,
 ) -> Choice:
     """The best length for every request, exactly.
 
     survival: float64 [n, k_max], falling along k_max. caps: int [n], the longest draft of each request, or one for all.
     weights: float64 [n], what progress of each request is worth; None for 1. values: `value_drafts` of both, where the
-    caller has them.
+    caller has them. passes: int [k_max + 1], forward passes of the drafter by the longest draft, not falling; None for
+    one for each position.
     Raises ValueError for a fixed cost that is not positive, or negative costs.
 
     Source: SmartSpec (arXiv:2406.14066, section 4) tries every length for the whole batch until tokens over time fall.
-    Here lengths differ: for each number of passes, the drafts worth most are taken in order of their worth, and every
+    Here lengths differ: for each longest draft, the drafts worth most are taken in order of their worth, and every
     number of them is tried.
     """
 
-    def measure(drafts: Any, passes: int) -> Any:
-        return (cost.fixed + cost.per_pass * passes) + cost.per_token * drafts
+    counts = range(survival.shape[1] + 1) if passes is None else passes
 
-    return _choose(survival, caps, cost, weights, values, measure, cost.per_token)
+    def measure(drafts: Any, longest: int) -> Any:
+        return (cost.fixed + cost.per_pass * counts[longest]) + cost.per_token * drafts
+
+    return _choose(survival, caps, cost, weights, values, counts, measure, cost.per_token)
 
 
 def choose_padded(
@@ -102,6 +105,7 @@ def choose_padded(
     sizes: Sequence[int],
     weights: np.ndarray | None = None,
     values: np.ndarray | None = None,
+    passes: Sequence[int] | None = None,
 ) -> Choice:
     """The best lengths where a forward pass costs as much as the next of `sizes` tokens, as captured CUDA graphs do.
 
@@ -110,15 +114,16 @@ def choose_padded(
     """
     ladder = np.array(sorted(sizes), np.int64)
     if not len(ladder) or ladder[-1] < base_tokens:
-        return choose_lengths(survival, caps, cost, weights, values)
+        return choose_lengths(survival, caps, cost, weights, values, passes)
+    counts = range(survival.shape[1] + 1) if passes is None else passes
 
-    def measure(drafts: Any, passes: int) -> Any:
+    def measure(drafts: Any, longest: int) -> Any:
         tokens = base_tokens + drafts
         padded = np.maximum(ladder[np.minimum(np.searchsorted(ladder, tokens), len(ladder) - 1)], tokens)
         padded_time = padding * (padded - base_tokens) + (cost.per_token - padding) * drafts
-        return cost.fixed + padded_time + cost.per_pass * passes
+        return cost.fixed + padded_time + cost.per_pass * counts[longest]
 
-    return _choose(survival, caps, cost, weights, values, measure, max(cost.per_token - padding, 0.0))
+    return _choose(survival, caps, cost, weights, values, counts, measure, max(cost.per_token - padding, 0.0))
 
 
 def choose_uniform(
@@ -150,6 +155,7 @@ def _choose(
     cost: DraftCost,
     weights: np.ndarray | None,
     values: np.ndarray | None,
+    passes: Sequence[int],
     measure: _MeasureTimes,
     slope: float,
 ) -> Choice:
@@ -162,40 +168,43 @@ def _choose(
         values = value_drafts(survival, weights)
     if not isinstance(caps, int) or caps < k_max:
         values = np.where(np.arange(k_max)[:, None] < caps, values, 0.0)
-    # Without passes to pay for, more positions to choose from are never worse.
-    candidates = range(1, k_max + 1) if cost.per_pass else (k_max,)
-    # (objective, passes, drafts, the least valuable of them)
+    # Where more positions take no more passes, to choose from them is never worse.
+    if cost.per_pass:
+        candidates = [k for k in range(1, k_max + 1) if k == k_max or passes[k] < passes[k + 1]]
+    else:
+        candidates = [k_max]
+    # (objective, longest draft, drafts, the least valuable of them)
     best = (-total * float(np.log(measure(0.0, 0))), 0, 0, 0.0)
-    for passes in candidates:
-        best = max(best, _choose_count(values[:passes], total, measure, slope))
-    _, passes, count, threshold = best
+    for longest in candidates:
+        best = max(best, _choose_count(values[:longest], total, measure, slope))
+    _, longest, count, threshold = best
     if not count:
         return Choice(np.zeros(num_requests, np.int64), float(num_requests), float(measure(0.0, 0)))
-    values = values[:passes]
+    values = values[:longest]
     taken = values >= threshold
     surplus = int(np.count_nonzero(taken)) - count
     if surplus:
         # Of drafts worth the same, earlier positions.
         taken.ravel()[np.flatnonzero(values == threshold)[-surplus:]] = False
     lengths = np.add.reduce(taken, axis=0, dtype=np.int64)
-    tokens = num_requests + float(survival.T[:passes].ravel() @ taken.ravel())
-    return Choice(lengths, tokens, float(measure(float(count), passes)))
+    tokens = num_requests + float(survival.T[:longest].ravel() @ taken.ravel())
+    return Choice(lengths, tokens, float(measure(float(count), longest)))
 
 
 def _choose_count(
     values: np.ndarray, total: float, measure: _MeasureTimes, slope: float
 ) -> tuple[float, int, int, float]:
-    """(objective, passes, drafts, the least valuable of them) for the best number of drafts, at least one, out of
-    values [passes, n]; an objective of -inf where none is worth its time."""
-    passes, order = len(values), np.sort(values, axis=None)
+    """(objective, longest draft, drafts, the least valuable of them) for the best number of drafts, at least one, out
+    of values [longest, n]; an objective of -inf where none is worth its time."""
+    longest, order = len(values), np.sort(values, axis=None)
     # Of s milliseconds in t the logarithm of time grows by s / t or more: what is worth less is never taken.
-    price = total * slope / float(measure(float(order.size), passes))
+    price = total * slope / float(measure(float(order.size), longest))
     worthy = order.size - int(order.searchsorted(price, side="right"))
     if not worthy:
-        return -math.inf, passes, 0, 0.0
+        return -math.inf, longest, 0, 0.0
     order = order[: -worthy - 1 : -1]
-    times = measure(np.arange(1.0, worthy + 1), passes)
+    times = measure(np.arange(1.0, worthy + 1), longest)
     progress = np.add.accumulate(order)
     progress -= total * np.log(times, out=times)
     last = int(progress.argmax())
-    return float(progress[last]), passes, last + 1, float(order[last])
+    return float(progress[last]), longest, last + 1, float(order[last])

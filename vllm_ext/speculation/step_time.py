@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import json
+import math
 import operator
 import statistics
 from collections import deque
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import nnls
@@ -22,6 +21,8 @@ WARMUP_STEPS = 8
 FIRST_FIT = 8
 #: Milliseconds that no step is shorter than.
 SHORTEST = 1e-3
+#: Stands for nothing where it is divided by.
+TINY = 1e-12
 #: A step this many times longer than predicted is a spike (a compilation, a pause of the machine) ...
 SPIKE = 3.0
 #: ... unless so many of the last ones are: then steps have become longer.
@@ -31,8 +32,15 @@ RECENT_STEPS = 24
 #: ... and older ones are forgotten where these differ from the fit by more than this factor: the machine, the model's
 #: neighbours or the load have changed.
 CHANGE = 1.4
-#: What the prior weighs: the noise of a step's time, about 6 %, over the prior's error, about 40 %, squared.
+#: What a measured prior weighs: the noise of a step's time, about 6 %, over the prior's error, about 40 %, squared.
 RIDGE = (0.06 / 0.4) ** 2
+#: What a guess weighs: it may be off by several times itself.
+GUESS_RIDGE = RIDGE / 50
+#: Steps with other numbers of drafts than most, kept when the window has passed them: probes and explored lengths are
+#: the only ones that tell what a draft costs, and they are few.
+RARE_STEPS = 64
+#: What makes a step rare: its tokens or its drafts in the making, by request, differ from the window's median by more.
+RARE = 0.02
 #: A coefficient is held no tighter than one that makes this share of a step.
 SMALLEST_SHARE = 0.05
 
@@ -43,8 +51,9 @@ class StepFeatures(NamedTuple):
     tokens: int  # in the forward pass, drafts included
     context_tokens: int  # of KV cache that attention reads
     requests: int
-    passes: int  # of the drafter, one per position for a drafter that is a model
-    drafted: int  # drafts that were made, over all requests
+    passes: int  # of the drafter, where it is a model
+    #: Positions that the drafter works on: requests times passes where it is a model, drafts asked for where it is not.
+    drafted: int
 
 
 #: Sizes that make the features comparable: coefficients are then milliseconds of a typical step.
@@ -52,10 +61,11 @@ _SCALES = np.array([1.0, 16.0, 4096.0, 8.0, 4.0, 16.0])
 
 
 class StepTimeModel:
-    """milliseconds = c0[mode] + c . features, all c >= 0, by ridge regression over a window of steps.
+    """milliseconds = c0 + c . features, all c >= 0, by ridge regression over the latest steps and rare ones before.
 
     The prior is where coefficients stay that the steps say nothing about: while k does not change, `tokens` and
-    `drafted` move together and only their sum is seen. Plain recursive least squares is not used: one compilation of a
+    `drafted` move together and only their sum is seen. One line for all steps: where some run as CUDA graphs and
+    others do not, `c0` is between the two. Plain recursive least squares is not used: one compilation of a
     second puts it off for hundreds of steps.
 
     Source: SmartSpec fits linear functions to tables profiled offline (section 4.3); this is fitted online.
@@ -67,26 +77,32 @@ class StepTimeModel:
         *,
         window: int = 192,
         refit_every: int = 16,
-        ridge: float = RIDGE,
+        ridge: float | None = None,
     ) -> None:
-        """prior: milliseconds by name of `COEFFICIENTS`; ridge: squared noise of a step over squared error of
-        the prior, both relative.
+        """prior: measured milliseconds by name of `COEFFICIENTS`, None for a guess; ridge: squared noise of a step over
+        squared error of the prior, both relative, None for that of the kind of prior.
 
-        Raises ValueError for an unknown or negative coefficient.
+        Raises ValueError for an unknown, infinite or negative coefficient.
         """
         values = {**DEFAULT_PRIOR, **(prior or {})}
         unknown = sorted(set(values) - set(COEFFICIENTS))
-        if unknown or min(values.values()) < 0:
+        if unknown or not all(0 <= value < math.inf for value in values.values()):
             raise ValueError(f"step times {values} must be non-negative milliseconds by {', '.join(COEFFICIENTS)}")
         self._prior = np.array([values[name] for name in COEFFICIENTS]) * _SCALES
         self._scaled = self._prior
         #: Milliseconds per unit, in plain numbers: every step asks for a few, and arrays of six cost more to begin than
         #: to compute.
         self._plain: list[float] = (self._scaled / _SCALES).tolist()
-        self._window, self._refit_every, self._ridge = window, refit_every, ridge
-        self._rows = np.zeros((window, len(COEFFICIENTS)))
-        self._times = np.zeros(window)
-        self._count = 0
+        self._window, self._refit_every = window, refit_every
+        self._ridge = ridge if ridge is not None else GUESS_RIDGE if prior is None else RIDGE
+        #: Rows of features and their times: a ring of the latest steps, and behind it a ring of rare ones.
+        self._rows = np.zeros((window + RARE_STEPS, len(COEFFICIENTS)))
+        self._times = np.zeros(window + RARE_STEPS)
+        self._count = self._num_rare = 0
+        #: The number that each kept step has among all.
+        self._numbers = np.full(window + RARE_STEPS, -1)
+        #: Tokens and drafts in the making, by request, of the window's median step.
+        self._usual = (1.0, 0.0)
         #: Measured over predicted times of the latest steps: spikes are judged against what is missed everywhere.
         self._ratios: deque[float] = deque(maxlen=min(RECENT_STEPS, window))
         #: Whether the prior was measured, here or by an earlier engine, rather than guessed.
@@ -111,14 +127,19 @@ class StepTimeModel:
         step, *each = self._plain
         return max(SHORTEST, step + sum(map(operator.mul, each, features)))
 
-    def describe_cost(self, features: StepFeatures) -> DraftCost:
-        """What drafts add to a step without any (`features`): for `goodput.choose_lengths`."""
+    def describe_cost(self, features: StepFeatures, has_passes: bool) -> DraftCost:
+        """What drafts add to a step without any (`features`): for `goodput.choose_lengths`.
+
+        has_passes: whether the drafter is a model, each pass of which works on all requests.
+        """
         _, token, _, _, each_pass, draft = self._plain
-        return DraftCost(self.predict(features), token + draft, each_pass)
+        if has_passes:
+            return DraftCost(self.predict(features), token, each_pass + draft * features.requests)
+        return DraftCost(self.predict(features), token + draft)
 
     def describe_verification(self, features: StepFeatures) -> DraftCost:
         """As `describe_cost` where the drafts are made already and only the forward pass is still to be paid."""
-        return DraftCost(self.predict(features), self._plain[1], 0.0)
+        return DraftCost(self.predict(features), self._plain[1])
 
     def observe(self, features: StepFeatures, milliseconds: float) -> None:
         """Learn from one measured step; spikes and the first steps are left out."""
@@ -133,32 +154,61 @@ class StepTimeModel:
         else:
             self._spikes = 0
         index = self._count % self._window
+        if self._count >= self._window:
+            self._keep_rare(index)
         self._rows[index] = (1.0, *features)
         self._times[index] = milliseconds
+        self._numbers[index] = self._count
         self._ratios.append(ratio)
         self._count += 1
         if self._count % self._refit_every == 0 or self._count == FIRST_FIT:
             self._fit()
 
+    def _keep_rare(self, index: int) -> None:
+        """Move a row of the window, about to be overwritten, to the rare ones if it is one."""
+        _, tokens, _, requests, _, drafted = self._rows[index].tolist()
+        usual_tokens, usual_drafted = self._usual
+        if abs(tokens / requests - usual_tokens) > RARE or abs(drafted / requests - usual_drafted) > RARE:
+            place = self._window + self._num_rare % RARE_STEPS
+            self._rows[place], self._times[place] = self._rows[index], self._times[index]
+            self._numbers[place] = self._numbers[index]
+            self._num_rare += 1
+
     def _fit(self) -> None:
         if not 1 / CHANGE < statistics.median(self._ratios) < CHANGE:
             self._first = max(self._first, self._count - RECENT_STEPS)
-        used = np.arange(max(self._first, self._count - self._window), self._count) % self._window
+        used = self._numbers >= self._first
         rows, times = self._rows[used] / _SCALES, self._times[used]
+        latest = self._rows[: min(self._count, self._window)]
+        requests = latest[:, 3]
+        self._usual = _find_median(latest[:, 1] / requests), _find_median(latest[:, 5] / requests)
         # The prior's shape counts, not its size: a machine ten times slower is so in everything first.
         typical = _find_median(times)
-        prior = self._prior * typical / _find_median(rows @ self._prior)
+        prior = self._prior * typical / max(_find_median(rows @ self._prior), TINY)
+        try:
+            with np.errstate(over="ignore", invalid="ignore"):
+                fitted = self._fit_twice(rows, times, prior, typical)
+        except (np.linalg.LinAlgError, RuntimeError, ValueError):
+            # Numbers without a solution must not stop an engine: the last one that was found still holds.
+            return
+        if not np.isfinite(fitted).all():
+            return
+        self._scaled = fitted
+        self._plain = (fitted / _SCALES).tolist()
+        recent = np.arange(max(0, self._count - self._ratios.maxlen), self._count) % self._window  # type: ignore[operator]
+        self._ratios.clear()
+        predicted = np.maximum(self._rows[recent] / _SCALES @ fitted, SHORTEST)
+        self._ratios.extend((self._times[recent] / predicted).tolist())
+
+    def _fit_twice(self, rows: np.ndarray, times: np.ndarray, prior: np.ndarray, typical: float) -> np.ndarray:
         # Relative errors: a step that takes twice as long may be off by twice as much.
         weight = 1.0 / np.maximum(times, SHORTEST)
-        for _ in range(2):
-            self._scaled = self._solve(rows * weight[:, None], times * weight, prior, typical)
-            # One round of Huber's weights: what is left of the spikes counts less.
-            error = np.abs(rows @ self._scaled - times) / times
-            limit = 2.5 * max(_find_median(error), 1e-3)
-            weight = np.sqrt(np.minimum(1.0, limit / np.maximum(error, 1e-9))) / np.maximum(times, SHORTEST)
-        self._plain = (self._scaled / _SCALES).tolist()
-        recent = slice(-len(self._ratios), None)
-        self._ratios.extend((times[recent] / np.maximum(rows[recent] @ self._scaled, SHORTEST)).tolist())
+        fitted = self._solve(rows * weight[:, None], times * weight, prior, typical)
+        # One round of Huber's weights: what is left of the spikes counts less.
+        error = np.abs(rows @ fitted - times) / times
+        limit = 2.5 * max(_find_median(error), 1e-3)
+        weight = np.sqrt(np.minimum(1.0, limit / np.maximum(error, 1e-9))) / np.maximum(times, SHORTEST)
+        return self._solve(rows * weight[:, None], times * weight, prior, typical)
 
     def _solve(self, rows: np.ndarray, times: np.ndarray, prior: np.ndarray, typical: float) -> np.ndarray:
         # The prior as one row for each coefficient, in units of a typical step, as the measured rows are.
@@ -188,25 +238,3 @@ DEFAULT_PRIOR: Mapping[str, float] = {
     "passes": 0.2,
     "drafted": 0.01,
 }
-
-
-def load_prior(path: Path) -> dict[str, float] | None:
-    """Coefficients that an earlier engine stored; None where there are none or they cannot be used."""
-    try:
-        values: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        # A cache: what cannot be read is measured again.
-        return None
-    if not isinstance(values, dict) or set(values) != set(COEFFICIENTS):
-        return None
-    if not all(isinstance(value, int | float) and 0 <= value < 1e9 for value in values.values()):
-        return None
-    return {name: float(value) for name, value in values.items()}
-
-
-def store_prior(path: Path, coefficients: Mapping[str, float]) -> None:
-    """Keep coefficients for the next engine of the same model and device. Raises OSError where the disk does."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(dict(coefficients)) + "\n", encoding="utf-8")
-    partial.replace(path)

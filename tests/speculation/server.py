@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A server for tests of the controller: requests that never finish, served as the engine does it.
+
+A step trims the drafts that the step before asked for, plans the next ones, and only then learns what came of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from vllm_ext.speculation.controller import Batch, GoodputController
+from vllm_ext.speculation.step_time import COEFFICIENTS, StepFeatures
+
+#: Milliseconds of a step where every token counts.
+COMPUTE_BOUND = {**dict.fromkeys(COEFFICIENTS, 0.0), "step": 3.0, "tokens": 0.9}
+NOISE = 0.06
+
+
+class Step(NamedTuple):
+    """What a step verified by request, what it planned, whether that is a probe, tokens that are expected of it under
+    the true chance, milliseconds, and what these would be without any draft."""
+
+    verified: np.ndarray
+    planned: np.ndarray
+    is_probe: bool
+    tokens: float
+    milliseconds: float
+    plain: float
+
+
+class Server:
+    """One batch under one controller. matches: share of a lookup's searches that find anything."""
+
+    def __init__(
+        self,
+        controller: GoodputController,
+        cost: Mapping[str, float],
+        count: int,
+        *,
+        passes: list[int] | None = None,
+        trims: bool = True,
+        asks: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        """asks: drafts of each request where their number is not planned."""
+        self.controller, self.cost, self.count = controller, cost, count
+        self.k_max = controller.k_max
+        self._passes = passes or [0] * (self.k_max + 1)
+        self._trims, self._asks = trims, asks
+        self._rng = np.random.default_rng(seed)
+        self._given, self._is_probe = np.zeros(count, np.int64), False
+
+    def serve(self, chance: float, steps: int, matches: float = 1.0) -> list[Step]:
+        """Steps of drafts that are accepted with one chance."""
+        return [self._step(chance, matches) for _ in range(steps)]
+
+    def find_best(self, chance: float) -> float:
+        """Tokens per millisecond of the best fixed length."""
+        plain = self.measure(StepFeatures(self.count, 1000 * self.count, self.count, 0, 0))
+        found = []
+        for length in range(self.k_max + 1):
+            extra = self.cost["tokens"] * self.count * length + self.cost["passes"] * self._passes[length]
+            made = self.count * sum(chance**place for place in range(length + 1))
+            found.append(made / (plain + extra))
+        return max(found)
+
+    def measure(self, features: StepFeatures) -> float:
+        return self.cost["step"] + sum(self.cost[name] * value for name, value in features._asdict().items())
+
+    def _step(self, chance: float, matches: float) -> Step:
+        count, batch = self.count, Batch(list(range(self.count)), self.count, 1000 * self.count)
+        kept, was_probe = self._given, self._is_probe
+        if self._trims and kept.any():
+            kept = self.controller.trim_drafts(batch, kept, was_probe)
+        lengths = np.full(count, self._asks or 0)
+        if self._asks is None:
+            decision = self.controller.plan_drafts(batch)
+            lengths, self._is_probe = decision.lengths, decision.is_probe
+        passes = self._passes[int(lengths.max())]
+        drafted = count * passes if self._passes[-1] else int(lengths.sum())
+        features = StepFeatures(count + int(kept.sum()), batch.context_tokens, count, passes, drafted)
+        time = self.measure(features)
+        passed = np.cumprod(self._rng.random((count, self.k_max)) < chance, axis=1).sum(axis=1)
+        self.controller.observe(
+            batch.request_ids,
+            kept,
+            np.minimum(passed, kept),
+            features,
+            time * self._rng.lognormal(0, NOISE),
+            was_probe,
+        )
+        self._given = np.where(self._rng.random(count) < matches, lengths, 0) if matches < 1 else lengths
+        made = count + float((chance ** np.arange(1, self.k_max + 1) * (np.arange(self.k_max) < kept[:, None])).sum())
+        plain = self.measure(StepFeatures(count, batch.context_tokens, count, self._passes[0], 0))
+        return Step(kept, lengths, was_probe, made, time, plain)
+
+
+def measure_goodput(steps: list[Step]) -> float:
+    """Tokens per millisecond."""
+    return sum(step.tokens for step in steps) / sum(step.milliseconds for step in steps)
+
+
+def find_recovery(steps: list[Step], length: float, window: int = 20) -> int:
+    """Steps until the mean of verified drafts over a window reaches `length`, the window included."""
+    means = np.convolve([step.verified.mean() for step in steps], np.ones(window) / window, "valid")
+    reached = np.flatnonzero(means >= length)
+    return int(reached[0]) + window if len(reached) else len(steps)

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The best lengths of a step by what is believed of its requests and of the machine."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from vllm_ext.speculation.acceptance import AcceptanceModel
+from vllm_ext.speculation.goodput import (
+    Choice,
+    DraftCost,
+    choose_lengths,
+    choose_padded,
+    choose_uniform,
+    value_drafts,
+)
+from vllm_ext.speculation.step_time import StepFeatures, StepTimeModel
+
+#: (measured steps, longest draft below so many).
+FIRST_LENGTHS = ((8, 1), (16, 3))
+#: Where all requests have one length, a change of it must promise this much more goodput: noise is not followed.
+HYSTERESIS = 1.01
+
+
+#: Weights of requests by id: what progress of each is worth, 1 for most. Deadlines and priorities enter here.
+Policy = Callable[[Sequence[Hashable]], np.ndarray]
+
+
+class Batch(NamedTuple):
+    """The requests of a step."""
+
+    request_ids: Sequence[Hashable]
+    #: Of the step without drafts: one for a decoding request, and what it has of prompts.
+    tokens: int
+    #: Of KV cache that attention reads.
+    context_tokens: int
+
+
+class Outlook(NamedTuple):
+    """What is believed of a batch's drafts: chances [n, k_max], the policy's weights, and `value_drafts` of both (None
+    where all lengths are the same)."""
+
+    batch: Batch
+    survival: np.ndarray
+    weights: np.ndarray | None
+    values: np.ndarray | None
+
+
+class Decision(NamedTuple):
+    """Draft lengths by request, int64 [n], and what is expected of the step that verifies them."""
+
+    lengths: np.ndarray
+    expected_tokens: float
+    expected_milliseconds: float
+    is_probe: bool
+
+
+class LengthChooser:
+    """Lengths with the most goodput: of drafts to make for the next step, and of drafts that are made."""
+
+    def __init__(
+        self,
+        k_max: int,
+        acceptance: AcceptanceModel,
+        step_time: StepTimeModel,
+        *,
+        uniform_lengths: Sequence[int] | None,
+        graph_sizes: Sequence[int],
+        passes: Sequence[int] | None,
+        policy: Policy | None,
+    ) -> None:
+        """As `GoodputController`. Raises ValueError for lengths that k_max does not allow, and for passes that do not
+        fit it."""
+        if uniform_lengths is not None and (0 not in uniform_lengths or max(uniform_lengths) > k_max):
+            raise ValueError(f"uniform lengths {list(uniform_lengths)} need 0 and nothing above k_max={k_max}")
+        passes = [0] * (k_max + 1) if passes is None else list(passes)
+        if len(passes) != k_max + 1 or passes[0] < 0 or passes != sorted(passes):
+            raise ValueError(
+                f"passes {passes} need {k_max + 1} numbers that do not fall, one for each length 0..{k_max}"
+            )
+        self.k_max = k_max
+        self.acceptance = acceptance
+        self.step_time = step_time
+        self._uniform = None if uniform_lengths is None else sorted(set(uniform_lengths))
+        self._graph_sizes = sorted(graph_sizes)
+        self._passes, self._has_passes = passes, passes[-1] > 0
+        self._policy = policy
+        #: The length chosen last where all have the same one.
+        self._last_length = 0
+        #: Passes and positions of the drafter that the last plan asked for: they are part of a step's time.
+        self._drafting = (passes[0], 0)
+
+    def predict(self, features: StepFeatures) -> float:
+        """Milliseconds of a step, tokens without padding."""
+        return self.step_time.predict(self._pad(features))
+
+    def describe_step(self, batch: Batch, verified: int, lengths: np.ndarray) -> StepFeatures:
+        """Features of a step that verifies so many drafts and makes drafts of these lengths for the next one."""
+        passes, count = self._passes[int(lengths.max(initial=0))], len(batch.request_ids)
+        drafted = count * passes if self._has_passes else int(np.add.reduce(lengths))
+        return StepFeatures(batch.tokens + verified, batch.context_tokens, count, passes, drafted)
+
+    def _look_ahead(self, batch: Batch) -> Outlook:
+        survival = self._predict(batch)
+        weights = None if self._policy is None else self._policy(batch.request_ids)
+        return Outlook(batch, survival, weights, value_drafts(survival, weights) if self._uniform is None else None)
+
+    def _predict(self, batch: Batch) -> np.ndarray:
+        return self.acceptance.predict_survival(self.acceptance.find_slots(batch.request_ids))
+
+    def _limit_unknown(self) -> int:
+        """Short drafts until a few steps have been measured: on a compute-bound machine long ones cost most there."""
+        if self.step_time.is_prior_measured:
+            return self.k_max
+        observed = self.step_time.num_observed
+        return next((limit for steps, limit in FIRST_LENGTHS if observed < steps), self.k_max)
+
+    def _describe_cost(self, batch: Batch) -> DraftCost:
+        features = StepFeatures(batch.tokens, batch.context_tokens, len(batch.request_ids), 0, 0)
+        return self.step_time.describe_cost(features, self._has_passes)
+
+    def _describe_verification(self, batch: Batch) -> DraftCost:
+        features = StepFeatures(batch.tokens, batch.context_tokens, len(batch.request_ids), *self._drafting)
+        return self.step_time.describe_verification(features)
+
+    def _choose(self, outlook: Outlook) -> Choice:
+        cost, limit = self._describe_cost(outlook.batch), self._limit_unknown()
+        if self._uniform is None:
+            return self._choose_each(outlook, limit, cost)
+        allowed = [length for length in self._uniform if length <= limit]
+        count = len(outlook.survival)
+        times = [
+            cost.fixed + length * cost.per_token * count + cost.per_pass * self._passes[length] for length in allowed
+        ]
+        # Graphs make a change of length cheap, but following noise is not free either.
+        costs = [
+            time / HYSTERESIS if length == self._last_length else time
+            for length, time in zip(allowed, times, strict=True)
+        ]
+        choice = choose_uniform(outlook.survival, allowed, costs, outlook.weights)
+        self._last_length = int(choice.lengths.max(initial=0))
+        return choice._replace(milliseconds=times[allowed.index(self._last_length)])
+
+    def _choose_each(self, outlook: Outlook, caps: np.ndarray | int, cost: DraftCost) -> Choice:
+        batch, survival, weights, values = outlook
+        if self._graph_sizes:
+            padding, sizes = self.step_time.coefficients["tokens"], self._graph_sizes
+            return choose_padded(
+                survival, caps, cost, padding, batch.tokens, sizes, weights, values, passes=self._passes
+            )
+        return choose_lengths(survival, caps, cost, weights, values, self._passes)
+
+    def _describe_decision(self, outlook: Outlook, lengths: np.ndarray, is_probe: bool) -> Decision:
+        """Lengths that are not those of a choice, with what is expected of them."""
+        taken = np.arange(self.k_max) < lengths[:, None]
+        tokens = len(lengths) + float((outlook.survival * taken).sum())
+        features = self.describe_step(outlook.batch, int(lengths.sum()), lengths)
+        return Decision(lengths, tokens, self.predict(features), is_probe)
+
+    def _pad(self, features: StepFeatures) -> StepFeatures:
+        sizes = self._graph_sizes
+        if not sizes or features.tokens > sizes[-1]:
+            return features
+        return features._replace(tokens=sizes[bisect.bisect_left(sizes, features.tokens)])
