@@ -42,6 +42,8 @@ HIDDEN_SETTINGS = {
 OWN_PAGES = {
     "quality": "Perplexity, divergence and routing by bits of every method of `vllm-ext quantize`",
     "compile_matrix": "Registers, memory and instructions of every GPU kernel that ships, by target and compiler",
+    "fp8_activations": "Errors of int8 and FP8 activations, with and without outliers",
+    "kernel_variants": "Main loops that no rule chooses, as machine code: FP8 activations, tiles for few tokens",
 }
 PLOT_METRICS = 4
 MAX_TICKS = 12

@@ -42,31 +42,23 @@ RECORDS: tuple[PatchRecord, ...] = (
         apply="vllm_ext.patches.metrics:wrap_attach_router",
     ),
     PatchRecord(
-        name="draft_lengths",
-        feature="smartspec",
-        process="engine",
-        symbols=(Symbol("vllm.v1.worker.gpu_model_runner:GPUModelRunner.propose_draft_token_ids", "9e3287256f36"),),
-        reason="vLLM tells a drafter one number of drafts for the whole batch",
-        change="gives list drafters of the V1 model runner a length per request: rows of length 0 are not searched, "
-        "the others cut; other drafters and engines without smartspec pass through",
-        without="drafters make as many drafts for every request as the longest needs, and verification cuts them",
-        removal="SchedulerOutput carries a number of drafts by request",
-        apply="vllm_ext.patches.speculation:wrap_propose_draft_token_ids",
-    ),
-    PatchRecord(
-        name="trie_drafter",
+        name="drafting",
         feature="smartspec",
         process="engine",
         symbols=(
             Symbol("vllm.v1.worker.gpu_model_runner:GPUModelRunner.__init__", "dab981f437af"),
             Symbol("vllm.v1.worker.gpu_model_runner:GPUModelRunner.propose_draft_token_ids", "9e3287256f36"),
         ),
-        reason="vLLM's n-gram drafter is told neither request ids nor who has left, and has no trie",
-        change="where smartspec.drafter is trie, the V1 model runner drafts from tries instead of the n-gram drafter; "
-        "others pass through",
-        without="drafts come from the n-gram drafter that carries the trie",
-        removal="custom_class drafters are given request ids and draft lengths",
-        apply="vllm_ext.patches.trie_drafter:wrap_model_runner",
+        reason="vLLM tells a list drafter one number of drafts for the whole batch, and neither request ids nor who "
+        "has left",
+        change="gives list drafters of the V1 model runner a length per request: rows of length 0 are not searched, "
+        "the others cut; where smartspec.drafter is trie, drafts come from tries instead of the n-gram drafter; other "
+        "drafters and engines without smartspec pass through",
+        without="drafters make as many drafts for every request as the longest needs, verification cuts them, and the "
+        "trie drafter is the n-gram drafter that carries it",
+        removal="SchedulerOutput carries a number of drafts by request, and custom_class drafters are given request "
+        "ids",
+        apply="vllm_ext.patches.speculation:wrap_drafting",
     ),
     PatchRecord(
         name="step_sweep",
@@ -174,6 +166,21 @@ RECORDS: tuple[PatchRecord, ...] = (
         without="engines with a KV-cache dtype of the pack are refused",
         removal="vLLM passes layer names to backends and asks plugins for a layer's backend",
         apply="vllm_ext.patches.kv_cache:wrap_attention",
+    ),
+    PatchRecord(
+        name="lane_threads",
+        feature="semipd",
+        process="engine",
+        symbols=(
+            Symbol("vllm.forward_context:get_forward_context", "5d704f29a71d"),
+            Symbol("vllm.forward_context:is_forward_context_available", "5d704f29a71d"),
+            Symbol("vllm.forward_context:override_forward_context", "96934404554a"),
+        ),
+        reason="vLLM has one forward context per process, and two lanes run a model at once",
+        change="keeps the forward context by thread; with one thread nothing changes",
+        without="semipd does not start",
+        removal="vLLM's forward context is a ContextVar",
+        apply="vllm_ext.patches.lane_threads:separate_threads",
     ),
 )
 

@@ -8,6 +8,14 @@ from typing import Any
 from vllm_ext.patches.wrapping import wrap
 
 
+def wrap_drafting() -> None:
+    """Both changes of record `drafting`: lengths by request, and the trie drafter in the place of the n-gram one."""
+    from vllm_ext.patches import trie_drafter
+
+    wrap_propose_draft_token_ids()
+    trie_drafter.wrap_model_runner()
+
+
 def wrap_propose_draft_token_ids() -> None:
     """Wrap `GPUModelRunner.propose_draft_token_ids` (V1, the CPU runner included) to honour `draft_lengths`."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner

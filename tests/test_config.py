@@ -182,13 +182,6 @@ def test_models_that_declare_experts(declared: dict[str, Any] | None, expected: 
         config.check_compatibility(("mxmoe",), engine_args(enable_lora=True, model=str(tmp_path)))
 
 
-def test_cuda_graphs_are_refused_where_only_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "_is_cuda", lambda: True)
-    with pytest.raises(config.ConfigError, match=r"mxmoe does not run with CUDA graphs: .*add --enforce-eager"):
-        config.check_compatibility(("mxmoe",), engine_args())
-    config.check_compatibility(("mxmoe",), engine_args(enforce_eager=True))
-
-
 def test_another_spelling_of_the_block_is_an_error() -> None:
     assert config.find_block({"other": 1, "vllm_ext": {"a": 1}}) == {"a": 1}
     assert config.find_block({}) is None

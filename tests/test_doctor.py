@@ -48,7 +48,8 @@ def test_json_report_of_a_sound_installation(metrics_url: str, capsys: pytest.Ca
     assert report["plugin_loaded"] is True
     assert report["features"]["mxmoe"]["status"] == "ready"
     assert report["features"]["smartspec"]["status"] == "ready"
-    assert report["features"]["semipd"]["status"] == "planned"
+    assert report["features"]["semipd"]["status"] == "ready"
+    assert report["features"]["nested"]["status"] == "planned"
     assert report["cpu_kernels"]["status"] in {"ready", "pending"}
     assert {patch["status"] for patch in report["patches"]} == {"match"}
     assert all({"target", "status", "reason"} <= patch.keys() for patch in report["patches"])

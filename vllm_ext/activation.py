@@ -186,6 +186,11 @@ def start_features(features: tuple[str, ...], vllm_config: Any) -> None:
 
         structured_setup.prepare_engine(vllm_config)
         carrier.attach_carrier(vllm_config)
+    if "semipd" in features:
+        from vllm_ext.scheduling.semipd import setup as semipd_setup
+
+        semipd_setup.check_engine(vllm_config)
+        semipd_setup.take_seats(vllm_config)
     take_seats(features, vllm_config)
     apply_patches(features, process="api")
     # EngineCore may run in this process, or be forked from it with vLLM's plugins already loaded.

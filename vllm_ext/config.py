@@ -201,8 +201,7 @@ FEATURES: Mapping[str, Feature] = {
             "semipd",
             "prefill and decode as two lanes",
             "semipd",
-            False,
-            ("scheduler_cls", "worker_cls", "distributed_executor_backend"),
+            owns=("scheduler_cls", "worker_cls", "distributed_executor_backend"),
         ),
         Feature("kv_cache", "KV-cache quantizers", "--kv-cache-dtype"),
         Feature("nested", "nested-precision experts", "nested", False),
@@ -228,12 +227,6 @@ class Refusal:
     applies: Callable[[Any], bool]
     reason: str
     fix: str
-
-
-def _is_cuda() -> bool:
-    from vllm.platforms import current_platform
-
-    return bool(current_platform.is_cuda())
 
 
 def _is_cpu() -> bool:
@@ -303,14 +296,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "quantized or not, dies at its first request",
         "drop --enforce-eager, or use --tensor-parallel-size",
     ),
-    Refusal(
-        "mxmoe",
-        "CUDA graphs",
-        lambda engine_args: _is_cuda() and not engine_args.enforce_eager,
-        "the GPU kernels have not been captured on a GPU yet, and the reference, which stands in for them where they "
-        "do not run, reads the expert table on the host",
-        "add --enforce-eager",
-    ),
     *(
         Refusal(
             feature.name,
@@ -376,7 +361,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "GPUs",
         lambda engine_args: not _is_cpu(),
         "in this release its backend runs on CPUs only",
-        "use --kv-cache-dtype fp8 or turboquant_k8v4, which vLLM has for GPUs",
+        "use --kv-cache-dtype fp8 or turboquant_k8v4 of vLLM itself, which have kernels for GPUs",
     ),
     Refusal(
         "kv_cache",
@@ -429,6 +414,75 @@ REFUSALS: tuple[Refusal, ...] = (
         "the drafter's layers would be quantized like the model's, which is not tested yet",
         "use the method ngram or suffix, or smartspec with the trie drafter",
     ),
+    Refusal(
+        "semipd",
+        "GPUs",
+        lambda engine_args: not _is_cpu(),
+        "in this release its lanes run on CPUs only",
+        "switch semipd off",
+    ),
+    Refusal(
+        "semipd",
+        "tensor, pipeline, data or context parallelism",
+        lambda engine_args: (
+            max(
+                engine_args.tensor_parallel_size,
+                engine_args.pipeline_parallel_size,
+                engine_args.data_parallel_size,
+                engine_args.decode_context_parallel_size,
+                engine_args.prefill_context_parallel_size,
+            )
+            > 1
+        ),
+        "both lanes are threads of one process",
+        "use one rank, or switch semipd off",
+    ),
+    Refusal(
+        "semipd",
+        "--speculative-config",
+        lambda engine_args: bool(engine_args.speculative_config),
+        "drafts of a request would have to go from lane to lane",
+        "drop --speculative-config, or switch semipd off",
+    ),
+    Refusal(
+        "semipd",
+        "vllm_ext.structured",
+        lambda engine_args: _uses_structured(engine_args),
+        "tokens that a grammar forces are drafts",
+        "use a structured-output backend of vLLM's own, or switch semipd off",
+    ),
+    Refusal(
+        "semipd",
+        "--kv-cache-dtype of the pack",
+        lambda engine_args: names_our_cache(engine_args.kv_cache_dtype),
+        "windows in full precision are pages of their own, which lanes do not fence yet",
+        "use a --kv-cache-dtype of vLLM's own, or switch semipd off",
+    ),
+    Refusal(
+        "semipd",
+        "routed experts in compiled engines without --quantization mxmoe",
+        lambda engine_args: (
+            not _runs_eagerly(engine_args)
+            and not names_ours(engine_args.quantization)
+            and may_have_experts(engine_args.model)
+        ),
+        "vLLM's kernel for experts on CPUs serves one thread at a time, and the lock for that cannot be compiled",
+        "add --enforce-eager, or --quantization mxmoe",
+    ),
+    Refusal(
+        "semipd",
+        "--enable-lora",
+        lambda engine_args: bool(engine_args.enable_lora),
+        "the adapters of a batch are one state of the model, which two lanes would share",
+        "drop --enable-lora, or switch semipd off",
+    ),
+    Refusal(
+        "semipd",
+        "--kv-transfer-config and --kv-offloading-size",
+        lambda engine_args: bool(engine_args.kv_transfer_config or engine_args.kv_offloading_size),
+        "connectors rely on batches that finish in the order in which they are scheduled",
+        "drop the connector, or switch semipd off",
+    ),
 )
 
 
@@ -446,6 +500,12 @@ def read_structured(engine_args: Any, name: str) -> Any:
 def names_our_backend(engine_args: Any) -> bool:
     """Whether `--structured-outputs-config.backend` is the pack's."""
     return bool(read_structured(engine_args, "backend") == STRUCTURED_BACKEND)
+
+
+def _uses_structured(engine_args: Any) -> bool:
+    block = find_block(engine_args.additional_config)
+    given = block.get("structured") if isinstance(block, Mapping) else None
+    return names_our_backend(engine_args) or (isinstance(given, Mapping) and given.get("enabled", True) is not False)
 
 
 def _names_other_backend(engine_args: Any) -> bool:

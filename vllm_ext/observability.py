@@ -106,11 +106,23 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("vllm_ext:smartspec_draft_length", "gauge", "Drafts asked for the next step, mean over its requests."),
     Metric(
-        "vllm_ext:smartspec_goodput_tokens_per_second", "gauge", "Expected tokens of a step over its expected time."
+        "vllm_ext:smartspec_expected_tokens_per_second",
+        "gauge",
+        "Expected tokens of the next step over its expected time, if the drafter finds every draft it is asked for.",
     ),
+    Metric(
+        "vllm_ext:smartspec_decoded_tokens_total",
+        "counter",
+        "Tokens put out by steps without prompt tokens in them; over decode_seconds_total: measured goodput.",
+    ),
+    Metric("vllm_ext:smartspec_decode_seconds_total", "counter", "Time of those steps."),
     Metric("vllm_ext:smartspec_predicted_step_seconds", "gauge", "Predicted time of the last step."),
     Metric("vllm_ext:smartspec_measured_step_seconds", "gauge", "Measured time of the last step."),
-    Metric("vllm_ext:smartspec_planned_tokens_total", "counter", "Drafts asked for; drafters may find fewer."),
+    Metric(
+        "vllm_ext:smartspec_planned_tokens_total",
+        "counter",
+        "Drafts wanted, by request; lookups may find fewer, and a model makes the longest one's number for all.",
+    ),
     Metric("vllm_ext:smartspec_verified_tokens_total", "counter", "Drafts verified, padding left out."),
     Metric("vllm_ext:smartspec_accepted_tokens_total", "counter", "Drafts accepted."),
     Metric("vllm_ext:smartspec_probe_steps_total", "counter", "Steps that drafted only to learn if it pays again."),
@@ -136,6 +148,24 @@ METRICS: tuple[Metric, ...] = (
         "vllm_ext:structured_forced_certain_tokens_total",
         "counter",
         "Of these, drafts that were the only token their mask allowed.",
+    ),
+    Metric("vllm_ext:semipd_prefill_batches_total", "counter", "Batches of the prefill lane."),
+    Metric("vllm_ext:semipd_decode_batches_total", "counter", "Batches of the decode lane."),
+    Metric("vllm_ext:semipd_prefill_busy_seconds_total", "counter", "Time in which the prefill lane ran a batch."),
+    Metric("vllm_ext:semipd_decode_busy_seconds_total", "counter", "Time in which the decode lane ran a batch."),
+    Metric("vllm_ext:semipd_overlap_seconds_total", "counter", "Time in which both did."),
+    Metric(
+        "vllm_ext:semipd_deferred_frees_total",
+        "counter",
+        "Requests that ended while a batch used their blocks, which went back when it had run.",
+    ),
+    Metric("vllm_ext:semipd_split_index", "gauge", "Number of the split in force, least prefill first."),
+    Metric("vllm_ext:semipd_switches_total", "counter", "Changes of the split."),
+    Metric("vllm_ext:semipd_first_tokens_total", "counter", "First tokens of requests."),
+    Metric("vllm_ext:semipd_first_tokens_in_time_total", "counter", "Of these, within slo_ttft_ms."),
+    Metric("vllm_ext:semipd_finished_total", "counter", "Finished requests of two tokens and more."),
+    Metric(
+        "vllm_ext:semipd_finished_in_time_total", "counter", "Of these, with a mean time per token within slo_tpot_ms."
     ),
 )
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 
 #: Feature -> "module:Class" of its scheduler mixin, outermost first. Imported only where it is used.
 MIXINS: Mapping[str, str] = {
+    "semipd": "vllm_ext.scheduling.semipd.scheduler:LaneMixin",
     "structured": "vllm_ext.scheduling.forced_tokens:ForcedTokensMixin",
     "smartspec": "vllm_ext.scheduling.goodput:GoodputMixin",
 }

@@ -35,7 +35,7 @@ def serve(seed: int, *, asynchronous: bool) -> Any:
     num_blocks = largest + 2 + rng.choice((0, 1, 4, 40))
     scheduler = build_lanes(num_blocks, rng.choice((8, 32, 128)), asynchronous=asynchronous)
     device = FakeDevice(num_blocks, BLOCK_SIZE)
-    outputs: dict[str, Any] = {}
+    launches: dict[int, Any] = {}
     delivered: dict[str, list[int]] = {f"r{number}": [] for number in range(len(prompts))}
     arrivals, aborted = list(delivered), set()
     abort_chance, idle = rng.choice((0.0, 0.02)), 0
@@ -45,7 +45,7 @@ def serve(seed: int, *, asynchronous: bool) -> Any:
         actions: list[tuple[str, Any, int]] = []
         for lane in Lane:
             flights = device.flights[lane]
-            actions += [("schedule", lane, 8)] if scheduler.lane_has_work(lane) else []
+            actions += [("schedule", lane, 8)] if scheduler.has_work(lane) else []
             actions += [("advance", lane, 8)] if any(not flight.is_done for flight in flights) else []
             actions += [("complete", lane, 8)] if flights and flights[0].is_done else []
         actions += [("add", None, 3)] if arrivals else []
@@ -64,12 +64,13 @@ def serve(seed: int, *, asynchronous: bool) -> Any:
             device.advance(lane)
         elif action == "complete":
             flight = device.flights[lane].pop(0)
-            made = scheduler.update_lane(flight.batch, outputs.pop(id(flight.batch)), flight.sampled)
+            made = scheduler.complete_lane(launches.pop(id(flight.batch)), flight.sampled)
             for rid, tokens in made.items():
                 delivered[rid] += tokens
-        elif (launched := scheduler.schedule_lane(lane)) is not None:
-            batch, step, outputs[id(launched[0])] = launched
-            device.launch(batch, step)
+        elif (launched := scheduler.launch_lane(lane)) is not None:
+            launch, step = launched
+            launches[id(launch.batch)] = launch
+            device.launch(launch.batch, step)
         else:
             happened = False
         idle = 0 if happened else idle + 1
