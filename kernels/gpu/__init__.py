@@ -15,6 +15,7 @@
     activations.py     kernel: int8 rounding and sums of activations, per group
     sorting.py         kernels: (token, expert) pairs grouped by expert, on the device
     combine.py         kernels: weighted sums over experts and over parts of K
+    fitting.py         smaller tiles where one does not fit this GPU
     launch.py          which devices and tensors the kernels serve, and on which device they are launched
     tuning.py          tables of tiles by GPU that was measured, in tuning/; search.py finds such tiles
     samples.py         random layers; trials.py: with inputs, to be run and timed

@@ -76,7 +76,7 @@ def mixed_moe(
     x is bf16 or fp16. Differs from the reference: an id past the last expert counts as none, since finding it would
     wait for the device; the intermediate is rounded to x's type, also before it is rounded to 8 bits; so are weights
     where SCALE_WEIGHTS (gpu/accumulate.py) applies, and an expert's results where many tokens share its weights. Sums
-    are float32, in the order of the slots.
+    are float32, part by part of K and in the order of the slots.
 
     tiles, split: instead of those that `gpu/configurations.py` chooses. Given tiles that do not fit the GPU raise
     Triton's OutOfResources; chosen ones are replaced by smaller ones (gpu/fitting.py).

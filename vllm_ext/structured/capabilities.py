@@ -258,15 +258,15 @@ def list_children(node: Mapping[str, Any]) -> list[tuple[str, Any]]:
 #: character (it would write them into JSON as they are), no look-around, no anchor inside, no class by property. Not
 #: \S, nor \s left out: the spaces of xgrammar are ASCII's.
 _PLAIN = re.compile(
-    r"\^(?:[^\\\[\](){}^$\"\x00-\x1f\x7f]|\\[dDwWs.\-/+*?()\[\]{}|^$@#:,;=!%&~<>_]|\{\d*+,?\d*+\}|\(\?:|\((?!\?)|\)"
-    r"|\[(?:(?!\^)[^\\\]\[\"\x00-\x1f\x7f]|\\[dDwWs.\-/+*?()\[\]{}|^$@#:,;=!%&~<>_])++\]"
-    r"|\[\^(?:[^\\\]\[\"\x00-\x1f\x7f]|\\[dDwW.\-/+*?()\[\]{}|^$@#:,;=!%&~<>_])++\])*+\$"
+    r"\^(?:[^\\\[\](){}^$\"\x00-\x1f\x7f]|\\[dDwWs.\-/+*?()\[\]{}|^$@#:,;=!%&~<>_]|\{\d*(?:,\d*)?\}|\(\?:|\((?!\?)|\)"
+    r"|\[(?:[^\\\]\[\"^\x00-\x1f\x7f]|\\[dDwWs.\-/+*?()\[\]{}|^$@#:,;=!%&~<>_])+\]"
+    r"|\[\^(?:[^\\\]\[\"\x00-\x1f\x7f]|\\[dDwW.\-/+*?()\[\]{}|^$@#:,;=!%&~<>_])+\])*\$"
 )
 
 
 def hide_classes(pattern: str) -> str:
     """A regular expression with x for its escapes and character classes; one that is not closed goes to the end."""
-    return re.sub(r"\\.|\[(?:\\.|[^\]\\])*+(?:\]|\\?\Z)", "x", pattern, flags=re.DOTALL)
+    return re.sub(r"\\.|\[(?:\\.|[^\]\\])*(?:\]|\\?\Z)", "x", pattern, flags=re.DOTALL)
 
 
 def is_plain_pattern(pattern: str) -> bool:

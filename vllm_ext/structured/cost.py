@@ -85,11 +85,12 @@ _CLASSES = frozenset((".", "\\d", "\\D", "\\w", "\\W", "\\s", "\\S"))
 def estimate_regex(pattern: str) -> int:
     """States of a regular expression: repeats with counts multiply what they repeat, nested ones each other.
 
-    Reads any text; what is no regular expression is estimated like one. Its parts are possessive: a search that goes
-    back would take quadratic time, in one call that no other thread can interrupt.
+    Reads any text; what is no regular expression is estimated like one. The search below can read nothing in two
+    ways: going back far would take quadratic time, in one call that no other thread can interrupt. (Possessive parts
+    would say so, but Python 3.11 before 3.11.5 misreads them.)
     """
     stack: list[list[int]] = [[0, 0]]  # states of the open groups, and of the last item of each
-    for token in re.finditer(r"\\.|\[(?:\\.|[^\]\\])*+(?:\]|\\?\Z)|\{(\d*+)(,?)(\d*+)\}|.", pattern, re.DOTALL):
+    for token in re.finditer(r"\\.|\[(?:\\.|[^\]\\])*(?:\]|\\?\Z)|\{(\d*)(?:(,)(\d*))?\}|.", pattern, re.DOTALL):
         text = token[0]
         if text == "(":
             stack.append([0, 0])

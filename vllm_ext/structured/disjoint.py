@@ -19,7 +19,7 @@ MOST_STEPS, COMPARISON = 240_000, 8
 
 
 #: Characters that stand for themselves at the start of a pattern, and those that say how often one comes.
-_LITERAL = re.compile(r"\^((?:[A-Za-z0-9 _@#:,;=!%&~<>/'-]|\\[.\-/+*?()\[\]{}|^$])*+)([*?{+]?)")
+_LITERAL = re.compile(r"\^((?:[A-Za-z0-9 _@#:,;=!%&~<>/'-]|\\[.\-/+*?()\[\]{}|^$])*)([*?{+]?)")
 
 
 def choose_one_of(node: Any, definitions: Mapping[str, Any], steps: Iterator[int] | None = None) -> Any:

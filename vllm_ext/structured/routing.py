@@ -291,7 +291,7 @@ def find_regex_gap(text: str) -> str:
         return "xgrammar ignores ^ and $ inside a regex"
     if other := sorted(_OTHER_ESCAPES.intersection(re.findall(r"\\(.)", text, re.DOTALL))):
         return f"xgrammar takes \\{other[0]} for a letter"
-    return "xgrammar has no classes by name, as [:alpha:]" if re.search(r"\[:\^?[a-z]++:\]", text) else ""
+    return "xgrammar has no classes by name, as [:alpha:]" if re.search(r"\[:\^?[a-z]+:\]", text) else ""
 
 
 def _plan_choice(text: str) -> Plan:

@@ -155,7 +155,7 @@ def test_preemption_in_a_small_cache(tiny_moe: str, engine_in_process: None) -> 
         TokensPrompt(prompt_token_ids=[rng.randrange(VOCABULARY) for _ in range(rng.randrange(20, 90))])
         for _ in range(16)
     ]
-    parameters = [SamplingParams(max_tokens=rng.randrange(40, 80), temperature=0, ignore_eos=True) for _ in prompts]
+    parameters = [SamplingParams(max_tokens=rng.randrange(70, 120), temperature=0, ignore_eos=True) for _ in prompts]
     small = {"num_gpu_blocks_override": 14, "block_size": 32, "max_model_len": 256}
     expected = list_outputs(start(tiny_moe, False, **small), prompts, parameters)
     ours = start(tiny_moe, True, **small)
