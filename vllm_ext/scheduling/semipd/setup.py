@@ -30,7 +30,12 @@ def read_settings(vllm_config: Any) -> config.SemiPDSettings:
 def check_engine(vllm_config: Any) -> None:
     """Refuse what only the finished configuration shows. Raises config.ConfigError naming the value and the fix."""
     settings, model = read_settings(vllm_config), vllm_config.model_config
-    for name in ("slo_ttft_ms", "slo_tpot_ms", "window"):
+    if settings.mode == "off":
+        raise config.ConfigError("vllm_ext.semipd.mode is off and the block on: set vllm_ext.semipd.enabled to false")
+    for name in ("window", "fairness"):
+        if getattr(settings, name) is not None:
+            raise config.ConfigError(f"vllm_ext.semipd.{name} is not part of this release: drop it")
+    for name in ("slo_ttft_ms", "slo_tpot_ms"):
         value = getattr(settings, name)
         if value is not None and value <= 0:
             raise config.ConfigError(f"vllm_ext.semipd.{name} must be above 0, got {value}")
