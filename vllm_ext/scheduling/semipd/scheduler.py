@@ -119,6 +119,9 @@ class LaneMixin:
             self.lanes.drop_batch()
             return None
         grammar = super().get_grammar_bitmask(output)  # type: ignore[misc]
+        if grammar is not None:
+            # vLLM's masks lie in one buffer of the engine, which the other lane's next batch overwrites.
+            grammar.grammar_bitmask = grammar.grammar_bitmask.copy()
         return LaneLaunch(self.lanes.launch(output.num_scheduled_tokens), output, grammar)
 
     def update_lane(self: Any, result: LaneResult) -> dict[int, Any]:
