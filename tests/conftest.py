@@ -69,7 +69,12 @@ def engine_in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # An n-gram engine or a trie of another test may have left numba behind. vLLM's CPU worker looks into every module
     # when it starts, and fails at this one (vllm/triton_utils/dispatcher.py, 0.32).
     monkeypatch.delitem(sys.modules, "llvmlite.binding.ffi", raising=False)
+    import torch
+
+    num_threads = torch.get_num_threads()
     yield
+    # MKL's number belongs to the process, and lanes set it in their threads; torch.set_num_threads is vLLM's by now.
+    torch._C.set_num_threads(num_threads)
     # vLLM notes things of its own in the environment, which the engines of later tests would inherit.
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
