@@ -50,7 +50,7 @@ def _make_proposer(vllm_config: Any) -> Any:
     """A TrieProposer for engines that asked for one, None for the others."""
     from vllm_ext import config
 
-    settings = config.parse(config.find_block(vllm_config.additional_config)).smartspec
+    settings = config.read_settings(vllm_config).smartspec
     if settings is None or not settings.enabled or settings.drafter != "trie":
         return None
     from vllm_ext.scheduling.trie_proposer import TrieProposer

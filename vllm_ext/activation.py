@@ -190,7 +190,6 @@ def start_features(features: tuple[str, ...], vllm_config: Any) -> None:
         from vllm_ext.scheduling.semipd import setup as semipd_setup
 
         semipd_setup.check_engine(vllm_config)
-        semipd_setup.take_seats(vllm_config)
     take_seats(features, vllm_config)
     apply_patches(features, process="api")
     # EngineCore may run in this process, or be forked from it with vLLM's plugins already loaded.
@@ -218,6 +217,10 @@ def take_seats(features: tuple[str, ...], vllm_config: Any) -> None:
     scheduler = factory.name_scheduler(features, base)
     if scheduler is not None:
         scheduler_config.scheduler_cls = scheduler
+    if "semipd" in features:
+        from vllm_ext.scheduling.semipd import setup as semipd_setup
+
+        semipd_setup.take_seats(vllm_config)
 
 
 def export_state(features: Iterable[str]) -> None:

@@ -128,6 +128,11 @@ def parse(block: Any) -> Settings:
     return typing.cast(Settings, _parse_fields(Settings, {} if block is None else block, "vllm_ext"))
 
 
+def read_settings(vllm_config: Any) -> Settings:
+    """The pack's settings in vLLM's finished configuration. Raises ConfigError as `parse` and `find_block` do."""
+    return parse(find_block(vllm_config.additional_config))
+
+
 def _parse_fields(cls: type, values: Any, path: str) -> Any:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path} must be a mapping of settings, not {values!r}")

@@ -33,7 +33,7 @@ def make_layer(original: Callable[..., None], layer: Any, *args: Any, **kwargs: 
             f"--kv-cache-dtype {cache_dtype} does not run with {given.get('prefix', 'an attention layer')}, which has "
             f"{reason}: use a --kv-cache-dtype of vLLM's own for {vllm_config.model_config.model}"
         )
-    every_setting = config.parse(config.find_block(vllm_config.additional_config))
+    every_setting = config.read_settings(vllm_config)
     settings = every_setting.kv_cache
     # Compiled now, where no request waits for it.
     load_ops(every_setting.cache_dir)

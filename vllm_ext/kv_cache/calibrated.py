@@ -26,7 +26,7 @@ def find_tensors(impl: Any) -> Sides:
     Raises SidecarError, naming file, tensor and fix, for a file that is not one of this model and preset.
     """
     vllm_config = get_current_vllm_config()
-    settings = config.parse(config.find_block(vllm_config.additional_config)).kv_cache
+    settings = config.read_settings(vllm_config).kv_cache
     if settings is None or settings.calibration is None:
         return CodecTensors(), CodecTensors()
     path = Path(settings.calibration).expanduser()

@@ -51,7 +51,7 @@ def check_engine(vllm_config: Any) -> None:
             f"--kv-cache-dtype {name} needs the V1 model runner, and this engine uses V2: "
             "set VLLM_USE_V2_MODEL_RUNNER=0"
         )
-    settings = config.parse(config.find_block(vllm_config.additional_config)).kv_cache
+    settings = config.read_settings(vllm_config).kv_cache
     head_dim = model.get_head_size()
     presets = choose_presets(name, settings, head_dim, model.get_total_num_hidden_layers())
     for preset in dict.fromkeys(presets):

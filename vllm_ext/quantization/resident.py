@@ -69,7 +69,7 @@ def find_cache_dir() -> str | None:
     vllm_config = get_current_vllm_config_or_none()
     if vllm_config is None:
         return None
-    return config.parse(config.find_block(vllm_config.additional_config)).cache_dir
+    return config.read_settings(vllm_config).cache_dir
 
 
 def find_engine_index() -> int:

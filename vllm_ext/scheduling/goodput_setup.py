@@ -32,18 +32,13 @@ class ControlPlan(NamedTuple):
     passes: tuple[int, ...]
 
 
-def read_settings(vllm_config: Any) -> config.Settings:
-    """The pack's settings of a finished configuration."""
-    return config.parse(config.find_block(vllm_config.additional_config))
-
-
 def check_engine(vllm_config: Any) -> None:
     """Refuse what only the finished configuration shows, and have the draft lengths captured that will be used.
 
     Raises config.ConfigError naming the value and the fix.
     """
     speculative = vllm_config.speculative_config
-    settings = read_settings(vllm_config).smartspec
+    settings = config.read_settings(vllm_config).smartspec
     assert settings is not None
     if speculative is None:
         raise config.ConfigError("vllm_ext.smartspec needs speculation: add --speculative-config, or drop the block")
@@ -98,7 +93,7 @@ def _check_control(vllm_config: Any) -> None:
 def plan_control(vllm_config: Any) -> ControlPlan:
     """Decide what is controlled: see docs/smartspec.md, "What is controlled where"."""
     speculative = vllm_config.speculative_config
-    settings = read_settings(vllm_config).smartspec
+    settings = config.read_settings(vllm_config).smartspec
     assert settings is not None
     k_max = settings.k_max or speculative.num_speculative_tokens
     drafter = describe_drafter(vllm_config)
@@ -139,7 +134,7 @@ def make_controller(vllm_config: Any, plan: ControlPlan, requests: Mapping[str, 
 
     requests: the scheduler's, by id, which a policy weighs.
     """
-    settings = read_settings(vllm_config).smartspec
+    settings = config.read_settings(vllm_config).smartspec
     assert settings is not None
     logger.info("smartspec: %s", describe_plan(vllm_config, plan))
     prior = step_times.find_step_times(vllm_config)

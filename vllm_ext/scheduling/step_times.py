@@ -43,7 +43,7 @@ def find_prior_path(vllm_config: Any) -> Path:
     """File of the step times of this model on this device: <cache_dir>/smartspec/<hash of describe_engine>.json."""
     text = json.dumps(describe_engine(vllm_config), skipkeys=True, default=str)
     name = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return config.parse(config.find_block(vllm_config.additional_config)).cache_path / "smartspec" / f"{name}.json"
+    return config.read_settings(vllm_config).cache_path / "smartspec" / f"{name}.json"
 
 
 def describe_engine(vllm_config: Any) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def uses_carrier(vllm_config: Any) -> bool:
 
 def plan_forced_tokens(vllm_config: Any) -> ForcedTokensPlan:
     """Decide for a finished configuration. Raises config.ConfigError where `on` cannot be honoured, naming the fix."""
-    settings = config.parse(config.find_block(vllm_config.additional_config)).structured
+    settings = config.read_settings(vllm_config).structured
     if settings is None or not settings.enabled or settings.forced_tokens == "off":
         return ForcedTokensPlan(False, "vllm_ext.structured.forced_tokens is off")
     obstacle = _find_obstacle(vllm_config)

@@ -28,7 +28,7 @@ class Options:
 
 def read_options(vllm_config: Any) -> Options:
     """The options of an engine. Raises config.ConfigError naming the setting and the fix."""
-    settings = config.parse(config.find_block(vllm_config.additional_config)).structured
+    settings = config.read_settings(vllm_config).structured
     settings = settings or config.StructuredSettings()
     for name in ("max_compile_ms", "max_compile_mib"):
         value = getattr(settings, name)

@@ -96,9 +96,13 @@ class Pacer:
         """A request was aborted."""
         self._clocks.pop(request_id, None)
 
+    def is_due(self, now: float) -> bool:
+        """Whether there is something to decide now: counting what is queued takes time."""
+        return self._controller is not None and now - self._decided >= PERIOD
+
     def decide(self, now: float, queued_tokens: int) -> int:
         """The number of the split from now on; asks the controller at most once a period."""
-        if self._controller is not None and now - self._decided >= PERIOD:
+        if self._controller is not None and self.is_due(now):
             self._decided = now
             decision = self._controller.decide(now, queued_tokens)
             if decision.is_switch:

@@ -62,8 +62,10 @@ class LaneMixin:
         flights = [batch for lane in Lane for batch in self.lanes.list_in_flight(lane)]
         # The engine sleeps for a millisecond after a turn without tokens.
         step.total_num_scheduled_tokens = sum(sum(batch.tokens.values()) for batch in flights)
-        queued = sum(request.num_tokens for request in self.waiting)
-        step.split = self.pacer.decide(time.perf_counter(), queued)
+        now = time.perf_counter()
+        if self.pacer.is_due(now):
+            self.pacer.decide(now, sum(request.num_tokens for request in self.waiting))
+        step.split = self.pacer.index
         return step
 
     def get_grammar_bitmask(self, scheduler_output: Any) -> Any:
@@ -96,7 +98,8 @@ class LaneMixin:
     def schedule_lane(self: Any, lane: Lane, throttle_prefills: bool = False) -> LaneLaunch | None:
         """vLLM's schedule(), which sees the lane's requests alone; None where nothing came of it."""
         view = self.lanes.open_batch(lane, self.running)
-        max_active, waiting, previous = self.max_num_active_reqs, self.waiting, self.prev_step_scheduled_req_ids
+        max_active, waiting = self.max_num_active_reqs, self.waiting
+        # vLLM replaces what is in the set, not the set.
         self.running, self._lane, self.prev_step_scheduled_req_ids = view.mine, lane, self._previous[lane]
         if lane is Lane.DECODE:
             # Nobody is admitted, and who is preempted comes out by itself.
@@ -107,9 +110,6 @@ class LaneMixin:
             output = super().schedule(throttle_prefills)  # type: ignore[misc]
         finally:
             self._lane, self.max_num_active_reqs = None, max_active
-            self._previous[lane].clear()
-            self._previous[lane].update(self.prev_step_scheduled_req_ids)
-            self.prev_step_scheduled_req_ids = previous
             if lane is Lane.DECODE:
                 preempted, self.waiting = self.waiting, waiting
                 self.waiting.prepend_requests(preempted)

@@ -22,7 +22,7 @@ WORKER = "vllm_ext.scheduling.semipd.worker.LaneCPUWorker"
 
 def read_settings(vllm_config: Any) -> config.SemiPDSettings:
     """The block of a finished configuration."""
-    settings = config.parse(config.find_block(vllm_config.additional_config)).semipd
+    settings = config.read_settings(vllm_config).semipd
     assert settings is not None
     return settings
 
