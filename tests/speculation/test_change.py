@@ -11,7 +11,8 @@ def count_steps(detector: ChangeDetector, believed: float, true: float, count: i
     """Steps until the alarm; `steps` where there was none."""
     rng = np.random.default_rng(seed)
     for step in range(steps):
-        if detector.observe(np.full(count, believed), rng.random(count) < true):
+        succeeded = int(np.count_nonzero(rng.random(count) < true))
+        if detector.observe(count, believed * count, believed**2 * count, succeeded):
             return step + 1
     return steps
 
@@ -37,8 +38,8 @@ def test_an_alarm_begins_anew_and_nothing_tried_says_nothing() -> None:
     assert count_steps(detector, 0.05, 1.0, 4, 100, 0) < 8
     # A change for the better may not be over: the sum is half full, and empties where nothing more comes of it.
     assert detector.above == 4.0
-    assert not detector.observe(np.full(4, 0.05), np.zeros(4, bool))
-    assert not detector.observe(np.zeros(0), np.zeros(0, bool))
+    assert not detector.observe(4, 0.2, 0.01, 0)
+    assert not detector.observe(0, 0.0, 0.0, 0)
     assert count_steps(detector, 0.5, 0.5, 4, 1000, 0) == 1000
     assert count_steps(detector, 0.95, 0.0, 4, 100, 0) < 8
     assert detector.above == detector.below == 0.0

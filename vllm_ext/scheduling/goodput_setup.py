@@ -140,7 +140,7 @@ def make_controller(vllm_config: Any, plan: ControlPlan, requests: Mapping[str, 
     prior = step_times.find_step_times(vllm_config)
     if prior is None:
         logger.info("smartspec: no measured step times; starting from a guess that serving replaces")
-    return GoodputController(
+    controller = GoodputController(
         plan.k_max,
         step_time=StepTimeModel(prior),
         uniform_lengths=plan.uniform_lengths,
@@ -150,3 +150,5 @@ def make_controller(vllm_config: Any, plan: ControlPlan, requests: Mapping[str, 
         probe_every=settings.probe_every or PROBE_EVERY,
         policy=make_policy(settings.policy, requests),
     )
+    controller.warm_up()
+    return controller

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Container, Hashable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from vllm_ext.speculation.change import ChangeDetector
+from vllm_ext.speculation.goodput import load_compiled
 
 #: Estimates stay inside: nothing observed in a finite number of steps is impossible or certain.
 LOWEST, HIGHEST = 0.01, 0.995
@@ -17,21 +17,10 @@ LOWEST, HIGHEST = 0.01, 0.995
 STRENGTHS = (2.0, 60.0)
 #: How fast the estimate of how much requests differ moves, per step.
 SPREAD_RATE = 0.03
+#: A request with fewer trials says nothing about how much requests differ.
+LEAST_TRIALS = 2.0
 #: Trials that all counts together are worth after a change, at one position.
 TRIALS_AFTER_CHANGE = 1.0
-
-
-class _Known(NamedTuple):
-    """What is known of the requests of a batch, and of all requests at the time."""
-
-    #: Discounted successes and trials, float64 [2, k_max, n].
-    counts: np.ndarray
-    #: Successes of each request over all its positions, and what an average request had in its place, float64 [n].
-    succeeded: np.ndarray
-    expected: np.ndarray
-    #: Chances of an average request: at each position, float64 [k_max], and over all positions.
-    shared: np.ndarray
-    pooled: float
 
 
 class AcceptanceModel:
@@ -79,18 +68,16 @@ class AcceptanceModel:
         self._request_memory, self._shared_memory, self._idle_memory = request_memory, shared_memory, idle_memory
         self._untried_memory = untried_memory
         self._change = ChangeDetector()
+        self._compiled = load_compiled()
         self._slots: dict[Hashable, int] = {}
         self._free: list[int] = []
-        #: Discounted successes and trials, [2, k_max, slots], so that what is done for all requests runs along rows;
-        #: and of all requests together, [2, k_max].
-        self._counts = np.zeros((2, k_max, 0))
-        self._shared_counts = np.zeros((2, k_max))
-        self._positions = np.arange(k_max)[:, None]
+        #: Discounted successes and trials, [slots, k_max, 2], and of all requests together, [k_max, 2].
+        self._counts = np.zeros((0, k_max, 2))
+        self._shared_counts = np.zeros((k_max, 2))
         #: The requests asked for last and their slots: a step asks for the same ones when it trims, plans and learns.
         self._last_ids: list[Hashable] = []
         self._last_slots = np.zeros(0, np.int64)
-        #: What is known and predicted of these until something is learned.
-        self._last_known: _Known | None = None
+        #: What is predicted of these until something is learned.
         self._last_survival: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -102,9 +89,8 @@ class AcceptanceModel:
         if ids != self._last_ids:
             slots = self._slots
             found = np.array([slots[rid] if rid in slots else self._add(rid) for rid in ids], np.int64)
-            found.flags.writeable = False
             self._last_ids, self._last_slots = ids, found
-            self._last_known = self._last_survival = None
+            self._last_survival = None
         return self._last_slots
 
     def keep_only(self, request_ids: Container[Hashable]) -> None:
@@ -119,7 +105,7 @@ class AcceptanceModel:
         if slot is not None:
             self._free.append(slot)
             self._last_ids, self._last_slots = [], np.zeros(0, np.int64)
-            self._last_known = self._last_survival = None
+            self._last_survival = None
 
     @property
     def hope(self) -> float:
@@ -136,106 +122,60 @@ class AcceptanceModel:
             return
         if (accepted > drafted).any() or drafted.max() > self.k_max or accepted.min() < 0:
             raise ValueError(f"accepted {accepted.tolist()} of drafted {drafted.tolist()} with k_max {self.k_max}")
-        first, passed, expected = drafted > 0, accepted > 0, self.predict_first(slots)
-        if not first.all():
-            expected, passed = expected[first], passed[first]
-        if self._change.observe(expected, passed):
+        drafted, accepted = np.ascontiguousarray(drafted, np.int64), np.ascontiguousarray(accepted, np.int64)
+        first = self._compiled.sum_first_drafts(self.predict_survival(slots), drafted, accepted)
+        if self._change.observe(*first):
             self._forget_outcomes()
-        # Drafts that succeeded and drafts that were tried, as numbers of positions; then position by position.
-        reached = np.array([accepted, np.minimum(accepted + 1, drafted)])
-        outcomes = self._positions < reached[:, None, :]
-        counts = self._find_known(slots).counts
-        counts *= np.where(first, self._request_memory, self._idle_memory)
-        counts += outcomes
-        self._counts[:, :, slots] = counts
-        totals = np.count_nonzero(outcomes, axis=2)
-        # What is known of a position that nobody tried fades slowly: it is tried again some time.
-        self._shared_counts *= np.where(totals[1] > 0, self._shared_memory, self._untried_memory)
-        self._shared_counts += totals / len(slots)
-        known = self._summarize(counts)
-        self._last_known, self._last_survival = known if slots is self._last_slots else None, None
-        if totals[1, 0]:
-            self._learn_spread(known)
+        has_trials = self._compiled.learn_outcomes(
+            self._counts,
+            self._shared_counts,
+            slots,
+            drafted,
+            accepted,
+            self._request_memory,
+            self._idle_memory,
+            self._shared_memory,
+            self._untried_memory,
+        )
+        self._last_survival = None
+        if has_trials:
+            shared, _ = self._pool()
+            spread = self._compiled.measure_spread(self._counts, slots, shared, self._request_memory, LEAST_TRIALS)
+            if not math.isnan(spread):
+                self._spread += SPREAD_RATE * (spread - self._spread)
 
     def predict_survival(self, slots: np.ndarray) -> np.ndarray:
-        """P(the first j drafts are all accepted), j = 1..k_max: float64 [n, k_max], falling along j.
-
-        Not to be written to. In memory positions come first.
-        """
+        """P(the first j drafts are all accepted), j = 1..k_max: float64 [n, k_max], falling along j; not to be written
+        to."""
         if slots is self._last_slots and self._last_survival is not None:
             return self._last_survival
-        survival = self._predict_hazards(slots).T
-        for shorter, longer in itertools.pairwise(survival.T):
-            longer *= shorter
-        survival.flags.writeable = False
+        shared, pooled = self._pool()
+        # A beta distribution with this variance has seen so many trials.
+        strength = min(max(pooled * (1 - pooled) / max(self._spread, 1e-9), STRENGTHS[0]), STRENGTHS[1])
+        survival: np.ndarray = self._compiled.predict_survival(
+            self._counts, slots, shared, pooled, strength, LOWEST, HIGHEST
+        )
         if slots is self._last_slots:
             self._last_survival = survival
         return survival
 
-    def predict_first(self, slots: np.ndarray) -> np.ndarray:
-        """P(the first draft is accepted): float64 [n], the first column of `predict_survival`."""
-        return self.predict_survival(slots)[:, 0]
-
-    def _predict_hazards(self, slots: np.ndarray) -> np.ndarray:
-        """P(j accepted | j-1 accepted): float64 [k_max, n]."""
-        (successes, trials), succeeded, expected, shared, pooled = self._find_known(slots)
-        # A beta distribution with this variance has seen so many trials.
-        strength = min(max(pooled * (1 - pooled) / max(self._spread, 1e-9), STRENGTHS[0]), STRENGTHS[1])
-        # What a request does over all its positions, against what all requests do at the same positions.
-        factor = (succeeded + strength * pooled) / (expected + strength * pooled)
-        hazards = shared[:, None] * factor
-        np.minimum(hazards, HIGHEST, out=hazards)
-        hazards *= strength
-        hazards += successes
-        hazards /= trials + strength
-        return np.clip(hazards, LOWEST, HIGHEST, out=hazards)
-
-    def _find_known(self, slots: np.ndarray) -> _Known:
-        if slots is not self._last_slots:
-            return self._summarize(self._counts.take(slots, axis=2))
-        if self._last_known is None:
-            self._last_known = self._summarize(self._counts.take(slots, axis=2))
-        return self._last_known
-
-    def _summarize(self, counts: np.ndarray) -> _Known:
-        """counts: float64 [2, k_max, n]."""
-        strength = self._shared_strength
-        successes, trials = self._shared_counts
-        total_successes, total_trials = np.add.reduce(self._shared_counts, axis=1).tolist()
-        pooled = (total_successes + self._initial) / (total_trials + 1.0)
-        shared = (successes + strength * pooled) / (trials + strength)
-        return _Known(counts, np.add.reduce(counts[0], axis=0), shared @ counts[1], shared, pooled)
+    def _pool(self) -> tuple[np.ndarray, float]:
+        shared, pooled = self._compiled.pool_counts(self._shared_counts, self._initial, self._shared_strength)
+        return shared, pooled
 
     def _forget_outcomes(self) -> None:
         """Keep what was learned as a guess: another text, another load, and none of it holds."""
         for counts in (self._shared_counts, self._counts):
-            counts *= min(1.0, TRIALS_AFTER_CHANGE / max(float(counts[1].max()), 1e-9))
-        self._last_known = self._last_survival = None
-
-    def _learn_spread(self, known: _Known) -> None:
-        """Method of moments: how far requests are from the chance of all, less what luck alone accounts for."""
-        trials, succeeded, expected = known.counts[1], known.succeeded, known.expected
-        total, squares = np.add.reduce(trials, axis=0), np.einsum("ij,ij->j", trials, trials)
-        enough = total > 2.0
-        if not enough.all():
-            if not enough.any():
-                return
-            total, squares, succeeded, expected = total[enough], squares[enough], succeeded[enough], expected[enough]
-        expected = expected / total
-        # Weights m^0 .. m^(t-1) add up to w and their squares to w (2 - (1 - m) w) / (1 + m).
-        memory = self._request_memory
-        squares = (2 * total - (1 - memory) * squares) / (1 + memory)
-        noise = expected * (1 - expected) * squares / np.square(total)
-        surplus = np.square(succeeded / total - expected) - noise
-        self._spread += SPREAD_RATE * (float(np.add.reduce(surplus)) / len(surplus) - self._spread)
+            counts *= min(1.0, TRIALS_AFTER_CHANGE / max(float(counts[..., 1].max(initial=0.0)), 1e-9))
+        self._last_survival = None
 
     def _add(self, request_id: Hashable) -> int:
         if not self._free:
-            size = self._counts.shape[2]
+            size = len(self._counts)
             more = max(16, size)
             self._free = list(range(size + more - 1, size - 1, -1))
-            self._counts = np.concatenate([self._counts, np.zeros((2, self.k_max, more))], axis=2)
+            self._counts = np.concatenate([self._counts, np.zeros((more, self.k_max, 2))])
         slot = self._free.pop()
         self._slots[request_id] = slot
-        self._counts[:, :, slot] = 0.0
+        self._counts[slot] = 0.0
         return slot

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
 #: Requests of a batch that count as independent witnesses at most: their estimates share what is wrong with them.
 MOST_WITNESSES = 8
 #: Standard deviations that one step counts for at most: outcomes of few requests are far from normal.
@@ -30,18 +28,17 @@ class ChangeDetector:
         #: The two sums: outcomes better than expected, and worse.
         self.above = self.below = 0.0
 
-    def observe(self, expected: np.ndarray, succeeded: np.ndarray) -> bool:
+    def observe(self, count: int, expected: float, squares: float, succeeded: int) -> bool:
         """Whether outcomes have changed, after one more step.
 
-        expected: float64 [n], the chance that was believed in; succeeded: bool [n], what came. After an alarm the sums
-        begin anew, with a head start where outcomes became better (Lucas and Crosier 1982).
+        count: first drafts that were tried; expected: sum of the chances that were believed in; squares: sum of these
+        chances squared; succeeded: how many were accepted. After an alarm the sums begin anew, with a head start where
+        outcomes became better (Lucas and Crosier 1982).
         """
-        count = len(expected)
         if not count:
             return False
-        total = float(np.add.reduce(expected))
-        variance = (total - float(expected @ expected)) / count / min(count, MOST_WITNESSES)
-        surprise = (int(np.count_nonzero(succeeded)) - total) / count / math.sqrt(max(variance, 1e-6))
+        variance = (expected - squares) / count / min(count, MOST_WITNESSES)
+        surprise = (succeeded - expected) / count / math.sqrt(max(variance, 1e-6))
         surprise = min(max(surprise, -LARGEST_SURPRISE), LARGEST_SURPRISE)
         self.above = max(0.0, self.above + surprise - self._reference)
         self.below = max(0.0, self.below - surprise - self._reference)

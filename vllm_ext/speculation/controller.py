@@ -9,7 +9,7 @@ import numpy as np
 
 from vllm_ext.speculation.acceptance import AcceptanceModel
 from vllm_ext.speculation.chooser import Batch, Decision, LengthChooser, Outlook, Policy
-from vllm_ext.speculation.goodput import Choice, DraftCost
+from vllm_ext.speculation.goodput import Choice, DraftCost, choose_lengths
 from vllm_ext.speculation.probing import PROBE_EVERY, ProbeBudget
 from vllm_ext.speculation.step_time import StepFeatures, StepTimeModel
 
@@ -155,6 +155,13 @@ class GoodputController(LengthChooser):
     def forget(self, running: Mapping[Hashable, object]) -> None:
         """Drop every request that is not among the running ones."""
         self.acceptance.keep_only(running)
+
+    def warm_up(self) -> None:
+        """Compile what steps run (`compiled`): seconds on a machine's first start, and no request waits for them."""
+        model = AcceptanceModel(self.k_max)
+        slots = model.find_slots([0])
+        model.observe(slots, np.array([self.k_max]), np.array([1]))
+        choose_lengths(model.predict_survival(slots), self.k_max, DraftCost(1.0, 1e-3))
 
     def _plan(self, outlook: Outlook, choice: Choice) -> Decision:
         if choice.lengths.any():

@@ -18,14 +18,22 @@ same as tokens over time.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import functools
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 
-#: (number of drafts or float64 of them, the longest draft) -> milliseconds of the step, as many.
-_MeasureTimes = Callable[[Any, int], Any]
+#: Stands for weights of 1, and for no sizes.
+_NO_WEIGHTS, _NO_SIZES = np.zeros(0), np.zeros(0, np.int64)
+
+
+@functools.cache
+def load_compiled() -> ModuleType:
+    """`vllm_ext.speculation.compiled`, which must not be imported before a worker is made."""
+    return importlib.import_module("vllm_ext.speculation.compiled")
 
 
 class DraftCost(NamedTuple):
@@ -50,20 +58,13 @@ class Choice(NamedTuple):
 
 
 def value_drafts(survival: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """What each draft adds to the objective's first sum, float64 [k_max, n]: the same for any costs and caps.
+    """What each draft adds to the objective's first sum, float64 [n, k_max]: the same for any costs and caps.
 
     survival, weights: as in `choose_lengths`. Values fall along k_max, so the best drafts are prefixes.
     """
-    # Positions first: sums along a draft are then sums of whole rows.
-    survival = survival.T
-    values = np.empty(survival.shape)
-    values[0] = 1.0
-    for place in range(1, len(values)):
-        np.add(values[place - 1], survival[place - 1], out=values[place])
-    np.divide(survival, values, out=values)
-    np.log1p(values, out=values)
-    if weights is not None:
-        values *= weights
+    values: np.ndarray = load_compiled().value_drafts(
+        _order(survival), _NO_WEIGHTS if weights is None else _order(weights)
+    )
     return values
 
 
@@ -87,13 +88,7 @@ def choose_lengths(
     Here lengths differ: for each longest draft, the drafts worth most are taken in order of their worth, and every
     number of them is tried.
     """
-
-    counts = range(survival.shape[1] + 1) if passes is None else passes
-
-    def measure(drafts: Any, longest: int) -> Any:
-        return (cost.fixed + cost.per_pass * counts[longest]) + cost.per_token * drafts
-
-    return _choose(survival, caps, cost, weights, values, counts, measure, cost.per_token)
+    return _choose(survival, caps, cost, weights, values, passes, 0, _NO_SIZES, 0.0)
 
 
 def choose_padded(
@@ -115,15 +110,7 @@ def choose_padded(
     ladder = np.array(sorted(sizes), np.int64)
     if not len(ladder) or ladder[-1] < base_tokens:
         return choose_lengths(survival, caps, cost, weights, values, passes)
-    counts = range(survival.shape[1] + 1) if passes is None else passes
-
-    def measure(drafts: Any, longest: int) -> Any:
-        tokens = base_tokens + drafts
-        padded = np.maximum(ladder[np.minimum(np.searchsorted(ladder, tokens), len(ladder) - 1)], tokens)
-        padded_time = padding * (padded - base_tokens) + (cost.per_token - padding) * drafts
-        return cost.fixed + padded_time + cost.per_pass * counts[longest]
-
-    return _choose(survival, caps, cost, weights, values, counts, measure, max(cost.per_token - padding, 0.0))
+    return _choose(survival, caps, cost, weights, values, passes, base_tokens, ladder, padding)
 
 
 def choose_uniform(
@@ -155,56 +142,26 @@ def _choose(
     cost: DraftCost,
     weights: np.ndarray | None,
     values: np.ndarray | None,
-    passes: Sequence[int],
-    measure: _MeasureTimes,
-    slope: float,
+    passes: Sequence[int] | None,
+    base_tokens: int,
+    ladder: np.ndarray,
+    padding: float,
 ) -> Choice:
-    """slope: milliseconds that one more draft adds at least, whatever their number."""
     if not cost.fixed > 0 or cost.per_token < 0 or cost.per_pass < 0:
         raise ValueError(f"times must be positive, got {cost}")
     num_requests, k_max = survival.shape
     total = float(num_requests if weights is None else np.add.reduce(weights))
     if values is None:
         values = value_drafts(survival, weights)
-    if not isinstance(caps, int) or caps < k_max:
-        values = np.where(np.arange(k_max)[:, None] < caps, values, 0.0)
-    # Where more positions take no more passes, to choose from them is never worse.
-    if cost.per_pass:
-        candidates = [k for k in range(1, k_max + 1) if k == k_max or passes[k] < passes[k + 1]]
-    else:
-        candidates = [k_max]
-    # (objective, longest draft, drafts, the least valuable of them)
-    best = (-total * float(np.log(measure(0.0, 0))), 0, 0, 0.0)
-    for longest in candidates:
-        best = max(best, _choose_count(values[:longest], total, measure, slope))
-    _, longest, count, threshold = best
-    if not count:
-        return Choice(np.zeros(num_requests, np.int64), float(num_requests), float(measure(0.0, 0)))
-    values = values[:longest]
-    taken = values >= threshold
-    surplus = int(np.count_nonzero(taken)) - count
-    if surplus:
-        # Of drafts worth the same, earlier positions.
-        taken.ravel()[np.flatnonzero(values == threshold)[-surplus:]] = False
-    lengths = np.add.reduce(taken, axis=0, dtype=np.int64)
-    tokens = num_requests + float(survival.T[:longest].ravel() @ taken.ravel())
-    return Choice(lengths, tokens, float(measure(float(count), longest)))
+    counts = np.arange(k_max + 1) if passes is None else np.array(passes, np.int64)
+    limits = np.array([caps], np.int64) if isinstance(caps, int) else np.ascontiguousarray(caps, np.int64)
+    return Choice(
+        *load_compiled().choose_lengths(
+            _order(survival), values, limits, total, *map(float, cost), counts, base_tokens, ladder, float(padding)
+        )
+    )
 
 
-def _choose_count(
-    values: np.ndarray, total: float, measure: _MeasureTimes, slope: float
-) -> tuple[float, int, int, float]:
-    """(objective, longest draft, drafts, the least valuable of them) for the best number of drafts, at least one, out
-    of values [longest, n]; an objective of -inf where none is worth its time."""
-    longest, order = len(values), np.sort(values, axis=None)
-    # Of s milliseconds in t the logarithm of time grows by s / t or more: what is worth less is never taken.
-    price = total * slope / float(measure(float(order.size), longest))
-    worthy = order.size - int(order.searchsorted(price, side="right"))
-    if not worthy:
-        return -math.inf, longest, 0, 0.0
-    order = order[: -worthy - 1 : -1]
-    times = measure(np.arange(1.0, worthy + 1), longest)
-    progress = np.add.accumulate(order)
-    progress -= total * np.log(times, out=times)
-    last = int(progress.argmax())
-    return float(progress[last]), longest, last + 1, float(order[last])
+def _order(values: np.ndarray) -> np.ndarray:
+    """As the loops are compiled for."""
+    return np.ascontiguousarray(values, np.float64)
