@@ -8,7 +8,7 @@ Each kernel is a row of `bench/results/compile_matrix/table.csv`; rows compiled 
 the page and the records beside it are written again. `--sets` (`kernels.gpu.shipped.FORMAT_SETS`; `helpers` for the
 kernels around the GEMMs) and `--missing` (kernels without a row, and those that changed since) compile less; `--check`
 compiles nothing and lists what rows break. `--triton DIR` puts another triton before the installed one, as `pip install
---target DIR --no-deps triton==3.6.0` makes it.
+--target DIR --no-deps triton==3.7.1` makes it: the one that vLLM's CUDA wheel brings.
 
 A kernel takes one to six seconds, so everything takes half an hour; an interrupted run keeps what it has.
 Exit codes: 0 ok, 1 a row breaks a rule or does not compile, 2 bad usage.
@@ -242,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run_with(folder: Path, arguments: list[str]) -> int:
     """The same command in a process that finds the triton of a folder first."""
     if not (folder / "triton" / "__init__.py").is_file():
-        print(f"{folder} holds no triton: pip install --target {folder} --no-deps triton==3.6.0", file=sys.stderr)
+        print(f"{folder} holds no triton: pip install --target {folder} --no-deps triton==3.7.1", file=sys.stderr)
         return 2
     place = arguments.index("--triton") if "--triton" in arguments else None
     if place is None:

@@ -18,7 +18,7 @@ from bench.kernels.compile_table import (
     sort_rows,
 )
 from bench.kernels.machine_code import MULTIPLIES
-from bench.records import Metric, Record, describe_environment, write_record
+from bench.records import Metric, Record, describe_environment, load_records, write_record
 
 #: Sets of formats with one width, whose figures docs quote.
 QUOTED = (
@@ -33,7 +33,8 @@ INTRODUCTION = """\
 # The Triton kernels as machine code
 
 Compiled without a GPU and read back from the machine code: nothing here is a time, and nothing of it ever ran on a
-GPU. `table.csv` has all kernels and more columns. How to read it: [docs/gpu-kernels.md](../../../docs/gpu-kernels.md).
+GPU. `table.csv` has all kernels and more columns. How to read it:
+[docs/gpu-kernels-compile.md](../../../docs/gpu-kernels-compile.md).
 
 A cell is the kernel `gate_up` with one set of formats and one tile (rows of the weight x tokens): registers of a
 thread, shared memory of a thread block in KiB, and instructions of a thread for each weight in the main loops, the
@@ -43,12 +44,15 @@ two warps that no rule chooses, for trying it out; "sums": where zero points are
 
 
 def write_report(table: Path) -> None:
-    """Write README.md and the records into the folder of the table."""
+    """Write README.md and the records into the folder of the table; a record that says nothing new stays as it is."""
     rows = read_table(table)
     (table.parent / "README.md").write_text(render_page(rows), encoding="utf-8")
+    # A record lies in the folder of its case: of another folder's table, too.
+    folder = table.parent.parent if table.parent.name == CASE else table.parent
+    known = {record.arm: record.metrics for record in load_records(folder) if record.case == CASE}
     for record in make_records(rows):
-        # A record lies in the folder of its case: of another folder's table, too.
-        write_record(table.parent.parent if table.parent.name == CASE else table.parent, record)
+        if known.get(record.arm) != record.metrics:
+            write_record(folder, record)
 
 
 def render_page(rows: Sequence[Row]) -> str:

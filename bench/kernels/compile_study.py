@@ -38,7 +38,8 @@ INTRODUCTION = """\
 
 Compiled without a GPU: nothing here is a time. Instructions of a thread for each weight in the main loop, registers of
 a thread, stores to shared memory in the loop. What the loops are: `bench/kernels/compile_study.py`; what follows from
-them: [docs/gpu-kernels.md](../../../docs/gpu-kernels.md).
+them: [docs/gpu-kernels-compile.md](../../../docs/gpu-kernels-compile.md) and, of int8 and FP8,
+[docs/gpu-kernels-fp8.md](../../../docs/gpu-kernels-fp8.md).
 """
 
 

@@ -43,6 +43,10 @@ UNIT_WARPS = 4
 #: Targets whose `tcgen05` multiplies no integers (PTX ISA: `.kind::i8` is for sm_100a, not for sm_103a).
 NO_INTEGER_UNIT = ("sm_103",)
 
+#: Triton before this one has `tcgen05` for no integers, and multiplies by `mma.sync` mostly what went through shared
+#: memory after it was decoded.
+FIRST_COMPLETE = (3, 9)
+
 #: How far a compiler may move from the table before `compare_rows` says so: registers, and instructions per weight.
 REGISTER_SLACK = 8
 INSTRUCTION_SLACK = 0.05
@@ -121,12 +125,17 @@ KNOWN = (
         "four groups a chunk with scales and sums of their own take all registers: use groups of 128 with 8 bits",
     ),
     Known(
-        r"3\.9", r"sm_100|sm_103", r".* w(\d,)*3(,\d+)*a(8|16) 128x\d+", r".* stores to shared memory in main loops",
+        r"3\.[79]", r"sm_100|sm_103", r".* w(\d,)*3(,\d+)*a(8|16) 128x\d+", r".* stores to shared memory in main loops",
         "Triton joins the two planes of 3-bit codes by way of shared memory there",
     ),
     Known(
-        r"3\.9", r"sm_100", r".* w4a(16|8)_g32 .*", r".* stores to shared memory in main loops",
+        r"3\.[79]", r"sm_100", r".* w4a(16|8)_g32 .*", r".* stores to shared memory in main loops",
         "Triton takes the pieces of a chunk out of it by way of shared memory there",
+    ),
+    Known(
+        r"3\.7", r"sm_100", r".* w4a16_g32 128x128", r"0 main loops for 1 formats",
+        "it needs 544 columns of tensor memory and 512 are there, so Triton leaves a trap and refuses to load it: "
+        "the next smaller tile serves (kernels/gpu/fitting.py)",
     ),
 )  # fmt: skip
 
@@ -177,8 +186,14 @@ def sort_rows(rows: Iterable[Row]) -> list[Row]:
     """Newest compiler first, then targets by age, then kernels by name."""
     targets = list(TARGETS)
     return sorted(
-        rows, key=lambda row: ([-int(part) for part in row.triton.split(".")], targets.index(row.target), row.kernel)
+        rows,
+        key=lambda row: ([-part for part in parse_version(row.triton)], targets.index(row.target), row.kernel),
     )
+
+
+def parse_version(triton: str) -> tuple[int, ...]:
+    """ "3.9" -> (3, 9)."""
+    return tuple(int(part) for part in triton.split("."))
 
 
 def compare_rows(known: Row, new: Row) -> list[str]:
@@ -225,8 +240,7 @@ def list_violations(row: Row) -> list[str]:
     if len(row.multiply) != len(formats):
         return [*found, f"{len(row.multiply)} main loops for {len(formats)} formats"]
     found += _check_multiplies(row, formats)
-    # For mma.sync, Triton before 3.9 gives decoded weights another layout by way of shared memory.
-    is_stored = row.triton == "3.6" and any(find_unit(row, one.act_bits) == "mma.sync" for one in formats)
+    is_stored = _is_old(row) and any(find_unit(row, one.act_bits) == "mma.sync" for one in formats)
     if any(row.stores) and not is_stored:
         found.append(f"{row.stores} stores to shared memory in main loops")
     if any(row.loads):
@@ -250,8 +264,13 @@ def find_reason(row: Row, violation: str) -> str | None:
 def find_unit(row: Row, act_bits: int) -> str:
     """What should multiply in a row's loops with activations of so many bits: the best that they can have."""
     is_small = row.warps < UNIT_WARPS
-    is_missing = act_bits == 8 and row.target in NO_INTEGER_UNIT
-    return "mma.sync" if is_small or is_missing else UNITS[row.target]
+    unit = UNITS[row.target]
+    is_missing = act_bits == 8 and unit == "tcgen05" and (row.target in NO_INTEGER_UNIT or _is_old(row))
+    return "mma.sync" if is_small or is_missing else unit
+
+
+def _is_old(row: Row) -> bool:
+    return parse_version(row.triton) < FIRST_COMPLETE
 
 
 def _check_multiplies(row: Row, formats: list[LoopFormat]) -> list[str]:

@@ -60,7 +60,7 @@ INTRODUCTION = """\
 # What int8 and FP8 activations lose
 
 Errors in percent, of activations that are rounded in the way that a column names; `bench/kernels/fp8_study.py` says
-what each row is. What follows from them: [docs/gpu-kernels.md](../../../docs/gpu-kernels.md).
+what each row is. What follows from them: [docs/gpu-kernels-fp8.md](../../../docs/gpu-kernels-fp8.md).
 """
 
 Rounder = Callable[[torch.Tensor], torch.Tensor]

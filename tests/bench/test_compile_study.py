@@ -44,7 +44,9 @@ def test_instructions_are_per_weight() -> None:
 
 
 def test_records_have_every_loop(records: dict[str, Record]) -> None:
-    assert set(records) == {f"triton{version}_{target}" for version in ("3.6", "3.9") for target in ("sm_80", "sm_90")}
+    assert set(records) == {
+        f"triton{version}_{target}" for version in ("3.6", "3.7", "3.9") for target in ("sm_80", "sm_90")
+    }
     for record in records.values():
         expected = {f"per_weight_{variant.name}" for variant in list_variants(record.settings["target"])}
         assert expected == {name for name in record.metrics if name.startswith("per_weight_")}

@@ -74,7 +74,7 @@ def test_planting_and_rotating_leave_products_as_they_were() -> None:
 
 
 def test_int8_loses_a_bounded_share_of_a_group_of_128_and_not_of_a_row() -> None:
-    """The bound of docs/gpu-kernels.md, whatever the outliers."""
+    """The bound of docs/gpu-kernels-fp8.md, whatever the outliers."""
     bound = np.sqrt(128 / 12) / 127
     x = torch.randn(50, 2048)
     x[:, ::128] *= 1000

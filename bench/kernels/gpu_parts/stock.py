@@ -2,6 +2,7 @@
 """`mixed_moe` beside vLLM's own MoE kernels on the same routing, weights cold, arms in turn.
 
     bf16       vLLM's Triton kernel `fused_experts`, with the configuration that it finds for this GPU
+    int8_w8a8, fp8_w8a8   the same kernel on 8-bit weights and activations, scales by output channel and by token
     marlin_w4  `fused_marlin_moe` on 4-bit codes in groups of 128, symmetric (needs a vLLM with its Marlin kernels)
     marlin_w8  the same on 8-bit codes
     humming_w3, _w4, _w8   vLLM's Humming kernels (`HummingIndexedExperts`), symmetric codes in groups of 128
@@ -39,6 +40,9 @@ OURS = {
 }
 GROUP_SIZE = 128
 
+#: The first GPUs whose tensor core multiplies e4m3.
+FP8_CAPABILITY = (8, 9)
+
 #: Widths of Humming's arms; the first has as many bits as `mixed` has on average.
 HUMMING_WIDTHS = (3, 4, 8)
 
@@ -63,10 +67,14 @@ def _compare(context: Context, result: Result, case: str, num_tokens: int) -> No
     arms: dict[str, Arm] = {}
     makers: dict[str, Callable[[], Arm]] = {
         "bf16": partial(_make_bf16, context, num_tokens),
+        "int8_w8a8": partial(make_w8a8, context, num_tokens, torch.int8),
+        "fp8_w8a8": partial(make_w8a8, context, num_tokens, torch.float8_e4m3fn),
         "marlin_w4": partial(_make_marlin, context, num_tokens, 4),
         "marlin_w8": partial(_make_marlin, context, num_tokens, 8),
         **{f"humming_w{bits}": partial(_make_humming, context, num_tokens, bits) for bits in HUMMING_WIDTHS},
     }
+    if not context.is_dry_run and torch.cuda.get_device_capability(context.device) < FP8_CAPABILITY:
+        del makers["fp8_w8a8"]
     for name, make in makers.items():
         if context.is_dry_run:
             result.needs_cuda.append(f"{case} {name}")
@@ -127,6 +135,37 @@ def _make_bf16(context: Context, num_tokens: int) -> Arm:
     def run(index: int) -> torch.Tensor:
         x, ids, routing = routings[index % copies]
         out: torch.Tensor = fused_experts(x, *weights[index % copies], routing, ids)
+        return out
+
+    return run, copies
+
+
+def make_w8a8(context: Context, num_tokens: int, dtype: torch.dtype) -> Arm:
+    """vLLM's uniform W8A8, int8 or e4m3, as it runs a compressed-tensors checkpoint (`make_int8_moe_quant_config`,
+    `fp8_w8a8_moe_quant_config`): scales by output channel, activations rounded by token inside the call.
+
+    Returns the call by number of its copy of the weights, and how many copies there are.
+    """
+    from vllm.model_executor.layers.fused_moe.config import fp8_w8a8_moe_quant_config, int8_w8a8_moe_quant_config
+    from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
+
+    experts, _, hidden, intermediate = context.shape
+    packed, scales = [], []
+    for N, K in ((2 * intermediate, hidden), (hidden, intermediate)):
+        codes = torch.randint(-127, 128, (experts, N, K), dtype=torch.int8, device=context.device)
+        packed.append(codes if dtype == torch.int8 else codes.to(dtype))
+        scales.append(torch.rand(experts, N, 1, device=context.device) / 127 / K**0.5)
+    if dtype == torch.int8:
+        quant_config = int8_w8a8_moe_quant_config(*scales, None, None, per_act_token_quant=True)
+    else:
+        quant_config = fp8_w8a8_moe_quant_config(*scales, per_act_token_quant=True, per_out_ch_quant=True)
+    copies = _count_copies(sum(one.nbytes for one in packed), context.shape, num_tokens)
+    weights = [[one.clone() for one in packed] for _ in range(copies)]
+    routings = _route(context, num_tokens, copies)
+
+    def run(index: int) -> torch.Tensor:
+        x, ids, routing = routings[index % copies]
+        out: torch.Tensor = fused_experts(x, *weights[index % copies], routing, ids, quant_config=quant_config)
         return out
 
     return run, copies
