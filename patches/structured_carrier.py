@@ -9,6 +9,15 @@ from vllm_ext.patches.wrapping import wrap
 
 
 def wrap_speculation() -> None:
+    """Both changes of record `structured_carrier`: what our own speculation refuses or drops (V1), and drafts of the
+    scheduler in the V2 model runner."""
+    from vllm_ext.patches import structured_v2
+
+    wrap_carrier()
+    structured_v2.wrap_prepare_inputs()
+
+
+def wrap_carrier() -> None:
     """Make engines with our carrier sample as engines without speculation do, wherever nothing is drafted."""
     from vllm.sampling_params import SamplingParams
     from vllm.v1.worker import gpu_model_runner

@@ -15,6 +15,7 @@ import pytest
 from tests.child import run_child
 from vllm_ext import cli, compat, doctor
 from vllm_ext.patches import registry
+from vllm_ext.structured import carrier
 
 
 @pytest.fixture
@@ -49,11 +50,30 @@ def test_json_report_of_a_sound_installation(metrics_url: str, capsys: pytest.Ca
     assert report["features"]["mxmoe"]["status"] == "ready"
     assert report["features"]["smartspec"]["status"] == "ready"
     assert report["features"]["semipd"]["status"] == "ready"
+    # What structured.forced_tokens 'auto' does on this platform.
+    said = report["features"]["structured"]["reason"]
+    assert said.startswith("forced tokens on") or "on CPUs only" in said
     assert report["features"]["nested"]["status"] == "planned"
     assert report["cpu_kernels"]["status"] in {"ready", "pending"}
     assert {patch["status"] for patch in report["patches"]} == {"match"}
     assert all({"target", "status", "reason"} <= patch.keys() for patch in report["patches"])
     assert report["server"] == {'vllm_ext:mxmoe_weight_bytes{engine="0"}': 42.0}
+
+
+def test_what_was_switched_for_forced_tokens_is_said() -> None:
+    """Of a server, what each of its engines does and why."""
+    prefix = "vllm_ext:structured_forced_tokens_"
+    index = carrier.ForcedTokensPlan("async").limit_index
+    values: dict[str, float] = {}
+    for engine, active, limit in ((0, 1, 0), (1, 0, index), (2, 0, 0), (3, 0, 999)):
+        values[f'{prefix}active{{engine="{engine}"}}'] = active
+        values[f'{prefix}limit_index{{engine="{engine}"}}'] = limit
+    said = doctor._explain_forced_tokens(values)
+    assert said['engine="0"'] == "forced tokens on"
+    assert "asynchronous scheduling" in said['engine="1"']
+    assert "--no-async-scheduling" in said['engine="1"']
+    assert "another release" in said['engine="3"']
+    assert len(said) == 3
 
 
 def test_filtered_plugin_is_explained(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

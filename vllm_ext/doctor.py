@@ -24,13 +24,15 @@ from vllm_ext import __version__, compat, config
 PROBE_TIMEOUT_SECONDS = 180
 
 #: What the child process reports when nothing of ours is there: class behind mxmoe, hook, why mxmoe cannot run, and
-#: names of KV-cache dtypes that vLLM knows, and whether it knows the structured-output backend.
+#: names of KV-cache dtypes that vLLM knows, whether it knows the structured-output backend, and what
+#: structured.forced_tokens 'auto' does on this platform.
 NOT_REGISTERED: dict[str, Any] = {
     "mxmoe": None,
     "hook": False,
     "broken": None,
     "cache_dtypes": [],
     "structured_backend": False,
+    "forced_tokens": "",
 }
 #: First word of the child's result line; libraries print other lines.
 _RESULT_MARK = "vllm-ext-registration "
@@ -54,7 +56,8 @@ def gather(server: str | None = None) -> dict[str, Any]:
 
     Keys: vllm (version or None), vllm_distribution, vllm_ext, plugin_loaded, features
     {name: {status, reason, switch}}, cpu_kernels {status, reason}, patches [{record, target, status, reason}],
-    problems [{problem, fix}], and server {metric: value} when a URL was given.
+    problems [{problem, fix}], and when a URL was given server {metric: value} and forced_tokens {engine: what is
+    drafted, or what keeps it off}.
     """
     installed = compat.find_installed_vllm()
     problems = _find_environment_problems(installed)
@@ -82,6 +85,7 @@ def gather(server: str | None = None) -> dict[str, Any]:
     }
     if server is not None:
         report["server"] = _read_server(server, problems)
+        report["forced_tokens"] = _explain_forced_tokens(report["server"])
     return report
 
 
@@ -156,6 +160,7 @@ def report_registration() -> None:
 
     from vllm_ext import activation
     from vllm_ext.patches.wrapping import MARK
+    from vllm_ext.structured import carrier
 
     load_general_plugins()
     method = quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG.get("mxmoe")
@@ -172,6 +177,7 @@ def report_registration() -> None:
         "broken": broken,
         "cache_dtypes": dtypes,
         "structured_backend": config.STRUCTURED_BACKEND in typing.get_args(StructuredOutputsBackend),
+        "forced_tokens": _say_forced_tokens(carrier.plan_platform()),
     }
     print(_RESULT_MARK + json.dumps(found))
 
@@ -223,6 +229,8 @@ def _describe_features(probe: dict[str, Any], patches: list[dict[str, str]]) -> 
             status, reason = "off", "its name is not among those of --structured-outputs-config.backend"
         elif broken:
             status, reason = "off", f"{broken[0]['target']}: {broken[0]['status']}"
+        elif feature.name == "structured":
+            reason = probe.get("forced_tokens", "")
         described[feature.name] = {"status": status, "reason": reason, "switch": feature.switch}
     return described
 
@@ -253,6 +261,31 @@ def _read_server(url: str, problems: list[dict[str, str]]) -> dict[str, float]:
     if not values:
         problems.append(_problem(f"{url} reports no vllm_ext metric", "start it with a feature of the pack on"))
     return values
+
+
+def _say_forced_tokens(plan: Any) -> str:
+    """What a structured.carrier.ForcedTokensPlan means, with what would change it."""
+    return plan.describe() + (f" ({plan.fix})" if plan.fix else "")
+
+
+def _explain_forced_tokens(values: dict[str, float]) -> dict[str, str]:
+    """By engine of a server with structured generation, what the pack switched: the metrics have it as numbers."""
+    from vllm_ext.structured import carrier
+
+    described = {}
+    prefix = "vllm_ext:structured_forced_tokens_"
+    for name, limit in values.items():
+        if not name.startswith(prefix + "limit_index"):
+            continue
+        labels = name.removeprefix(prefix + "limit_index")
+        # Neither on nor off: the engine has no structured generation of the pack.
+        if not limit and not values.get(prefix + "active" + labels):
+            continue
+        try:
+            described[labels.strip("{}")] = _say_forced_tokens(carrier.find_plan(int(limit)))
+        except IndexError:
+            described[labels.strip("{}")] = "forced tokens off (the server runs another release of vllm-ext)"
+    return described
 
 
 def _install_missing_alias() -> dict[str, str] | None:
@@ -297,6 +330,8 @@ def print_report(report: dict[str, Any]) -> None:
         for name, value in report["server"].items():
             metrics.add_row(escape(name), f"{value:g}")
         console.print(metrics)
+        for engine, said in report["forced_tokens"].items():
+            console.print(f"{engine}: {said}", markup=False, highlight=False)
     for problem in report["problems"]:
         console.print(f"[red]problem:[/red] {escape(problem['problem'])}\n  [bold]fix:[/bold] {escape(problem['fix'])}")
     if not report["problems"]:

@@ -57,9 +57,9 @@ def accepts_guidance(matcher: Any, text: str) -> bool:
     return bool(copy.consume_tokens(list(text.encode())) and copy.is_accepting())
 
 
-def find_plan(schema: Any, whitespace: str | int = "any") -> tuple[Plan, Any]:
-    """The pack's plan of a JSON schema, and its grammar. Raises RefusedError where the pack refuses it."""
-    plan: Plan | None = plan_spec("json", json.dumps(schema))
+def find_plan(kind: Any, text: str, whitespace: str | int = "any") -> tuple[Plan, Any]:
+    """The pack's plan of a specification, and its grammar. Raises RefusedError where the pack refuses it."""
+    plan: Plan | None = plan_spec(kind, text)
     refusal = ""
     while plan is not None:
         try:
@@ -72,43 +72,48 @@ def find_plan(schema: Any, whitespace: str | int = "any") -> tuple[Plan, Any]:
     raise RefusedError(refusal)
 
 
-def judge_pack(schema: Any, texts: Sequence[str]) -> tuple[str, list[bool]] | None:
-    """(engine, whether it accepts each text) of the pack; None where it refuses the schema."""
+def judge_pack(kind: str, spec: str, texts: Sequence[str]) -> tuple[str, list[bool]] | None:
+    """(engine, whether it accepts each text) of the pack; None where it refuses the specification."""
     try:
-        plan, grammar = find_plan(schema)
+        plan, grammar = find_plan(kind, spec)
     except RefusedError:
         return None
     accepts = accepts_guidance if plan.engine == "guidance" else accepts_xgrammar
     return plan.engine, [accepts(grammar, text) for text in texts]
 
 
-def judge_stock(schema: Any, texts: Sequence[str], is_first: bool) -> tuple[str, list[bool]] | None:
+def judge_stock(kind: str, spec: str, texts: Sequence[str], is_first: bool) -> tuple[str, list[bool]] | None:
     """The same of vLLM alone with its default backend `auto`, by its own validation; None where that refuses.
 
     is_first: the schema comes with the engine's first structured request, whose backend then is the engine's; otherwise
     an ordinary request was first, and xgrammar is. The outlines backend is not judged where its package is missing.
     """
-    backend = validate_stock(schema)
+    backend = validate_stock(kind, spec)
     if backend is None:
         return None
     if not is_first:
         backend = "xgrammar"
     try:
         if backend == "xgrammar":
-            compiled = make_compiler().compile_json_schema(json.dumps(schema), any_whitespace=True)
+            compiler = make_compiler()
+            if kind == "structural_tag":
+                compiled = compiler.compile_structural_tag(spec)
+            else:
+                compiled = compiler.compile_json_schema(spec, any_whitespace=True)
             return backend, [accepts_xgrammar(compiled, text) for text in texts]
         if backend == "guidance":
-            grammar = serialize_guidance_grammar(StructuredOutputOptions.JSON, json.dumps(schema))
+            grammar = serialize_guidance_grammar(StructuredOutputOptions[kind.upper()], spec)
             matcher = llguidance.LLMatcher(make_tokenizer(), grammar, log_level=0)
             return None if matcher.is_error() else (backend, [accepts_guidance(matcher, text) for text in texts])
-        return backend, [_accepts_outlines(schema, text) for text in texts]
+        return backend, [_accepts_outlines(spec, text) for text in texts]
     except (RuntimeError, ImportError):
         return None
 
 
-def validate_stock(schema: Any) -> str | None:
-    """The backend that vLLM's own validation chooses for a schema; None where it refuses it."""
-    params = SamplingParams(structured_outputs=StructuredOutputsParams(json=schema))
+def validate_stock(kind: str, spec: str) -> str | None:
+    """The backend that vLLM's own validation chooses for a specification; None where it refuses it."""
+    given: Any = {kind: json.loads(spec) if kind == "json" else spec}
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(**given))
     model = SimpleNamespace(is_diffusion=False)
     try:
         params._validate_structured_outputs(model, StructuredOutputsConfig(backend="auto"), _load_tokenizer())
@@ -118,12 +123,12 @@ def validate_stock(schema: Any) -> str | None:
     return params.structured_outputs._backend
 
 
-def _accepts_outlines(schema: Any, text: str) -> bool:
+def _accepts_outlines(schema: str, text: str) -> bool:
     import re
 
     build_regex_from_schema = importlib.import_module("outlines_core.json_schema").build_regex_from_schema
 
-    return re.fullmatch(build_regex_from_schema(json.dumps(schema)), text) is not None
+    return re.fullmatch(build_regex_from_schema(schema), text) is not None
 
 
 @functools.cache

@@ -7,18 +7,10 @@ opinion. Texts are as `json.dumps` writes them, properties in the schema's order
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Case:
-    """One keyword in one place: `texts` are (valid, invalid), three of each."""
-
-    name: str
-    schema: Any
-    valid: tuple[str, str, str]
-    invalid: tuple[str, str, str]
+from bench.structured.case import Case
+from bench.structured.tool_calls import FORMS, TOOLS
 
 
 def _string(**keywords: Any) -> dict[str, Any]:
@@ -51,9 +43,21 @@ CASES: tuple[Case, ...] = (
     Case("enum beside type", {"type": "string", "enum": ["a", "b", 1]}, ('"a"', '"b"', '"a"'), ("1", '"c"', "null")),
     Case("minLength", _string(minLength=2), ('"ab"', '"abc"', '"h\u00e9"'), ('"a"', '""', '"a\x01b"')),
     Case("maxLength", _string(maxLength=2), ('"ab"', '""', '"h\u00e9"'), ('"abc"', '"\t"', "1")),
+    Case(
+        "maxLength of a text",
+        _string(maxLength=200),
+        ('"say \\"hi\\""', '"two\\nlines"', '"a\\\\b"'),
+        ('"' + "x" * 201 + '"', "1", '"\t"'),
+    ),
     Case("pattern", _string(pattern="^[a-z]+$"), ('"a"', '"bcd"', '"zz"'), ('"A"', '""', '"a1"')),
     Case("pattern, not anchored", _string(pattern="b"), ('"b"', '"abc"', '"bb"'), ('"a"', '""', '"B"')),
     Case("pattern with a quote", _string(pattern='^a"b$'), ('"a\\"b"',) * 3, ('"a"b"', '"ab"', '"a"')),
+    Case(
+        "pattern of any characters",
+        _string(pattern="^.+$"),
+        ('"a"', '"say \\"hi\\""', '"a\\\\b"'),
+        ('""', "1", '"a'),
+    ),
     Case(
         "pattern with length",
         _string(pattern="^[a-z]+$", maxLength=3),
@@ -144,6 +148,12 @@ CASES: tuple[Case, ...] = (
         ("[1, 1]", "[2, 3, 2]", '["a"]'),
     ),
     Case(
+        "uniqueItems of an enum",
+        {"type": "array", "items": {"enum": ["a", "b", "c"]}, "uniqueItems": True},
+        ('["b", "a"]', "[]", '["a", "c", "b"]'),
+        ('["a", "a"]', '["d"]', '["a", "b", "a"]'),
+    ),
+    Case(
         "contains",
         {"type": "array", "items": _INT, "contains": {"const": 1}},
         ("[1]", "[2, 1]", "[1, 1]"),
@@ -204,6 +214,12 @@ CASES: tuple[Case, ...] = (
         ('{"S_x": 1}', '{"b": 1}', '{"a": "x"}'),
     ),
     Case(
+        "patternProperties with required",
+        {"type": "object", "patternProperties": {"^S_": _string()}, "required": ["a"]},
+        ('{"a": 1}', '{"a": null, "S_x": "y"}', '{"a": []}'),
+        ("{}", '{"S_x": "y"}', '{"a": 1, "S_x": 2}'),
+    ),
+    Case(
         "propertyNames",
         {"type": "object", "propertyNames": {"pattern": "^[a-z]+$"}, "additionalProperties": _INT},
         ('{"ab": 1}', "{}", '{"a": 1, "b": 2}'),
@@ -214,6 +230,12 @@ CASES: tuple[Case, ...] = (
         _closed({"a": _INT, "b": _INT}, minProperties=1),
         ('{"a": 1}', '{"b": 1}', '{"a": 1, "b": 2}'),
         ("{}", '{"c": 1}', '{"a": "x"}'),
+    ),
+    Case(
+        "minProperties of declared ones",
+        {"type": "object", "properties": {"a": _INT, "b": _INT, "c": _INT}, "minProperties": 2},
+        ('{"a": 1, "b": 2}', '{"a": 1, "c": 2}', '{"a": 1, "b": 2, "c": 3}'),
+        ('{"a": 1}', "{}", '{"a": "x", "b": 1}'),
     ),
     Case(
         "maxProperties",
@@ -357,5 +379,10 @@ CASES: tuple[Case, ...] = (
         {"const": 9007199254740993},
         ("9007199254740993",) * 3,
         ("9007199254740992", "9007199254740994", "1"),
+    ),
+    *(
+        Case(f"tool call of {model}, {choice}: {name}", schema, valid, invalid, (model, choice))
+        for name, schema, valid, invalid in TOOLS
+        for model, choice in FORMS
     ),
 )

@@ -21,10 +21,10 @@ from bench.records import RESULTS, Metric, Record, describe_environment, write_r
 from bench.structured.acceptance import judge_pack, judge_stock
 from bench.structured.cases import CASES, Case
 
-Judge = Callable[[object, Sequence[str]], "tuple[str, list[bool]] | None"]
+Judge = Callable[[str, str, Sequence[str]], "tuple[str, list[bool]] | None"]
 ARMS: dict[str, Judge] = {
-    "stock": lambda schema, texts: judge_stock(schema, texts, is_first=False),
-    "stock_first": lambda schema, texts: judge_stock(schema, texts, is_first=True),
+    "stock": lambda kind, spec, texts: judge_stock(kind, spec, texts, is_first=False),
+    "stock_first": lambda kind, spec, texts: judge_stock(kind, spec, texts, is_first=True),
     "pack": judge_pack,
 }
 CASE = "structured_conformance"
@@ -32,7 +32,7 @@ CASE = "structured_conformance"
 
 def judge(case: Case, judges: Judge) -> tuple[str, str]:
     """(verdict, engine) of one case."""
-    found = judges(case.schema, (*case.valid, *case.invalid))
+    found = judges(*case.spec, case.texts)
     if found is None:
         return "refused", ""
     engine, accepted = found

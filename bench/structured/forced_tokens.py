@@ -3,9 +3,10 @@
 
     python -m bench.structured.forced_tokens [--case CASE] [--repetitions 5] [--out DIR] [--schemas N]
 
-Every arm is an engine of its own process, float32, greedy, compact separators; all stay up and take turns. Repetition r
-asks for every schema of schemas.py with prompt r, one request at a time and eight (of eight schemas) at a time. What a
-model writes first for a text is learned, so repetition 0 is cold and the others are not; its record says so.
+Every arm is an engine of its own process, float32, greedy, compact separators; all stay up and take turns. A repetition
+asks for every schema of schemas.py one request at a time, and eight (of eight schemas) at a time, each in two passes.
+Before the first the pack forgets how the model spelled texts (cold: metrics `..._batch_N`); in the second it knows what
+the first showed (`..._known_batch_N`). Every pass of a run has another prompt for each schema.
 
 The case `structured_cpu` compares CPU time per token at 32 requests, constrained and, as many tokens, unconstrained.
 Exit codes: 0 ok, 1 failed, 2 bad usage.
@@ -32,6 +33,8 @@ MAX_TOKENS = 160
 BATCHES = (1, 8)
 #: Of the CPU case: requests, and tokens of each.
 CPU_BATCH, CPU_TOKENS = 32, 64
+#: Passes of each batch size in a repetition, and what the metrics of each are called.
+PASSES = ("", "known_")
 #: An answer that is not over after CPU_TOKENS.
 ENDLESS = array(record(**SCHEMAS["product"]["properties"]), 60, 60)
 LIMIT_SECONDS = 300.0
@@ -134,6 +137,12 @@ class _Server:
 
         scheduler.schedule = count
 
+    def forget(self) -> None:
+        """Drop what was learned of the model's spellings, as if the engine had just started."""
+        forget = getattr(self.scheduler, "forget_spellings", None)
+        if forget is not None:
+            forget()
+
     def describe(self) -> dict[str, Any]:
         speculative = self.llm.llm_engine.vllm_config.speculative_config
         return {
@@ -167,12 +176,12 @@ class _Server:
         }
 
 
-def measure_schemas(engine: Engine, names: Sequence[str], repetition: int, batch: int) -> dict[str, Any]:
-    """One pass over all schemas, `batch` at a time, each with a prompt of this repetition."""
+def measure_schemas(engine: Engine, names: Sequence[str], number: int, batch: int) -> dict[str, Any]:
+    """One pass over all schemas, `batch` at a time, each with a prompt that only this number gives it."""
     total: dict[str, Any] = {"tokens": [], "finished": [], "steps": [], "seconds": 0.0}
     for start in range(0, len(names), batch):
         chosen = names[start : start + batch]
-        prompts = [PROMPTS[(repetition + start + place) % len(PROMPTS)] for place in range(len(chosen))]
+        prompts = [PROMPTS[(number + start + place) % len(PROMPTS)] for place in range(len(chosen))]
         result = engine.call("generate", prompts, [SCHEMAS[name] for name in chosen], MAX_TOKENS)
         for key in ("tokens", "finished"):
             total[key] += result[key]
@@ -181,19 +190,19 @@ def measure_schemas(engine: Engine, names: Sequence[str], repetition: int, batch
     return total
 
 
-def summarize(batch: int, mine: Mapping[str, Any], stock: Mapping[str, Any]) -> dict[str, Metric]:
-    """Metrics of a pass, next to the stock engine's pass over the same requests."""
+def summarize(what: str, mine: Mapping[str, Any], stock: Mapping[str, Any]) -> dict[str, Metric]:
+    """Metrics of a pass (`batch_8`, `known_batch_8`), next to the stock engine's pass over the same requests."""
     ratios = [a / b for a, b in zip(mine["steps"], stock["steps"], strict=True)]
     same = sum(a == b for a, b in zip(mine["tokens"], stock["tokens"], strict=True))
     return {
-        f"steps_batch_{batch}": Metric(sum(mine["steps"]), "steps", "lower"),
-        f"steps_ratio_median_batch_{batch}": Metric(statistics.median(ratios), "of stock", "lower"),
-        f"steps_ratio_max_batch_{batch}": Metric(max(ratios), "of stock", "lower"),
-        f"wall_batch_{batch}": Metric(mine["seconds"], "s", "lower"),
-        f"identical_batch_{batch}": Metric(same, "requests", "higher"),
-        f"requests_batch_{batch}": Metric(len(mine["tokens"]), "requests"),
-        f"output_tokens_batch_{batch}": Metric(sum(map(len, mine["tokens"])), "tokens"),
-        f"finished_batch_{batch}": Metric(sum(mine["finished"]), "requests"),
+        f"steps_{what}": Metric(sum(mine["steps"]), "steps", "lower"),
+        f"steps_ratio_median_{what}": Metric(statistics.median(ratios), "of stock", "lower"),
+        f"steps_ratio_max_{what}": Metric(max(ratios), "of stock", "lower"),
+        f"wall_{what}": Metric(mine["seconds"], "s", "lower"),
+        f"identical_{what}": Metric(same, "requests", "higher"),
+        f"requests_{what}": Metric(len(mine["tokens"]), "requests"),
+        f"output_tokens_{what}": Metric(sum(map(len, mine["tokens"])), "tokens"),
+        f"finished_{what}": Metric(sum(mine["finished"]), "requests"),
     }
 
 
@@ -239,10 +248,9 @@ def run(cases: Sequence[str], repetitions: int, names: Sequence[str], out: Path)
             for repetition in range(repetitions):
                 metrics = MEASURES[case](engines, names, repetition)
                 for arm in CASES[case]:
-                    described = {**settings, "is_cold": repetition == 0}
                     features = engines[arm].features
                     write_record(out, Record(case, arm, repetition, metrics[arm], seed=repetition,
-                                             features=features, settings=described, **environment))  # fmt: skip
+                                             features=features, settings=settings, **environment))  # fmt: skip
                 _print_repetition(repetition, metrics)
     finally:
         for engine in engines.values():
@@ -260,10 +268,15 @@ def measure_forced(
     """{arm: metrics} of one repetition of the case `structured_forced`."""
     order = order_arms("structured_forced", repetition)
     metrics: dict[str, dict[str, Metric]] = {arm: {} for arm in order}
+    number = len(BATCHES) * len(PASSES) * repetition
     for batch in BATCHES:
-        passes = {arm: measure_schemas(engines[arm], names, repetition, batch) for arm in order}
         for arm in order:
-            metrics[arm] |= summarize(batch, passes[arm], passes[STOCK])
+            engines[arm].call("forget")
+        for kind in PASSES:
+            passes = {arm: measure_schemas(engines[arm], names, number, batch) for arm in order}
+            for arm in order:
+                metrics[arm] |= summarize(f"{kind}batch_{batch}", passes[arm], passes[STOCK])
+            number += 1
     return metrics
 
 
@@ -291,8 +304,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--schemas", type=int, default=len(SCHEMAS), metavar="N", help="the first N only")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="folder of the records")
     options = parser.parse_args(argv)
-    if options.repetitions < 1 or options.schemas < 1:
-        parser.error("--repetitions and --schemas must be at least 1")
+    most = len(PROMPTS) // (len(BATCHES) * len(PASSES))
+    if not 1 <= options.repetitions <= most or options.schemas < 1:
+        parser.error(f"--repetitions must be 1 to {most}, as prompts come once, and --schemas at least 1")
     try:
         cases = [options.case] if options.case else list(MEASURES)
         run(cases, options.repetitions, list(SCHEMAS)[: options.schemas], options.out.resolve())

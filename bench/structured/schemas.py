@@ -194,10 +194,13 @@ SCHEMAS: dict[str, Schema] = {
         subfolders=array({"$ref": "#/$defs/folder"}, 1, 0))),
 }  # fmt: skip
 
-#: Ways to begin an answer, which differ by repetition so that none repeats another's output.
+#: Ways to begin an answer, which differ by pass so that none repeats another's output.
 PROMPTS = (
     "def make_request():\n    return ", "And the LORD spake unto Moses, saying, ", "record = json.loads(",
     "# the answer of the server\n", "In the beginning ", "class Reply:\n    data = ", "result = call(",
     "And it came to pass in those days that ", "print(json.dumps(", "Thus saith the king: ", "import json\nvalue = ",
-    "The book of the generations of ",
+    "The book of the generations of ", "return json.dumps(", "And he answered and said unto them, ",
+    "    self.payload = ", "# example of a record:\n", "Now these are the names: ", "expected = ", "yield ",
+    "Hear, O Israel: ", "def test_reply(self):\n    assert reply == ", "And the king commanded, and they brought ",
+    "for item in [", "Then answered the prophet: ",
 )  # fmt: skip

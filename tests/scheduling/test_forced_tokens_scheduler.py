@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -193,6 +194,31 @@ def test_the_tokens_are_those_without_drafts_in_fewer_steps(expected: tuple[dict
     assert not any(token < 0 for step in model.scheduled for drafts in step.values() for token in drafts)
     scheduler._forget()
     assert scheduler._grammars == {}
+    scheduler.forget_spellings()
+    outputs, model = run_all(scheduler)
+    assert (outputs, model.steps) == (expected[0], cold)
+
+
+def test_the_workers_of_a_v2_runner_are_told_which_drafts_are_ours(expected: tuple[dict[str, list[int]], int]) -> None:
+    scheduler = build_scheduler()
+    # The model runner matters to the workers alone: patches/structured_v2.py puts the drafts onto their device.
+    scheduler._is_v2 = True
+    steps: list[Any] = []
+    schedule = scheduler.schedule
+
+    def record(*arguments: Any) -> Any:
+        steps.append(schedule(*arguments))
+        return steps[-1]
+
+    scheduler.schedule = record
+    outputs, _ = run_all(scheduler)
+    assert outputs == expected[0]
+    told = [step for step in steps if getattr(step, "forced_drafts", ())]
+    assert 0 < len(told) < len(steps)
+    for step in steps:
+        assert set(getattr(step, "forced_drafts", ())) == set(step.scheduled_spec_decode_tokens)
+    # As it is when it travels to a worker.
+    assert pickle.loads(pickle.dumps(told[0])).forced_drafts == told[0].forced_drafts
 
 
 def test_switched_off_nothing_is_drafted(expected: tuple[dict[str, list[int]], int]) -> None:

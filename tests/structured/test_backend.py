@@ -27,12 +27,14 @@ from vllm.v1.structured_output.backend_guidance import GuidanceGrammar
 from vllm.v1.structured_output.backend_xgrammar import XgrammarGrammar
 from vllm.v1.structured_output.request import StructuredOutputRequest
 
+from bench.structured.tool_calls import write_tag
 from vllm_ext.structured import budgets, validation
 from vllm_ext.structured.budgets import BudgetedGuidance, BudgetedXgrammar
 from vllm_ext.structured.routing import plan_spec
 from vllm_ext.structured.store import SpecStore, read_specs
 
 EASY = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
+DATED = {"type": "object", "properties": {"when": {"type": "string", "format": "date-time"}}}
 HARD = {"allOf": [{"type": "string"}, {"enum": ["yes", "no"]}]}
 
 
@@ -94,6 +96,8 @@ def test_every_request_has_its_engine_in_any_order(server: Server) -> None:
         ({"regex": "[a-z]b"}, BudgetedXgrammar),
         ({"json_object": True}, XgrammarGrammar),
         ({"json": {"enum": [f"word {i}" for i in range(1000)]}}, BudgetedGuidance),
+        ({"structural_tag": write_tag("hermes", "auto", EASY)}, BudgetedXgrammar),
+        ({"structural_tag": write_tag("hermes", "auto", DATED)}, BudgetedGuidance),
     ):
         if kind is None:
             with pytest.raises(VLLMValidationError):

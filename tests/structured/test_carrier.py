@@ -18,7 +18,17 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm_ext import config
 from vllm_ext.patches import registry, structured_carrier
 from vllm_ext.structured import carrier
-from vllm_ext.structured.carrier import CARRIER, MOST_DRAFTS, NullProposer, plan_forced_tokens, uses_carrier
+from vllm_ext.structured.carrier import (
+    CARRIER,
+    LIMITS,
+    MOST_DRAFTS,
+    ForcedTokensPlan,
+    NullProposer,
+    find_plan,
+    plan_forced_tokens,
+    plan_platform,
+    uses_carrier,
+)
 
 
 def describe_engine(forced: str | None = "auto", speculative: Any = None, **changes: Any) -> Any:
@@ -51,7 +61,13 @@ def describe_engine(forced: str | None = "auto", speculative: Any = None, **chan
 
 def describe_drafter(**changes: Any) -> Any:
     return SimpleNamespace(
-        **{"method": "ngram", "model": "ngram", "draft_sample_method": "greedy", "rejection_sample_method": "standard"}
+        **{
+            "method": "ngram",
+            "model": "ngram",
+            "draft_sample_method": "greedy",
+            "rejection_sample_method": "standard",
+            "enable_adaptive_verification": False,
+        }
         | changes
     )
 
@@ -59,7 +75,6 @@ def describe_drafter(**changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"use_v2_model_runner": True}, "V2 model runner"),
         ({"scheduler_config__async_scheduling": True}, "asynchronous scheduling"),
         ({"parallel_config__pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
         ({"parallel_config__data_parallel_size": 2}, "--data-parallel-size"),
@@ -92,6 +107,43 @@ def test_on_where_stock_is_synchronous_anyway() -> None:
     assert not plan_forced_tokens(describe_engine(None)).is_on
     # A drafter of the user's needs nothing that is not loaded beside it anyway.
     assert plan_forced_tokens(describe_engine(speculative=describe_drafter(), lora_config=object())).is_on
+
+
+def test_on_the_v2_runner_only_where_it_is_asked_for() -> None:
+    plan = plan_forced_tokens(describe_engine(use_v2_model_runner=True, speculative=describe_drafter()))
+    assert "has not run on a GPU yet" in plan.reason
+    assert "'on'" in plan.fix
+    assert plan_forced_tokens(describe_engine("on", use_v2_model_runner=True, speculative=describe_drafter())).is_on
+    adaptive = describe_drafter(enable_adaptive_verification=True)
+    with pytest.raises(config.ConfigError, match="drop enable_adaptive_verification"):
+        plan_forced_tokens(describe_engine("on", use_v2_model_runner=True, speculative=adaptive))
+    # vLLM's V2 runner has no drafters of the class custom_class, which carries ours.
+    with pytest.raises(config.ConfigError, match="takes no drafter of a plugin"):
+        plan_forced_tokens(describe_engine("on", use_v2_model_runner=True))
+
+
+def test_another_v2_runner_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "find_mismatch", lambda record: "f is now g")
+    given: dict[str, Any] = {"use_v2_model_runner": True, "speculative": describe_drafter()}
+    with pytest.raises(config.ConfigError, match="this vLLM's is another: f is now g"):
+        plan_forced_tokens(describe_engine("on", **given))
+
+
+def test_a_metric_tells_every_limit() -> None:
+    plans = [ForcedTokensPlan(), *(ForcedTokensPlan(limit) for limit in LIMITS)]
+    assert [plan.limit_index for plan in plans] == list(range(len(LIMITS) + 1))
+    assert [find_plan(number) for number in range(len(plans))] == plans
+    assert all(plan.reason and plan.fix for plan in plans[1:])
+    with pytest.raises(IndexError):
+        find_plan(len(plans))
+
+
+def test_what_the_platform_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert plan_platform().is_on
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    assert "on CPUs only" in plan_platform().reason
+    monkeypatch.setattr(registry, "find_mismatch", lambda record: "f is now g")
+    assert "f is now g" in plan_platform().reason
 
 
 def test_on_gpus_only_beside_a_drafter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,8 +205,8 @@ def wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         original = getattr(owner, name)
         monkeypatch.setattr(owner, name, getattr(original, "__wrapped__", original))
-    structured_carrier.wrap_speculation()
-    structured_carrier.wrap_speculation()
+    structured_carrier.wrap_carrier()
+    structured_carrier.wrap_carrier()
 
 
 OURS, USERS = SimpleNamespace(model=CARRIER, method="custom_class"), SimpleNamespace(model="ngram", method="ngram")

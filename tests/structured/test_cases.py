@@ -52,9 +52,9 @@ def test_the_pack_honours_or_refuses_by_pointer(case: Case) -> None:
         assert verdict == "honoured"
         return
     with pytest.raises(RefusedError, match=r"keyword '[^']+' at [#/]"):
-        plan_spec("json", json.dumps(case.schema))
+        plan_spec(*case.spec)  # type: ignore[arg-type]
     for is_first in (True, False):
-        stock = judge_stock(case.schema, (*case.valid, *case.invalid), is_first)
+        stock = judge_stock(*case.spec, case.texts, is_first)
         assert stock is None or stock[1] != [True] * 3 + [False] * 3
 
 
@@ -83,10 +83,15 @@ def test_stock_is_silently_wrong_where_the_notes_say_so() -> None:
 
 
 def test_the_engines_are_chosen_by_the_schema() -> None:
-    engines = {case.name: judge_pack(case.schema, ())[0] for case in CASES if judge_pack(case.schema, ()) is not None}
+    found = {case.name: judge_pack(*case.spec, ()) for case in CASES}
+    engines = {name: judged[0] for name, judged in found.items() if judged is not None}
     assert engines["properties"] == engines["$ref, recursive"] == engines["maxLength"] == "xgrammar"
     assert engines["allOf"] == engines["multipleOf"] == engines["pattern with a quote"] == "guidance"
-    assert validate_stock({"type": "integer"}) == "xgrammar"
+    assert engines["maxLength of a text"] == engines["pattern of any characters"] == "guidance"
+    tools = {name: engine for name, engine in engines.items() if name.startswith("tool call")}
+    assert {engine for name, engine in tools.items() if "bounds" in name} == {"xgrammar"}
+    assert {engine for name, engine in tools.items() if "format" in name} == {"guidance"}
+    assert validate_stock("json", '{"type": "integer"}') == "xgrammar"
 
 
 def test_the_page_has_the_verdicts_on_record(repository: Path) -> None:
@@ -114,6 +119,6 @@ def test_whitespace_is_bounded_by_both_engines(schema: Any) -> None:
     texts = ('{"a":[1,2]}', '{"a":  [1,2]}', '{"a":   [1,2]}', '{"a":[1,  2]}', '{"a":[1,    2]}')
     expected = {"any": [1, 1, 1, 1, 1], 2: [1, 1, 0, 1, 0], "compact": [1, 0, 0, 0, 0]}
     for whitespace, accepted in expected.items():
-        plan, grammar = find_plan(schema, whitespace)
+        plan, grammar = find_plan("json", json.dumps(schema), whitespace)
         accepts = accepts_guidance if plan.engine == "guidance" else accepts_xgrammar
         assert [int(accepts(grammar, text)) for text in texts] == accepted, whitespace

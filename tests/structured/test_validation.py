@@ -20,7 +20,7 @@ from vllm.plugins import load_general_plugins
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.tokenizers import cached_tokenizer_from_config
 
-from bench.structured.hostile import list_hostile
+from bench.structured.attacks import list_attacks
 from vllm_ext.patches import structured_backend
 from vllm_ext.structured import validation
 from vllm_ext.structured.options import Options
@@ -211,6 +211,49 @@ def test_a_request_withdrawn_while_it_is_planned_is_not_tried(
     assert not tried
 
 
+def test_a_withdrawn_check_answers_nobody_else(gate: Gate, parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = validation.plan_spec
+    monkeypatch.setattr(validation, "plan_spec", lambda *given: time.sleep(0.2) or original(*given))
+    params = StructuredOutputsParams(regex="[a-z]{1,302}")
+
+    async def run() -> None:
+        first = asyncio.create_task(gate.prepare(params, parts[1]))
+        await asyncio.sleep(0.05)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        # The first one's check is still being planned.
+        with contextlib.suppress(VLLMValidationError):
+            await gate.prepare(params, parts[1])
+
+    asyncio.run(run())
+    assert gate.check(params, parts[1]) == "xgrammar"
+
+
+def test_a_trial_that_nobody_waits_for_any_more_is_ended(
+    gate: Gate, parts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last request leaves between the look at who waits and the trial."""
+    trial: Future[dict[str, Any]] = Future()
+    params = StructuredOutputsParams(regex="[a-z]{1,303}")
+    key = validation.read_spec(params)[2]
+
+    def submit(plan: Any) -> Future[dict[str, Any]]:
+        gate._working[key].waiting = 0
+        return trial
+
+    monkeypatch.setattr(gate._trials, "submit", submit)
+    with pytest.raises(VLLMValidationError, match="withdrawn"):
+        gate.check(params, parts[1])
+    assert trial.cancelled()
+
+
+def test_llguidances_refusals_have_a_pointer(gate: Gate, parts: Any) -> None:
+    schema = {"properties": {"a": {"type": "string", "pattern": "(?=x)y"}}}
+    with pytest.raises(VLLMValidationError, match=r"#/properties/a/pattern: .*look-around"):
+        gate.check(StructuredOutputsParams(json=schema), parts[1])
+
+
 @pytest.mark.parametrize("outcome", ["memory", "slow", "defect"])
 def test_what_may_be_the_machines_fault_is_tried_again(
     gate: Gate, parts: Any, monkeypatch: pytest.MonkeyPatch, outcome: str
@@ -291,12 +334,12 @@ def test_servers_check_before_they_add_a_request(tiny_moe: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list_hostile())
+@pytest.mark.parametrize("name", list_attacks())
 def test_hostile_specifications_are_answered_in_time(gate: Gate, parts: Any, name: str) -> None:
     """A verdict within the limit, whatever it is; bench/structured/hostile.py measures the same in a server."""
 
     async def run() -> float:
-        params = StructuredOutputsParams(**list_hostile()[name])
+        params = StructuredOutputsParams(**list_attacks()[name])
         began = time.perf_counter()
         with contextlib.suppress(VLLMValidationError):
             await gate.prepare(params, parts[1])

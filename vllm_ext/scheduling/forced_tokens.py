@@ -14,8 +14,8 @@ from vllm.v1.structured_output.utils import strip_speculative_padding
 from vllm_ext import observability
 from vllm_ext.speculation.draft_source import DraftToken, merge_drafts
 from vllm_ext.structured import carrier
-from vllm_ext.structured.forced_tokens import ForcedTokens, GrammarState, find_forced_tokens
 from vllm_ext.structured.grammar_states import StateMaker
+from vllm_ext.structured.lookahead import ForcedTokens, GrammarState, find_forced_tokens
 from vllm_ext.structured.masks import MaskFiller
 from vllm_ext.structured.spellings import SpellingObserver, Spellings
 
@@ -60,9 +60,11 @@ class ForcedTokensMixin:
         self._engine_index = vllm_config.parallel_config.data_parallel_index
         manager = self.structured_output_manager  # type: ignore[attr-defined]
         self._masks = MaskFiller(manager)
-        self._drafts_forced = carrier.plan_forced_tokens(vllm_config).is_on
-        active = float(self._drafts_forced)
-        observability.set_gauge("vllm_ext:structured_forced_tokens_active", active, self._engine_index)
+        plan = carrier.plan_forced_tokens(vllm_config)
+        self._drafts_forced = plan.is_on
+        for name, value in (("active", plan.is_on), ("limit_index", plan.limit_index)):
+            observability.set_gauge(f"vllm_ext:structured_forced_tokens_{name}", value, self._engine_index)
+        self._is_v2 = bool(vllm_config.use_v2_model_runner)
         self._has_drafter = not carrier.uses_carrier(vllm_config)
         self._grammars: dict[str, _Drafts] = {}
         #: Requests that vLLM's rejection sampler would serve wrongly; while one runs, nothing is drafted.
@@ -70,13 +72,17 @@ class ForcedTokensMixin:
         self._forced: dict[str, ForcedTokens] = {}
         if not self._drafts_forced:
             return
-        self._spellings = Spellings(_make_encoder(manager.tokenizer))
+        self.forget_spellings()
         self._states = StateMaker()
         if not self._has_drafter:
             # vLLM pads new rows with drafts of -1 up to the full number, for the sake of CUDA graphs; where a table of
             # draft lengths is in use it does not.
             most = self.num_spec_tokens  # type: ignore[attr-defined]
             self.dynamic_sd_lookup = [most] * (vllm_config.scheduler_config.max_num_seqs + 1)
+
+    def forget_spellings(self) -> None:
+        """Start anew with what is learned of how the model spells forced texts (for benchmarks)."""
+        self._spellings = Spellings(_make_encoder(self.structured_output_manager.tokenizer))  # type: ignore[attr-defined]
 
     def add_request(self, request: Any) -> None:
         """As vLLM's."""
@@ -94,7 +100,11 @@ class ForcedTokensMixin:
                 self._alone.intersection_update(self.requests)  # type: ignore[attr-defined]
             if not self._alone:
                 self._draft(self.running)  # type: ignore[attr-defined]
-        return super().schedule(*args, **kwargs)  # type: ignore[misc]
+        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        if self._is_v2 and self._forced:
+            # Read by patches/structured_v2.py in the workers.
+            output.forced_drafts = tuple(self._forced)
+        return output
 
     def _draft(self, running: Sequence[Any]) -> None:
         budget = int(DRAFT_SHARE * self.max_num_scheduled_tokens)  # type: ignore[attr-defined]

@@ -31,8 +31,9 @@ from vllm_ext.structured.errors import GrammarError, RefusedError
 from vllm_ext.structured.forced_length import forces_little
 from vllm_ext.structured.options import Options, read_options
 from vllm_ext.structured.routing import Plan, plan_spec
+from vllm_ext.structured.specs import SMALL_TEXT
 from vllm_ext.structured.store import SpecStore
-from vllm_ext.structured.validation import SMALL_TEXT, fits_vocabulary
+from vllm_ext.structured.validation import serves_guidance
 
 logger = logging.getLogger("vllm.vllm_ext")
 
@@ -54,9 +55,7 @@ class ExtBackend(XgrammarBackend):
         super().__post_init__()
         self.options: Options = read_options(self.vllm_config)
         self._rank = self.vllm_config.parallel_config.data_parallel_rank
-        self._has_guidance = GuidanceBackend.is_tokenizer_supported(self.tokenizer) and fits_vocabulary(
-            self.tokenizer, self.vocab_size
-        )
+        self._has_guidance = serves_guidance(self.tokenizer, self.vocab_size)
         self._lock = threading.Lock()
         self._matchers: OrderedDict[bytes, tuple[Any, int]] = OrderedDict()
         self._compiled: OrderedDict[bytes, Any] = OrderedDict()
@@ -93,22 +92,26 @@ class ExtBackend(XgrammarBackend):
         if plan is not None and self._is_compiled(plan):
             structured.grammar = self.make_grammar(plan, stops)
             return
-        is_small = False
-        if len(text) <= SMALL_TEXT:
+        is_plain = plan is not None and plan.is_plain
+        if plan is None and len(text) <= SMALL_TEXT:
             # Planned here to choose the lane: a short text can be costly, and must not hold up those that are not.
             try:
-                is_small = self._find_plan(*name).is_plain
+                plan = self._find_plan(*name)
+                is_plain = plan.is_plain
             except RefusedError:
-                is_small = True
-        result = self._lanes[is_small].submit(self._compile, key, name, stops)
+                is_plain = True
+        result = self._lanes[is_plain].submit(self._compile, key, name, plan, stops)
         # vLLM drops an aborted request with all it holds; nothing else tells its backend.
         weakref.finalize(structured, result.cancel).atexit = False
         if waits:
             result.exception()
         structured.grammar = result
 
-    def _compile(self, key: bytes, name: tuple[str, str, str], stops: set[int] | None) -> StructuredOutputGrammar:
-        plan = self._find_plan(*name)
+    def _compile(
+        self, key: bytes, name: tuple[str, str, str], plan: Plan | None, stops: set[int] | None
+    ) -> StructuredOutputGrammar:
+        """plan: that of the name, where it is known. Raises RefusedError and GrammarError."""
+        plan = plan or self._find_plan(*name)
         grammar = self._make_counted(*name[:2], plan, stops)
         self._remember(key, plan)
         return grammar

@@ -12,10 +12,11 @@ xgrammar ignores a keyword that it does not know, or that stands beside one it l
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from vllm_ext.structured.patterns import allows_most_characters, is_plain_pattern
 
 
 def split_words(text: str) -> frozenset[str]:
@@ -52,7 +53,7 @@ REFUSED: Mapping[str, str] = {
     "not": "neither engine can exclude values",
     "if": "neither engine has conditions",
     "contains": "neither engine can ask for an item among others",
-    "uniqueItems": "neither engine compares items",
+    "uniqueItems": "neither engine compares items (of an array of at most 4 values all forms are written out)",
     "dependentRequired": "neither engine makes one property depend on another",
     "dependentSchemas": "neither engine makes one property depend on another",
     "dependencies": "neither engine makes one property depend on another",
@@ -94,7 +95,7 @@ class Gap:
     is_narrow: bool = False
 
     def __str__(self) -> str:
-        return f"{self.pointer or '#'}: {self.reason}"
+        return f"#{self.pointer}: {self.reason}"
 
 
 def find_xgrammar_gap(node: Any) -> Gap | None:
@@ -163,6 +164,15 @@ def _check_string(node: Mapping[str, Any], pointer: str) -> Iterator[Gap]:
         yield Gap(f"{pointer}/{given[0]}", given[0], "xgrammar looks at one of format, pattern and length")
     if "pattern" in given and not is_plain_pattern(node["pattern"]):
         yield Gap(f"{pointer}/pattern", "pattern", "xgrammar reads this pattern otherwise, or leaves escapes out")
+    elif "pattern" in given and allows_most_characters(node["pattern"]):
+        yield Gap(f"{pointer}/pattern", "pattern", _NO_ESCAPES, is_narrow=True)
+    if {"minLength", "maxLength"} & set(given) and node.get("maxLength", SHORT_TEXT + 1) > SHORT_TEXT:
+        yield Gap(f"{pointer}/{given[0]}", given[0], _NO_ESCAPES, is_narrow=True)
+
+
+#: Characters of a text up to which it is served without quotes, backslashes and control characters, as in stock.
+SHORT_TEXT = 64
+_NO_ESCAPES = "xgrammar leaves escapes out of such strings"
 
 
 def _check_array(node: Mapping[str, Any], pointer: str) -> Iterator[Gap]:
@@ -188,7 +198,8 @@ def _check_object(node: Mapping[str, Any], pointer: str) -> Iterator[Gap]:
     if counts := sorted({"minProperties", "maxProperties"} & set(node)):
         if not properties and not isinstance(others, dict):
             yield Gap(f"{pointer}/{counts[0]}", counts[0], "xgrammar leaves such an object empty", is_narrow=True)
-        if _counts_repeated_names(node):
+        # It allows no others where these are not spoken of.
+        if _counts_repeated_names({"additionalProperties": not properties, **node}):
             yield Gap(f"{pointer}/minProperties", "minProperties", _REPEATED)
     if properties and others not in (None, False):
         reason = "xgrammar lets a declared name pass as another one when it is written with escapes"
@@ -206,6 +217,26 @@ def _counts_repeated_names(node: Mapping[str, Any]) -> bool:
     """Whether two undeclared properties may be needed: no engine makes their names differ."""
     is_open = node.get("additionalProperties", True) is not False or bool(node.get("patternProperties"))
     return is_open and node.get("minProperties", 0) > len(node.get("required", ())) + 1
+
+
+def find_raw_gap(node: Any) -> Gap | None:
+    """The first string of a call's arguments that a value in XML may break, or None.
+
+    xgrammar lets a pattern or a length go on over the end of the value, where a parser cuts it. Told as narrow: where
+    llguidance has no form for the tag either, xgrammar serves it, as a model hardly writes such a value.
+    """
+    if not isinstance(node, dict):
+        return None
+    definitions = node.get("$defs", {})
+    root = definitions.get(str(node.get("$ref")).removeprefix("#/$defs/"), node)
+    for name, value in root.get("properties", {}).items():
+        target = value if isinstance(value, dict) else {}
+        target = definitions.get(str(target.get("$ref")).removeprefix("#/$defs/"), target)
+        for option in target.get("anyOf", [target]):
+            if key := next((key for key in ("minLength", "pattern") if isinstance(option, dict) and key in option), ""):
+                pointer = f"/properties/{escape(name)}/{key}"
+                return Gap(pointer, key, "xgrammar lets a value go on over its end in XML", is_narrow=True)
+    return None
 
 
 def find_guidance_gap(node: Any, pointer: str = "") -> Gap | None:
@@ -254,33 +285,11 @@ def list_children(node: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return found
 
 
-#: What patterns of xgrammar's may consist of, between ^ and $: no quote, no backslash as a character, no control
-#: character (it would write them into JSON as they are), no look-around, no anchor inside, no class by property. Not
-#: \S, nor \s left out: the spaces of xgrammar are ASCII's.
-_PLAIN = re.compile(
-    r"\^(?:[^\\\[\](){}^$\"\x00-\x1f\x7f]|\\[dDwWs.\-/+*?()\[\]{}|^$@#:,;=!%&~<>_]|\{\d*(?:,\d*)?\}|\(\?:|\((?!\?)|\)"
-    r"|\[(?:[^\\\]\[\"^\x00-\x1f\x7f]|\\[dDwWs.\-/+*?()\[\]{}|^$@#:,;=!%&~<>_])+\]"
-    r"|\[\^(?:[^\\\]\[\"\x00-\x1f\x7f]|\\[dDwW.\-/+*?()\[\]{}|^$@#:,;=!%&~<>_])+\])*\$"
-)
-
-
-def hide_classes(pattern: str) -> str:
-    """A regular expression with x for its escapes and character classes; one that is not closed goes to the end."""
-    return re.sub(r"\\.|\[(?:\\.|[^\]\\])*(?:\]|\\?\Z)", "x", pattern, flags=re.DOTALL)
-
-
-def is_plain_pattern(pattern: str) -> bool:
-    """Whether xgrammar reads a pattern as JSON Schema does: `^...$`, of plain parts, the anchors for all of it."""
-    if not _PLAIN.fullmatch(pattern):
-        return False
-    depth = 0
-    for character in hide_classes(pattern):
-        depth += (character == "(") - (character == ")")
-        if character == "|" and depth == 0:
-            return False
-    return True
-
-
 def escape(name: str) -> str:
     """A property's name as part of a JSON pointer (RFC 6901)."""
     return name.replace("~", "~0").replace("/", "~1")
+
+
+def unescape(part: str) -> str:
+    """A part of a JSON pointer as a property's name."""
+    return part.replace("~1", "/").replace("~0", "~")

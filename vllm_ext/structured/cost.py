@@ -14,9 +14,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_ext.structured.capabilities import list_children
+from vllm_ext.structured.errors import RefusedError
 
 #: Longest text of a specification, in bytes. Larger ones are refused before they are parsed.
 MAX_SPEC_BYTES = 2**19
+#: Levels of objects and arrays, as vLLM limits them, and what a structural tag may wrap around a schema.
+MOST_LEVELS = 64
+TAG_LEVELS = 16
 
 #: Compiles in about a second at most with a vocabulary of 128k, mostly in tens of milliseconds, without a try.
 PLAIN_STATES = 2_000
@@ -114,3 +118,18 @@ def estimate_text(text: str) -> int:
 def estimate_choices(choices: list[str]) -> int:
     """States of a list of alternatives."""
     return sum(len(choice) + 1 for choice in choices)
+
+
+def check_levels(value: Any, most: int, what: str) -> None:
+    """Refuse JSON that is nested deeper than so many objects and arrays. Raises RefusedError."""
+    level = [value]
+    for _ in range(most + 1):
+        level = [
+            child
+            for node in level
+            if isinstance(node, dict | list)
+            for child in (node.values() if isinstance(node, dict) else node)
+        ]
+        if not level:
+            return
+    raise RefusedError(f"the {what} nests objects and arrays more than {most} levels deep")

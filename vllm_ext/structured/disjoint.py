@@ -5,21 +5,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from vllm_ext.structured.capabilities import hide_classes
 from vllm_ext.structured.errors import SchemaError
+from vllm_ext.structured.patterns import read_beginning
 
 #: Values read before the answer is "not found out", and what a comparison of two schemas counts for: alternatives of
 #: alternatives multiply.
 MOST_STEPS, COMPARISON = 240_000, 8
-
-
-#: Characters that stand for themselves at the start of a pattern, and those that say how often one comes.
-_LITERAL = re.compile(r"\^((?:[A-Za-z0-9 _@#:,;=!%&~<>/'-]|\\[.\-/+*?()\[\]{}|^$])*)([*?{+]?)")
 
 
 def choose_one_of(node: Any, definitions: Mapping[str, Any], steps: Iterator[int] | None = None) -> Any:
@@ -114,23 +109,8 @@ def _counts_differ(left: Mapping[str, Any], right: Mapping[str, Any], what: str)
 
 def _beginnings_differ(left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
     """Whether patterns that hold for the start of a string ask for other characters there."""
-    first, second = (_read_beginning(node.get("pattern", "")) for node in (left, right))
+    first, second = (read_beginning(node.get("pattern", "")) for node in (left, right))
     return any(a != b for a, b in zip(first, second, strict=False))
-
-
-def _read_beginning(pattern: str) -> str:
-    """Characters with which all strings of a pattern begin; empty where its text does not show it."""
-    found = _LITERAL.match(pattern)
-    if found is None:
-        return ""
-    depth = 0
-    for character in hide_classes(pattern):
-        depth += (character == "(") - (character == ")")
-        if character == "|" and depth == 0:
-            return ""
-    text = re.sub(r"\\(.)", r"\1", found[1])
-    # The last one may be repeated, or be missing.
-    return text[:-1] if found[2] else text
 
 
 def _first_items_differ(

@@ -6,11 +6,15 @@ Options of JSON: `whitespace` is "any" (as vLLM has it), "compact" (none), or th
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from vllm_ext.structured.errors import GrammarError, shorten
+from vllm_ext.structured.lark import limit_whitespace
 from vllm_ext.structured.routing import Plan
+from vllm_ext.structured.tag_grammars import write_tag_grammar
 
 Whitespace = str | int
 
@@ -73,25 +77,37 @@ def json_options(whitespace: Whitespace) -> dict[str, Any]:
     return {"any_whitespace": True, "max_whitespace_cnt": None if whitespace == "any" else int(whitespace)}
 
 
-def write_guidance(plan: Plan, whitespace: Whitespace = "any") -> str:
-    """llguidance's text of a plan. Raises GrammarError."""
+def write_guidance(plan: Plan, whitespace: Whitespace = "any", added: Mapping[str, int] | None = None) -> str:
+    """llguidance's text of a plan. added: `list_added` of the tokenizer, for tags. Raises GrammarError."""
     import llguidance
 
+    options: Any = {"whitespace_flexible": whitespace == "any"}
+    if isinstance(whitespace, int):
+        options = limit_whitespace(whitespace)
     try:
         if plan.kind == "json":
-            options: Any = {"whitespace_flexible": whitespace == "any"}
-            if isinstance(whitespace, int):
-                # As a pattern to skip, it could follow itself (1.7): so it is part of the separators, and nowhere else.
-                space = f"[\\x20\\x0A\\x0D\\x09]{{0,{whitespace}}}"
-                options |= {"item_separator": f",{space}", "key_separator": f":{space}"}
             schema = plan.text if plan.text.startswith("{") else json.dumps({"allOf": [json.loads(plan.text)]})
             return llguidance.LLMatcher.grammar_from_json_schema(schema, defaults=options)
+        if plan.kind == "structural_tag":
+            return llguidance.grammar_from("grammar", write_tag_grammar(json.loads(plan.text), options, added))
         if plan.kind == "choice":
             # Alternatives of a regex: as a choice llguidance makes a rule of each, which takes seconds for thousands.
             return llguidance.grammar_from("regex", "|".join(map(_escape_regex, json.loads(plan.text))))
         return llguidance.grammar_from("regex" if plan.kind == "regex" else "grammar", plan.text)
     except (ValueError, TypeError, KeyError) as error:
         raise GrammarError(_shorten(error)) from error
+
+
+@functools.lru_cache(4)
+def list_added(tokenizer: Any) -> Mapping[str, int]:
+    """Ids of the tokens that are no text to llguidance, by their text; without those that end an output.
+
+    tokenizer: an LLTokenizer.
+    """
+    ends = {tokenizer.eos_token, *tokenizer.eos_tokens}
+    found = [token for token in range(tokenizer.vocab_size) if tokenizer.is_special_token(token) and token not in ends]
+    texts = ((tokenizer.decode_bytes([token]).decode("utf-8", "replace"), token) for token in found)
+    return {text: token for text, token in texts if len(text) > 1}
 
 
 def check_guidance(plan: Plan, whitespace: Whitespace = "any", tokenizer: Any = None) -> None:
@@ -107,7 +123,8 @@ def compile_guidance(tokenizer: Any, plan: Plan, whitespace: Whitespace = "any")
     import llguidance
 
     limits = llguidance.LLParserLimits(max_items_in_row=MOST_ITEMS)
-    matcher = llguidance.LLMatcher(tokenizer, write_guidance(plan, whitespace), log_level=0, limits=limits)
+    added = list_added(tokenizer) if plan.kind == "structural_tag" else None
+    matcher = llguidance.LLMatcher(tokenizer, write_guidance(plan, whitespace, added), log_level=0, limits=limits)
     if matcher.is_error():
         raise GrammarError(_shorten(matcher.get_error()))
     return matcher

@@ -20,7 +20,7 @@ _MOST_PRINTED = 200_000
 
 _RULE = re.compile(r"^(\S+) ::= ", re.MULTILINE)
 _PART = re.compile(
-    r'"(?P<text>(?:\\.|[^"\\])*+)"|(?P<set>\[(?:\\.|[^\]\\])*+\])(?P<star>\*?)'
+    r'"(?P<text>(?:\\.|[^"\\])*)"|(?P<set>\[(?:\\.|[^\]\\])*\])(?P<star>\*?)'
     r"|(?P<look>\(=)|(?P<name>[\w.\-]+)(?:\{(?P<times>\d+),[^}]*\})?|(?P<bar>\|)",
     re.DOTALL,
 )

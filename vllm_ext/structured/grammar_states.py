@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A request's position in its grammar, of xgrammar and of llguidance (`forced_tokens.GrammarState`).
+"""A request's position in its grammar, of xgrammar and of llguidance (`lookahead.GrammarState`).
 
 No vLLM import; grammars are told by what they hold: xgrammar's matcher, or llguidance's ll_matcher.
 """
@@ -14,7 +14,7 @@ import numpy as np
 from vllm_ext.structured.spellings import LONGEST_TEXT
 
 if TYPE_CHECKING:
-    from vllm_ext.structured.forced_tokens import GrammarState
+    from vllm_ext.structured.lookahead import GrammarState
 
 #: Bytes that a text of this length and one character more may have.
 MOST_BYTES = 4 * (LONGEST_TEXT + 1)

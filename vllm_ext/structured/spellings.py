@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from vllm_ext.structured.forced_tokens import ForcedTokens
+    from vllm_ext.structured.lookahead import ForcedTokens
 
 #: Texts whose spelling is remembered.
 MAX_TEXTS = 16384

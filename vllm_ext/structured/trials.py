@@ -16,6 +16,7 @@ from dataclasses import asdict
 from typing import Any
 
 from vllm_ext.structured.compile_worker import read_message, write_message
+from vllm_ext.structured.errors import shorten
 from vllm_ext.structured.routing import Plan
 
 logger = logging.getLogger("vllm.vllm_ext")
@@ -70,6 +71,22 @@ class TrialPool:
             }
         )
         return result
+
+    def explain(self, plan: Plan, outcome: str, message: str) -> str:
+        """What a request is told about an engine's answer to its plan. outcome: as compile_worker.py says."""
+        engine = "llguidance" if plan.engine == "guidance" else "xgrammar"
+        if outcome == "slow":
+            limit = f"{self._limit_ms:g} ms (structured.max_compile_ms)"
+            return f"the {plan.kind} specification takes longer to compile than {limit}: make it smaller"
+        if outcome == "defect":
+            return shorten(f"{engine} fails on the {plan.kind} specification: {message}")
+        if outcome == "memory":
+            limit = f"{self._limit_mib:g} MiB (structured.max_compile_mib)"
+            return f"the {plan.kind} specification needs more memory to compile than {limit}: make it smaller"
+        if outcome == "busy":
+            return f"other costly specifications are being checked and this {plan.kind} is one too: try again"
+        because = f" (chosen because {plan.reason})" if plan.reason else ""
+        return shorten(f"{engine} does not take the {plan.kind} specification{because}: {message}")
 
     def _forget(self, name: int, future: Future[dict[str, Any]]) -> None:
         if not future.cancelled():

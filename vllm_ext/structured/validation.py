@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import threading
 import time
@@ -22,13 +21,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
-from vllm.v1.structured_output.request import get_structured_output_key
 
 from vllm_ext import observability
-from vllm_ext.structured import cost, engines
+from vllm_ext.structured import engines
 from vllm_ext.structured.errors import GrammarError, RefusedError, shorten
 from vllm_ext.structured.options import Options, read_options
-from vllm_ext.structured.routing import MOST_LEVELS, Plan, plan_spec
+from vllm_ext.structured.refusals import find_refused
+from vllm_ext.structured.routing import Plan, plan_spec
+from vllm_ext.structured.specs import SMALL_TEXT, is_small, read_spec
 from vllm_ext.structured.trials import TrialPool
 
 logger = logging.getLogger("vllm.vllm_ext")
@@ -39,8 +39,6 @@ MOST_VERDICTS = 1024
 SLOW_SECONDS = 60.0
 #: A request is answered after so long; the check goes on, and a repeated request finds its verdict.
 MOST_SECONDS = 0.8
-#: Characters of a specification that is read where its request arrives, and planned beside others of its kind.
-SMALL_TEXT = 8192
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,8 @@ class Verdict:
 class _Work:
     """A check under way, and how many requests wait for it."""
 
+    kind: Any
+    text: str
     result: Future[Verdict]
     lane: ThreadPoolExecutor
     trial: Future[dict[str, Any]] | None = None
@@ -147,9 +147,10 @@ class Gate:
         """The check of a specification: one, however many requests bring it."""
         with self._lock:
             work = self._working.get(key)
-            if work is None:
-                work = _Work(Future(), self._lanes[len(text) <= SMALL_TEXT])
-                work.lane.submit(self._decide, key, kind, text, work)
+            if work is None or work.waiting == 0:
+                # A check that all its requests left answers none that comes now.
+                work = _Work(kind, text, Future(), self._lanes[len(text) <= SMALL_TEXT])
+                work.lane.submit(self._decide, key, work)
                 self._working[key] = work
             work.waiting += 1
             return work
@@ -157,15 +158,20 @@ class Gate:
     def _leave(self, work: _Work) -> None:
         with self._lock:
             work.waiting -= 1
+        self._end_unwanted(work)
+
+    def _end_unwanted(self, work: _Work) -> None:
+        """End the trial of a check that no request waits for."""
+        with self._lock:
             trial = work.trial if work.waiting == 0 else None
         if trial is not None:
             trial.cancel()
 
-    def _decide(self, key: bytes, kind: Any, text: str, work: _Work) -> None:
+    def _decide(self, key: bytes, work: _Work) -> None:
         """Plan, and parse what is plain; what is not goes on in `_try_next` when its trial ends."""
         with self._answering(key, work):
             try:
-                plan = plan_spec(kind, text, self._has_guidance())
+                plan = plan_spec(work.kind, work.text, self._has_guidance())
             except RefusedError as error:
                 self._settle(key, work, Verdict(None, str(error)))
                 return
@@ -191,7 +197,7 @@ class Gate:
             try:
                 self._parse(plan)
             except GrammarError as error:
-                refusal = _explain(plan, "refused", str(error), self._options)
+                refusal = self._explain(work, plan, "refused", str(error))
                 continue
             self._settle(key, work, Verdict(plan.engine))
             return
@@ -216,6 +222,8 @@ class Gate:
                 self._read_outcome(key, work, plan, plans, trial)
 
         work.trial.add_done_callback(go_on)
+        # Its last request may have left before the trial was there to end.
+        self._end_unwanted(work)
 
     def _read_outcome(
         self, key: bytes, work: _Work, plan: Plan, plans: list[Plan], trial: Future[dict[str, Any]]
@@ -227,7 +235,7 @@ class Gate:
         if outcome["outcome"] == "ok":
             self._settle(key, work, Verdict(plan.engine))
             return
-        said = _explain(plan, outcome["outcome"], outcome["message"], self._options)
+        said = self._explain(work, plan, outcome["outcome"], outcome["message"])
         if plans:
             work.lane.submit(self._go_on, key, work, plans, said)
             return
@@ -235,9 +243,16 @@ class Gate:
         until = float("inf") if outcome["outcome"] == "refused" else time.monotonic() + SLOW_SECONDS
         self._settle(key, work, Verdict(None, said, 0.0 if outcome["outcome"] == "busy" else until))
 
+    def _explain(self, work: _Work, plan: Plan, outcome: str, message: str) -> str:
+        where = ""
+        if outcome == "refused" and plan.engine == "guidance":
+            where = find_refused(work.kind, work.text)
+        return self._trials.explain(plan, outcome, f"{where}: {message}" if where else message)
+
     def _settle(self, key: bytes, work: _Work, verdict: Verdict) -> None:
         with self._lock:
-            self._working.pop(key, None)
+            if self._working.get(key) is work:
+                del self._working[key]
             if verdict.until > 0:
                 self._verdicts[key] = verdict
                 while len(self._verdicts) > MOST_VERDICTS:
@@ -253,11 +268,7 @@ class Gate:
             engines.parse_xgrammar(plan, self._options.whitespace)
 
     def _has_guidance(self) -> bool:
-        from vllm.v1.structured_output.backend_guidance import GuidanceBackend
-
-        return GuidanceBackend.is_tokenizer_supported(self._tokenizer) and fits_vocabulary(
-            self._tokenizer, self._model_config.get_vocab_size()
-        )
+        return serves_guidance(self._tokenizer, self._model_config.get_vocab_size())
 
     def _make_setup(self) -> dict[str, Any]:
         """Both engines' vocabularies as text, for the process that tries grammars."""
@@ -284,82 +295,21 @@ class Gate:
         }
 
 
-def fits_vocabulary(tokenizer: Any, vocab_size: int) -> bool:
-    """Whether masks of both engines have one width: llguidance's have a bit for every token of the tokenizer."""
-    return (max(vocab_size, len(tokenizer)) + 31) // 32 == (vocab_size + 31) // 32
+def serves_guidance(tokenizer: Any, vocab_size: int) -> bool:
+    """Whether llguidance knows a tokenizer, and masks of both engines have one width.
 
+    llguidance's have a bit for every token of the tokenizer, xgrammar's for every one of the model's `vocab_size`.
+    """
+    from vllm.v1.structured_output.backend_guidance import GuidanceBackend
 
-def read_spec(params: Any) -> tuple[str, str, bytes]:
-    """(kind, text, digest) of StructuredOutputsParams, once it is known to be small. Raises VLLMValidationError."""
-    for value in (params.json, params.choice):
-        if not isinstance(value, str | None):
-            _measure(value)
-    if params.json_object is False:
-        raise VLLMValidationError("structured_outputs.json_object must be true where it is given")
-    if isinstance(params.choice, list) and not params.choice:
-        raise VLLMValidationError("structured_outputs.choice is an empty list")
-    for name in ("json", "grammar", "structural_tag"):
-        if isinstance(getattr(params, name), str) and not getattr(params, name).strip():
-            raise VLLMValidationError(f"structured_outputs.{name} is an empty string")
-    option, text = get_structured_output_key(params)
-    kind = option.name.lower()
-    digest = hashlib.sha256(f"{kind}\0{text}".encode("utf-8", "surrogatepass")).digest()
-    return kind, text, digest
-
-
-def is_small(params: Any) -> bool:
-    """Whether StructuredOutputsParams are read in no time."""
-    values = (params.json, params.choice, params.regex, params.grammar, params.structural_tag)
-    try:
-        for value in values:
-            if not isinstance(value, str | None):
-                _measure(value, SMALL_TEXT)
-    except VLLMValidationError:
-        return False
-    return sum(len(value) for value in values if isinstance(value, str)) <= SMALL_TEXT
-
-
-def _measure(value: Any, most: int = cost.MAX_SPEC_BYTES) -> None:
-    """Refuse what is too large or too deep before it is written as text."""
-    size, level = 0, [value]
-    for _ in range(MOST_LEVELS + 1):
-        deeper: list[Any] = []
-        for each in level:
-            size += 2 + (len(each) if isinstance(each, str) else 0)
-            if isinstance(each, dict):
-                size += sum(map(len, filter(lambda name: isinstance(name, str), each)))
-                deeper.extend(each.values())
-            elif isinstance(each, list):
-                deeper.extend(each)
-            if size + 2 * len(deeper) > most:
-                raise VLLMValidationError(f"the specification has more than {most} bytes")
-        if not deeper:
-            return
-        level = deeper
-    raise VLLMValidationError(f"the specification nests objects and arrays more than {MOST_LEVELS} levels deep")
+    is_known = GuidanceBackend.is_tokenizer_supported(tokenizer)
+    return is_known and (max(vocab_size, len(tokenizer)) + 31) // 32 == (vocab_size + 31) // 32
 
 
 def _chain(plan: Plan | None) -> Iterator[Plan]:
     while plan is not None:
         yield plan
         plan = plan.fallback
-
-
-def _explain(plan: Plan, outcome: str, message: str, options: Options) -> str:
-    """What a request is told about an engine's answer."""
-    engine = "llguidance" if plan.engine == "guidance" else "xgrammar"
-    if outcome == "slow":
-        limit = f"{options.max_compile_ms:g} ms (structured.max_compile_ms)"
-        return f"the {plan.kind} specification takes longer to compile than {limit}: make it smaller"
-    if outcome == "defect":
-        return shorten(f"{engine} fails on the {plan.kind} specification: {message}")
-    if outcome == "memory":
-        limit = f"{options.max_compile_mib:g} MiB (structured.max_compile_mib)"
-        return f"the {plan.kind} specification needs more memory to compile than {limit}: make it smaller"
-    if outcome == "busy":
-        return f"other costly specifications are being checked and this {plan.kind} is one too: try again"
-    because = f" (chosen because {plan.reason})" if plan.reason else ""
-    return shorten(f"{engine} does not take the {plan.kind} specification{because}: {message}")
 
 
 def _raise_refusal(verdict: Verdict) -> None:

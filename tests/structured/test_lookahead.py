@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from tests.conftest import REPOSITORY
-from vllm_ext.structured.forced_tokens import ForcedTokens, GrammarState, find_forced_tokens
 from vllm_ext.structured.grammar_states import StateMaker, TokenSizes
+from vllm_ext.structured.lookahead import ForcedTokens, GrammarState, find_forced_tokens
 from vllm_ext.structured.spellings import LONGEST_TEXT, SpellingObserver, Spellings
 
 TOKENIZER = AutoTokenizer.from_pretrained(REPOSITORY / "bench" / "models" / "tiny_moe")
