@@ -31,7 +31,7 @@ LOG_LINES = 20
 #: Seeds of warm-up runs lie beyond those of measured ones, so that no prompt is in a prefix cache before its run.
 WARMUP_SEED = 1_000_000
 END_SECONDS = 1.0
-QUANTIZE_LIMIT = 3600.0
+MAKE_LIMIT = 3600.0
 PACK_METRIC = "vllm_ext:"
 
 
@@ -194,23 +194,33 @@ class EngineArm:
 
 
 def find_model(case: Case, name: str, folder: Path) -> str:
-    """The model directory of an arm; where the arm asks for it, made by `vllm-ext quantize` in `folder`.
+    """The model directory of an arm; where the case or the arm asks for it, made in `folder` by
+    `bench.models.make_model`, once for both arms, and by `vllm-ext quantize`.
 
     Raises RunFailed with the command's last lines.
     """
     arm: Arm = case.arm(name)
     model = resolve_model(arm.model or case.model)
-    if not arm.quantize:
-        return model
-    output = folder / f"{name}-model"
+    if case.make_model:
+        command = [sys.executable, "-m", "bench.models.make_model", *case.make_model]
+        model = _make_once("bench.models.make_model", command, folder / "made-model")
+    if arm.quantize:
+        command = [sys.executable, "-m", "vllm_ext.cli", "quantize", model, *arm.quantize]
+        model = _make_once("vllm-ext quantize", command, folder / f"{name}-model")
+    return model
+
+
+def _make_once(what: str, command: Sequence[str], output: Path) -> str:
+    """The directory that a command makes at `-o`, unless it is there already."""
     if not output.is_dir():
-        command = [sys.executable, "-m", "vllm_ext.cli", "quantize", model, "-o", str(output), *arm.quantize]
         try:
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=QUANTIZE_LIMIT)
+            done = subprocess.run(
+                [*command, "-o", str(output)], cwd=ROOT, capture_output=True, text=True, timeout=MAKE_LIMIT
+            )
         except subprocess.TimeoutExpired:
-            raise RunFailed(f"vllm-ext quantize took longer than {QUANTIZE_LIMIT:g} s") from None
+            raise RunFailed(f"{what} took longer than {MAKE_LIMIT:g} s") from None
         if done.returncode != 0:
-            raise RunFailed(f"vllm-ext quantize ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
+            raise RunFailed(f"{what} ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
     return str(output)
 
 

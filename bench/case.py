@@ -80,6 +80,7 @@ class Workload:
 class Case:
     """One comparison. `args` and `env` belong to both arms; `tune` lists stock settings, of which the best is the peer.
 
+    make_model     options of `bench.models.make_model`, which makes what both arms serve; its tokenizer is `model`'s
     servers        "together": both stay up and take turns, the other one idle; an engine start is not paid per run.
                    "in_turn": one at a time, started anew for every run, for models that do not fit twice
     passes         times that the arms take turns within one repetition; its record holds the medians. Short passes in
@@ -97,6 +98,7 @@ class Case:
     workload: Workload
     metrics: Mapping[str, Measure]
     mode: Mode = "server"
+    make_model: tuple[str, ...] = ()
     args: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     tune: tuple[tuple[str, ...], ...] = ()
@@ -119,6 +121,9 @@ class Case:
         """Fingerprint of everything that defines a run but the number of repetitions: records of one digest compare."""
         content = asdict(self)
         del content["repetitions"], content["description"]
+        if not self.make_model:
+            # Younger than records whose digest must stay what it is.
+            del content["make_model"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -200,6 +205,7 @@ def parse_case(content: Any, name: str) -> Case:
     keys = (
         "description",
         "model",
+        "make_model",
         "mode",
         "args",
         "env",
@@ -228,6 +234,7 @@ def parse_case(content: Any, name: str) -> Case:
         workload=workload,
         metrics=metrics,
         mode=mode,
+        make_model=_parse_args(given.get("make_model"), "make_model"),
         args=_parse_args(given.get("args"), "args"),
         env=_parse_env(given.get("env"), "env"),
         tune=tuple(_parse_args(one, f"tune[{i}]") for i, one in enumerate(read_list(given, "tune"))),
@@ -244,6 +251,8 @@ def parse_case(content: Any, name: str) -> Case:
     if case.servers == "in_turn" and (case.restart_every or case.passes > 1):
         key = "restart_every" if case.restart_every else "passes"
         raise CaseError(f"{key} has no meaning with servers: in_turn, which starts an engine for every run")
+    if case.make_model and (case.stock.model or case.pack.model):
+        raise CaseError("make_model makes the model of both arms; remove stock.model and pack.model")
     if case.stock.quantize:
         raise CaseError("stock.quantize: the stock arm serves what stock vLLM reads; give stock.model")
     return case

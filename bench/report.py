@@ -36,6 +36,7 @@ HIDDEN_SETTINGS = {
     "series_by",
     "ratios",
     "by_pass",
+    "samples",
     "ambient",
 }
 #: Cases whose arms are no repetitions of one measurement: another script writes a page beside their records.

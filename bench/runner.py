@@ -171,6 +171,7 @@ class CaseRunner:
             "case_digest": case.digest,
             "position": position,
             "model": hide_paths(arm.model or case.model),
+            "make_model": list(case.make_model),
             "quantize": list(arm.quantize),
             "args": [hide_paths(one) for one in self._arms[name].args],
             "env": {**case.env, **arm.env},

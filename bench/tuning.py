@@ -43,7 +43,7 @@ def tune_stock(
     direction = case.metrics[metric].direction
     settings = ((), *case.tune)
     trials: list[dict[str, Any]] = [
-        {"args": list(extra), "value": None, "values": [], "error": None} for extra in settings
+        {"args": list(extra), "value": None, "values": [], "metrics": {}, "error": None} for extra in settings
     ]
     with ExitStack() as stack:
         arms = []
@@ -81,7 +81,11 @@ def try_setting(
         if not arm.is_running:
             arm.start_warm()
         for number in numbers:
-            trial["values"].append(arm.run(TUNE_SEED + number).metrics[metric].value)
+            measured = arm.run(TUNE_SEED + number).metrics
+            trial["values"].append(measured[metric].value)
+            # Who doubts the choice sees what the other settings are better at.
+            for name, one in measured.items():
+                trial["metrics"].setdefault(name, []).append(one.value)
         trial["value"] = median_of(trial["values"])
     except Exception as error:  # noqa: BLE001 - a setting that does not work is one that is not chosen
         trial |= {"value": None, "error": hide_paths(describe_error(error))}

@@ -16,10 +16,15 @@ def separate_threads() -> None:
 
     if hasattr(forward_context, "_vllm_ext_context"):
         return
+    replaced = [
+        (forward_context.get_forward_context, _get_forward_context),
+        (forward_context.is_forward_context_available, _is_forward_context_available),
+        (forward_context.override_forward_context.__wrapped__, _override_forward_context),
+    ]
+    # Below this line nothing fails: who finds the attribute relies on all three.
     forward_context._vllm_ext_context = threading.local()
-    for name in ("get_forward_context", "is_forward_context_available"):
-        getattr(forward_context, name).__code__ = globals()[f"_{name}"].__code__
-    forward_context.override_forward_context.__wrapped__.__code__ = _override_forward_context.__code__
+    for theirs, ours in replaced:
+        theirs.__code__ = ours.__code__
 
 
 # The code of these three runs with the globals of vllm.forward_context.

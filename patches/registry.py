@@ -122,13 +122,16 @@ RECORDS: tuple[PatchRecord, ...] = (
             Symbol("vllm.sampling_params:SamplingParams._validate_spec_decode", "6f5a0a6139b8"),
             Symbol("vllm.v1.sample.logits_processor:build_logitsprocs", "522caa04be96"),
             Symbol("vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample", "2887086d95a9"),
+            Symbol("vllm.v1.worker.gpu.model_runner:GPUModelRunner.prepare_inputs", "43b60cc79f3b"),
         ),
-        reason="vLLM verifies drafts only beside a speculative configuration, which makes it refuse min_p and "
-        "logit_bias and sample all requests by rejection",
+        reason="vLLM verifies drafts of its own drafters only: beside a speculative configuration, which makes it "
+        "refuse min_p and logit_bias and sample all requests by rejection, and on the V2 model runner from its "
+        "device's table",
         change="where that configuration is the pack's own, such requests are served, without drafts, and steps "
-        "without drafts are sampled as without speculation; other engines pass through",
-        without="tokens that a grammar forces are drafted only beside a drafter of the user's",
-        removal="vLLM verifies drafts of the scheduler without a speculative configuration",
+        "without drafts are sampled as without speculation; on the V2 model runner, tokens that a grammar forces are "
+        "written into that table; other engines pass through",
+        without="tokens that a grammar forces are drafted only beside a drafter of the user's, on the V1 model runner",
+        removal="vLLM verifies drafts of the scheduler, on both model runners and without a speculative configuration",
         apply="vllm_ext.patches.structured_carrier:wrap_speculation",
     ),
     PatchRecord(

@@ -54,7 +54,10 @@ class StructuredSettings:
 
 @dataclass(frozen=True)
 class SemiPDSettings:
-    """Prefill and decode as two lanes; service-level objectives in milliseconds."""
+    """Prefill and decode as two lanes; service-level objectives in milliseconds. admission: what becomes of prompts
+    that come too late while neither objective can be met. fairness: turns between clients, and what a token of output
+    costs there, in tokens of a prompt. decode_priority_ms: how long prompts wait while tokens come too slowly.
+    """
 
     enabled: bool = True
     mode: Literal["auto", "always", "off"] = "auto"
@@ -63,7 +66,9 @@ class SemiPDSettings:
     percentile: float | None = None
     window: float | None = None
     splits: list | None = None
+    admission: Literal["hold", "refuse", "off"] = "hold"
     fairness: float | None = None
+    decode_priority_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -458,10 +463,11 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "semipd",
-        "--kv-cache-dtype of the pack",
-        lambda engine_args: names_our_cache(engine_args.kv_cache_dtype),
-        "windows in full precision are pages of their own, which lanes do not fence yet",
-        "use a --kv-cache-dtype of vLLM's own, or switch semipd off",
+        "a --kv-cache-dtype that quantizes",
+        lambda engine_args: engine_args.kv_cache_dtype not in (None, "auto", "float16", "bfloat16"),
+        "the pack's windows in full precision are pages of their own, which lanes do not fence yet; vLLM's own are not "
+        "tested with lanes",
+        "drop --kv-cache-dtype, or switch semipd off",
     ),
     Refusal(
         "semipd",

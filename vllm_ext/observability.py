@@ -91,6 +91,16 @@ METRICS: tuple[Metric, ...] = (
         "counter",
         "(query token, layer) pairs whose attention read quantized pages, over all layers and ranks.",
     ),
+    Metric(
+        "vllm_ext:kv_cache_saturated_groups_total",
+        "counter",
+        "Groups of keys or values, in prompts, that begin or spread beyond what fp8 scales and lows hold.",
+    ),
+    Metric(
+        "vllm_ext:kv_cache_underflow_groups_total",
+        "counter",
+        "Groups of keys or values, in prompts, whose levels lie closer than fp8 scales tell apart.",
+    ),
     Metric("vllm_ext:structured_xgrammar_requests_total", "counter", "Structured requests that xgrammar serves."),
     Metric("vllm_ext:structured_guidance_requests_total", "counter", "Structured requests that llguidance serves."),
     Metric(
@@ -142,6 +152,11 @@ METRICS: tuple[Metric, ...] = (
         "gauge",
         "1 where tokens that a grammar forces are drafted, 0 where not.",
     ),
+    Metric(
+        "vllm_ext:structured_forced_tokens_limit_index",
+        "gauge",
+        "0 where they are drafted, else the number of what keeps them off; `vllm-ext doctor --server` says what.",
+    ),
     Metric("vllm_ext:structured_forced_tokens_total", "counter", "Drafts verified that a grammar forced, by text."),
     Metric("vllm_ext:structured_forced_accepted_tokens_total", "counter", "Of these, drafts accepted."),
     Metric(
@@ -160,7 +175,32 @@ METRICS: tuple[Metric, ...] = (
         "Requests that ended while a batch used their blocks, which went back when it had run.",
     ),
     Metric("vllm_ext:semipd_split_index", "gauge", "Number of the split in force, least prefill first."),
-    Metric("vllm_ext:semipd_switches_total", "counter", "Changes of the split."),
+    Metric("vllm_ext:semipd_switches_total", "counter", "Changes of the split, and to and from mixed batches."),
+    Metric("vllm_ext:semipd_mixing_active", "gauge", "1 where prompts go into the batches of decode, 0 where not."),
+    Metric(
+        "vllm_ext:semipd_mixed_batches_total",
+        "counter",
+        "Of the decode lane's batches, those with prompts and decoding requests in them.",
+    ),
+    Metric(
+        "vllm_ext:semipd_mixed_busy_seconds_total",
+        "counter",
+        "Of the decode lane's time, that of batches into which prompts may go.",
+    ),
+    Metric(
+        "vllm_ext:semipd_max_queued_tokens",
+        "gauge",
+        "Prompt tokens beyond which who comes in is late, as neither objective can be met; 0 where nobody is.",
+    ),
+    Metric("vllm_ext:semipd_held_requests", "gauge", "Late requests that are held back now."),
+    Metric("vllm_ext:semipd_held_requests_total", "counter", "Late requests that were held back."),
+    Metric("vllm_ext:semipd_prefill_holds_total", "counter", "Times that prefill waited for decode to catch up."),
+    Metric("vllm_ext:semipd_fairness_client_count", "gauge", "Clients whose service is counted."),
+    Metric(
+        "vllm_ext:semipd_fairness_overtakes_total",
+        "counter",
+        "Requests that began before older ones of clients who were served more.",
+    ),
     Metric("vllm_ext:semipd_first_tokens_total", "counter", "First tokens of requests."),
     Metric("vllm_ext:semipd_first_tokens_in_time_total", "counter", "Of these, within slo_ttft_ms."),
     Metric("vllm_ext:semipd_finished_total", "counter", "Finished requests of two tokens and more."),

@@ -11,12 +11,13 @@
     decode      variants of the tile for few tokens beside each other
     stock       vLLM's bf16 Triton MoE and Marlin beside ours
     roofline    bytes and operations against what the GPU can do
+    semipd      two lanes in an engine: answers, overlap, times between tokens, objectives by rate
 
 A part writes `gpu_NAME.json` (records as bench/records.py has them, what was left out, what needs CUDA) and
 `gpu_NAME.png` into DIR. The JSON is written again after every record, so that a part that is ended keeps what it had.
 Time over, it begins nothing new, and lists what it left out. `--dry-run` goes through a part at tiny sizes in Triton's
-interpreter (`engine`: in vLLM's CPU engine), on a CPU; its times mean nothing, and it says what it cannot run.
-`--store` puts the records of such files into bench/results. bench/gpu_all.py runs all parts.
+interpreter (`engine` and `semipd`: in vLLM's CPU engine), on a CPU; its times mean nothing, and it says what it cannot
+run. `--store` puts the records of such files into bench/results. bench/gpu_all.py runs all parts.
 
 Exit codes: 0 ok, 1 something failed or was wrong, 2 bad usage, 3 nothing failed and something was left out.
 """
@@ -40,7 +41,9 @@ from bench.records import RESULTS, parse_record, write_record
 if TYPE_CHECKING:
     from bench.kernels.gpu_parts.common import Result
 
-PARTS = ("reference", "graphs", "engine", "sanitizer", "decode", "stock", "roofline")
+PARTS = ("reference", "graphs", "engine", "sanitizer", "decode", "stock", "roofline", "semipd")
+#: Where a part is that is not in gpu_parts.
+ELSEWHERE = {"semipd": "bench.serve.gpu_semipd"}
 MINUTES = 8.0
 
 #: The exit code where nothing failed and time did not suffice for all.
@@ -98,7 +101,7 @@ def run_part(name: str, out: Path, minutes: float = MINUTES, is_dry_run: bool = 
     out.mkdir(parents=True, exist_ok=True)
     file = PartFile(out / f"gpu_{name}.json", is_dry_run)
     with observe_records(file.write):
-        result = importlib.import_module(f"bench.kernels.gpu_parts.{name}").run(context)
+        result = importlib.import_module(ELSEWHERE.get(name, f"bench.kernels.gpu_parts.{name}")).run(context)
     file.write(result, is_complete=True)
     draw(result, out / f"gpu_{name}.png")
     failed = [f"{record.case} {record.arm}: {record.error}" for record in result.records if record.status == "failed"]

@@ -41,6 +41,7 @@ TEXT_WORKLOADS: dict[str, Callable[..., Any]] = {
     "repetitive": prompts.make_repetitive,
     "code": prompts.make_code,
     "changing": prompts.make_changing,
+    "mixed": prompts.make_mixed,
     "long_context": prompts.make_long_context,
     "tool_calls": tool_calls.make_tool_calls,
     "sharegpt": local_files.read_sharegpt,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streams of text prompts: chat-like, RAG-like, repetitive, code, long context.
+"""Streams of text prompts: chat-like, chat among long prompts, RAG-like, repetitive, code, long context.
 
 Every generator takes (numpy generator, tokenizer, number of requests) and its options, and returns `Request`s whose
 prompt and output fit `max_model_len` tokens together. Token counts are those of the prompt's text, without special
@@ -48,6 +48,44 @@ def make_chat(
         generator, (CHAT_PROMPT, CHAT_OUTPUT), num_requests, max_model_len - RESERVED_TOKENS, output_tokens, scale
     )
     return [Request(corpus.slice(generator, prompt), output) for prompt, output in lengths]
+
+
+def make_mixed(
+    generator: np.random.Generator,
+    tokenizer: Tokenizer,
+    num_requests: int,
+    *,
+    max_model_len: int = 4096,
+    output_tokens: int | None = None,
+    scale: float = 1.0,
+    long_share: float = 0.25,
+    long_tokens: int | None = None,
+    long_output_tokens: int = 16,
+) -> list[Request]:
+    """Chat (`make_chat`), and among it prompts of about `long_tokens` tokens with short answers.
+
+    What makes the two phases of a server disturb each other: somebody's long prompt stands between others' tokens. Of
+    all requests `long_share`, rounded, are long, wherever they fall, so that every run has as many; their lengths lie
+    evenly within a fourth of `long_tokens`, which defaults to half of the context.
+    """
+    if not 0 <= long_share <= 1:
+        raise ValueError(f"long_share must be between 0 and 1, got {long_share}")
+    middle = max_model_len // 2 if long_tokens is None else long_tokens
+    longest = middle + middle // 4
+    _check_fit(longest, long_output_tokens, max_model_len)
+    num_long = round(num_requests * long_share)
+    requests = make_chat(
+        generator,
+        tokenizer,
+        num_requests - num_long,
+        max_model_len=max_model_len,
+        output_tokens=output_tokens,
+        scale=scale,
+    )
+    corpus = load_corpus("kjv", tokenizer)
+    for length in generator.integers(middle - middle // 4, longest, size=num_long, endpoint=True):
+        requests.append(Request(corpus.slice(generator, max(1, int(length))), long_output_tokens))
+    return [requests[place] for place in generator.permutation(num_requests)]
 
 
 def make_rag(

@@ -13,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.case import ARMS, CASES, Case, find_case, find_cases, load_cases, parse_case, resolve_model
+from bench.models.make_model import PRESETS
+from bench.records import RESULTS, read_record, record_path
 from bench.strict import CaseError
 
 MINIMAL: dict[str, Any] = {"model": "bench/models/tiny_moe", "workload": {"name": "random", "num_requests": 4}}
@@ -35,8 +37,19 @@ def test_shipped_cases_are_valid(path: Path) -> None:
         assert case.description
         assert case.repetitions >= 5
         assert Path(resolve_model(case.model), "config.json").is_file()
+        # Where a model is made, that directory gives its tokenizer.
+        assert not case.make_model or case.make_model[0] in PRESETS
         # CPU time stands beside wall time.
         assert "cpu_per_step" in case.metrics
+
+
+def test_a_made_model_is_part_of_what_records_compare_by() -> None:
+    made = parse(make_model="tiny-llama --layers 3")
+    assert made.make_model == ("tiny-llama", "--layers", "3")
+    assert len({parse().digest, made.digest, parse(make_model="tiny-llama").digest}) == 3
+    # Records of cases from before there were such models still belong to their case.
+    stored = read_record(record_path(RESULTS, "idle", "stock", 0)).settings["case_digest"]
+    assert find_cases("idle")[0].digest == stored
 
 
 def test_a_file_may_stand_for_several_numbers_of_concurrent_requests(tmp_path: Path) -> None:
@@ -119,6 +132,7 @@ def test_metric_of_the_server_has_a_unit_and_a_direction() -> None:
         ({"tune_metric": "tpot"}, "tune_metric chooses among tune, which is empty"),
         ({"tune_metric": "e2el", "tune": ["--x"]}, "tune_metric is 'e2el'"),
         ({"stock": {"quantize": "--bits 3"}}, "give stock.model"),
+        ({"make_model": "tiny-llama", "pack": {"model": "x"}}, "remove stock.model and pack.model"),
         ({"servers": "in_turn", "restart_every": 1}, "restart_every has no meaning"),
         ({"model": 5}, "model is 5, expected text"),
     ],

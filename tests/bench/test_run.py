@@ -20,7 +20,7 @@ import pytest
 
 from bench import arms, run, runner
 from bench.arms import EngineArm
-from bench.case import Case, parse_case
+from bench.case import ARMS, Case, parse_case
 from bench.records import Metric, Record, load_records, record_path
 from bench.runner import CaseRunner
 from bench.serve import server as server_module
@@ -299,6 +299,9 @@ def test_best_setting_becomes_the_peer_and_is_recorded(bench: Bench) -> None:
     assert tuning["metric"] == "output_throughput"
     assert [trial["value"] is None for trial in tuning["trials"]] == [False, False, False, True]
     assert "the engine has no memory" in tuning["trials"][3]["error"]
+    # The other metrics too, of every run of a setting.
+    assert tuning["trials"][1]["metrics"]["output_throughput"] == tuning["trials"][1]["values"]
+    assert set(tuning["trials"][1]["metrics"]) == {"output_throughput", "wall_per_step", "computed_tokens"}
     stock = next(record for record in records if record.arm == "stock")
     assert '{"cost": 0.5}' in stock.settings["args"]
     assert run.compare_case(records)["output_throughput"].ratio == pytest.approx(0.5)
@@ -459,6 +462,26 @@ def runner_record(record: Record) -> dict[str, Any]:
 def test_failed_quantize_ends_the_case(bench: Bench) -> None:
     with pytest.raises(CaseFailed, match="vllm-ext quantize ended with exit code"):
         bench.make(pack={"quantize": "--no-such-option"}).run()
+
+
+def test_both_arms_have_the_model_that_the_case_makes(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def make(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        commands.append(command[2:])
+        Path(command[command.index("-o") + 1]).mkdir()
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(arms.subprocess, "run", make)
+    case = bench.case(make_model="tiny-llama --layers 1", pack={"quantize": "--bits 4"})
+    stock, pack = (arms.find_model(case, name, bench.folder) for name in ARMS)
+    made = str(bench.folder / "made-model")
+    assert (stock, pack) == (made, str(bench.folder / "pack-model"))
+    # Once for both, and quantized for one.
+    assert commands == [
+        ["bench.models.make_model", "tiny-llama", "--layers", "1", "-o", made],
+        ["vllm_ext.cli", "quantize", made, "--bits", "4", "-o", pack],
+    ]
 
 
 def _find_free_port() -> int:

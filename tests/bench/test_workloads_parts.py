@@ -97,6 +97,27 @@ def test_a_cut_that_cannot_be_made_is_an_error() -> None:
         load_corpus("greek", Words())
 
 
+def test_long_prompts_stand_anywhere_among_chat() -> None:
+    tokenizer = Words()
+    options: dict[str, Any] = {"output_tokens": 40, "scale": 0.2, "long_tokens": 800, "long_output_tokens": 7}
+    places = set()
+    for seed in range(4):
+        made = prompts.make_mixed(generator(seed), tokenizer, 20, long_share=0.3, **options)
+        long = [place for place, request in enumerate(made) if request.output_tokens == 7]
+        assert len(long) == 6
+        lengths = [len(tokenizer.encode(made[place].prompt, add_special_tokens=False)) for place in long]
+        assert all(600 <= length <= 1000 for length in lengths)
+        assert len(set(lengths)) > 1
+        assert {made[place].output_tokens for place in set(range(20)) - set(long)} == {40}
+        places.add(tuple(long))
+    assert len(places) == 4
+    assert {one.output_tokens for one in prompts.make_mixed(generator(), tokenizer, 3, long_share=1.0)} == {16}
+    with pytest.raises(ValueError, match=r"long_share must be between 0 and 1, got 1\.5"):
+        prompts.make_mixed(generator(), tokenizer, 4, long_share=1.5)
+    with pytest.raises(ValueError, match="a prompt of 1280 and an output of 16 tokens"):
+        prompts.make_mixed(generator(), tokenizer, 4, max_model_len=1200, long_tokens=1024)
+
+
 def test_rag_prompts_share_passages_and_end_with_the_question() -> None:
     made = prompts.make_rag(generator(), Words(), 8, max_model_len=4096, num_passages=2)
     assert all(request.prompt.startswith(prompts.RAG_INSTRUCTION) for request in made)

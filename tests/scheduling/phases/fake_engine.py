@@ -111,6 +111,7 @@ class Scenario:
     publishes_last: bool = False
     abort_chance: float = 0.0
     stop_every: int = 13
+    mix_chance: float = 0.0  # that prompts begin, or cease, to go into the batches of decode
     seed: int = 0
 
 
@@ -143,6 +144,8 @@ def serve(scenario: Scenario, max_actions: int = 40_000) -> LaneScheduler:
     for _ in range(max_actions):
         if not arrivals and scheduler.is_over():
             break
+        if scenario.mix_chance and rng.random() < scenario.mix_chance:
+            scheduler.is_mixing = not scheduler.is_mixing
         actions: list[tuple[str, Lane | None, int]] = []
         for lane in Lane:
             flights = device.flights[lane]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from tests.scheduling.phases.fake_pool import BLOCK_SIZE, FakeBlock, FakePool
 from vllm_ext.scheduling.phases.lanes import LaneBatch, Lanes
-from vllm_ext.scheduling.phases.view import Lane
+from vllm_ext.scheduling.phases.view import Lane, find_phase
 
 
 @dataclass(eq=False)
@@ -261,6 +261,8 @@ class LaneScheduler(FakeScheduler):
         self._lane: Lane | None = None
         self.publishes_last = publishes_last
         self._held: list[FakeRequest] = []
+        #: Whether prompts go into batches of both phases.
+        self.is_mixing = False
 
     def add_request(self, request: FakeRequest) -> None:
         if self.lanes.is_settled(request.request_id) and request.request_id not in self.finished_req_ids:
@@ -268,12 +270,20 @@ class LaneScheduler(FakeScheduler):
         else:
             self._held.append(request)
 
+    def mixes(self) -> bool:
+        has_prompts = self.waiting or any(find_phase(request) is Lane.PREFILL for request in self.running)
+        return self.is_mixing and self.lanes.may_mix() and bool(has_prompts)
+
     def lane_has_work(self, lane: Lane) -> bool:
         if not self.lanes.has_room(lane):
             return False
-        if self.finished_req_ids or self.lanes.has_finished(lane):
+        if self.lanes.has_finished(lane):
             return True
-        if lane is Lane.PREFILL and self.waiting:
+        if lane is Lane.PREFILL and self.is_mixing:
+            return False
+        if self.finished_req_ids:
+            return True
+        if (lane is Lane.PREFILL and self.waiting) or (lane is Lane.DECODE and self.mixes()):
             return True
         return any(self.lanes.may_schedule(lane, request) for request in self.running)
 
@@ -281,24 +291,27 @@ class LaneScheduler(FakeScheduler):
         return not (self.requests or self._held or self.finished_req_ids) and self.lanes.is_idle()
 
     def schedule_lane(self, lane: Lane) -> tuple[LaneBatch[FakeBlock], Step] | None:
-        view = self.lanes.open_batch(lane, self.running)
+        is_mixed, only_tells = lane is Lane.DECODE and self.mixes(), lane is Lane.PREFILL and self.is_mixing
+        decoding = {request.request_id for request in self.running if find_phase(request) is Lane.DECODE}
+        view = self.lanes.open_mixed(self.running) if is_mixed else self.lanes.open_batch(lane, self.running)
         max_active, waiting = self.max_num_active_reqs, self.waiting
-        self.running, self._lane = view.mine, lane
-        if lane is Lane.DECODE:
-            self.waiting = []
-        else:
+        self.running, self._lane = [] if only_tells else view.mine, lane
+        admits = is_mixed or (lane is Lane.PREFILL and not only_tells)
+        if admits:
             self.max_num_active_reqs = view.limit_active(max_active)
+        else:
+            self.waiting = []
         step = self.schedule()
         self._lane, self.max_num_active_reqs = None, max_active
-        if lane is Lane.DECODE:
+        if not admits:
             self.waiting = self.waiting + waiting
-        self.running = view.merge(self.running)
+        self.running = view.running if only_tells else view.merge(self.running)
         assert len(self.running) <= max_active, "more requests run than the engine has rows for"
         step.finished = self.lanes.take_finished(step.finished)
         if not (step.scheduled or step.finished or step.copies):
             self.lanes.drop_batch()
             return None
-        return self.lanes.launch(step.tokens), step
+        return self.lanes.launch(step.tokens, len(decoding & step.tokens.keys())), step
 
     def update_lane(self, batch: LaneBatch[FakeBlock], step: Step, sampled: Mapping[str, int | None]) -> None:
         self.lanes.complete(batch)

@@ -81,7 +81,9 @@ class RealAsyncLaneScheduler(RealLanes, AsyncScheduler):
 
 
 @cache
-def make_config(budget: int, asynchronous: bool) -> tuple[VllmConfig, StructuredOutputManager]:
+def make_config(
+    budget: int, asynchronous: bool, block: tuple[tuple[str, Any], ...] = ()
+) -> tuple[VllmConfig, StructuredOutputManager]:
     with same_environment():
         init_none_hash(sha256)
         config = VllmConfig(
@@ -92,15 +94,15 @@ def make_config(budget: int, asynchronous: bool) -> tuple[VllmConfig, Structured
                 max_num_seqs=MAX_ACTIVE, max_num_batched_tokens=budget, max_model_len=512, is_encoder_decoder=False
             ),
             device_config=DeviceConfig("cpu"),
-            additional_config={"vllm_ext": {"semipd": {}}},
+            additional_config={"vllm_ext": {"semipd": dict(block)}},
         )
         config.scheduler_config.async_scheduling = asynchronous
         return config, StructuredOutputManager(config)
 
 
-def build_lanes(num_blocks: int, budget: int, *, asynchronous: bool) -> Any:
-    """One of the two schedulers over so many blocks, one of which vLLM keeps for itself."""
-    config, structured = make_config(budget, asynchronous)
+def build_lanes(num_blocks: int, budget: int, *, asynchronous: bool, **block: Any) -> Any:
+    """One of the two schedulers over so many blocks, one of which vLLM keeps for itself; block: semipd's settings."""
+    config, structured = make_config(budget, asynchronous, tuple(block.items()))
     config.cache_config.num_gpu_blocks = num_blocks
     spec = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=1, dtype=torch.float32)
     kv_cache = KVCacheConfig(
@@ -110,6 +112,8 @@ def build_lanes(num_blocks: int, budget: int, *, asynchronous: bool) -> Any:
     return kind(config, kv_cache, structured, BLOCK_SIZE)
 
 
-def make_request(rid: str, prompt: Sequence[int], max_tokens: int) -> Request:
-    parameters = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-    return Request(rid, list(prompt), parameters, None, block_hasher=get_request_block_hasher(BLOCK_SIZE, sha256))
+def make_request(rid: str, prompt: Sequence[int], max_tokens: int, client: str | None = None, **kwargs: Any) -> Request:
+    extra = None if client is None else {"client": client}
+    parameters = SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args=extra)
+    hasher = get_request_block_hasher(BLOCK_SIZE, sha256)
+    return Request(rid, list(prompt), parameters, None, block_hasher=hasher, **kwargs)

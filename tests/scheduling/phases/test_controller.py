@@ -169,6 +169,109 @@ def test_what_is_refused(splits: list[Split], objectives: Objectives, match: str
         SplitController(splits, objectives)
 
 
+class MixingDevice:
+    """Serves by whatever is in force: lanes at their shares, or full batches of both phases. Times are exact."""
+
+    def __init__(self, objectives: Objectives, *, mixed_ratio: float = 1.0, start: int = 2) -> None:
+        splits = SPLITS[1:6]
+        self.controller = SplitController(splits, objectives, start=start, mix_budget=512)
+        self.objectives, self.mixed_ratio = objectives, mixed_ratio
+        self.token_time, self.step_time = 1e-4, 0.01
+        self.now, self.mixes = 0.0, False
+        self.decisions: list[Decision] = []
+
+    def time_token(self, share: float) -> float:
+        return self.token_time * (0.95 / share + 0.05)
+
+    def time_step(self, share: float) -> float:
+        return self.step_time * (0.4 / share + 0.6)
+
+    def run(self, seconds: int, rate: int, tokens: int = 800) -> None:
+        for _ in range(seconds):
+            split = self.controller.split
+            for _ in range(rate):
+                self.controller.observe_arrival(self.now, tokens)
+                if self.mixes:
+                    time = (self.time_step(1.0) + 500 * self.time_token(1.0)) * self.mixed_ratio
+                    self.controller.observe_mixed(self.now, self.now + time, 500)
+                else:
+                    time = tokens * self.time_token(split.prefill)
+                    self.controller.observe_prefill(self.now, self.now + time, tokens, split.prefill)
+            share = 1.0 if self.mixes else split.decode
+            for _ in range(8):
+                self.controller.observe_decode(self.now, self.now + self.time_step(share), share)
+            pace = self.time_step(share)
+            if self.mixes:
+                pace *= self.mixed_ratio / (1 - min(rate * tokens * self.time_token(1.0) * self.mixed_ratio, 0.9))
+            for _ in range(rate):
+                self.controller.observe_finished(self.now, self.now + 200 * pace, 200)
+            self.now += 1
+            decision = self.controller.decide(self.now, 0)
+            self.decisions.append(decision)
+            if decision.is_switch:
+                self.mixes = decision.mixes
+                self.controller.note_switch(self.now)
+
+
+def test_prompts_and_tokens_are_mixed_where_that_is_better() -> None:
+    # Tokens may come slowly, and a first token is due before a share of the device can make it.
+    device = MixingDevice(Objectives(ttft=0.3, tpot=0.2))
+    device.run(10, 5)
+    assert device.mixes
+    assert device.decisions[-1].ttft < 0.3
+    assert sum(decision.is_switch for decision in device.decisions) == 1
+    # And where tokens must come at little more than the pace of a step alone, lanes are.
+    device = MixingDevice(Objectives(ttft=3.0, tpot=0.018), start=4)
+    device.run(20, 6)
+    assert not device.mixes
+    assert device.decisions[-1].tpot < 0.018
+
+
+def test_mixing_ends_when_its_batches_are_too_slow() -> None:
+    device = MixingDevice(Objectives(ttft=0.15, tpot=0.06))
+    device.run(10, 5)
+    assert device.mixes
+    device.mixed_ratio = 2.0  # what the phases cost each other is measured
+    device.run(40, 5)
+    assert any(decision.is_switch and not decision.mixes for decision in device.decisions[10:])
+
+
+def test_what_mixed_batches_really_take_is_learned_of_them() -> None:
+    device = MixingDevice(Objectives(ttft=0.3, tpot=0.2))
+    device.run(10, 5)
+    assert device.mixes
+    before = device.decisions[-1]
+    for _ in range(8):
+        for _ in range(5):
+            device.controller.observe_arrival(device.now, 800)
+        for _ in range(20):
+            device.controller.observe_first_token(device.now, device.now + 1.4 * before.ttft)
+            device.controller.observe_finished(device.now, device.now + 200 * 1.4 * before.tpot, 200)
+        device.now += 1
+        after = device.controller.decide(device.now, 0)
+    assert after.ttft > 1.2 * before.ttft
+    assert after.tpot > 1.2 * before.tpot
+
+
+def test_mixing_is_off_unless_there_is_a_budget() -> None:
+    assert SplitController(SPLITS, OBJECTIVES)._mixed is None
+    with pytest.raises(ValueError, match="mix_budget 0 must be at least one token"):
+        SplitController(SPLITS, OBJECTIVES, mix_budget=0)
+    device = Device(SplitController(SPLITS, OBJECTIVES, full_when_alone=False))
+    device.run(40, 40.0)
+    assert not any(decision.mixes for decision in device.decisions)
+
+
+def test_overload_limits_the_queue_of_mixed_batches_too() -> None:
+    device = MixingDevice(Objectives(ttft=0.15, tpot=0.2))
+    device.run(10, 5)
+    device.run(40, 40)
+    decision = device.decisions[-1]
+    assert decision.mixes
+    assert decision.max_queued_tokens is not None
+    assert decision.max_queued_tokens * device.time_token(1.0) <= 0.15
+
+
 def decide_published(controller: PublishedController, ttft: float, tpot: float, steps: int = 50) -> Decision:
     for _ in range(20):
         controller.observe_first_token(0.0, ttft)

@@ -41,6 +41,16 @@ def test_order_charges_what_it_takes() -> None:
     assert counter.order(waiting) == ["b1", "a1", "a2", "a3"]
 
 
+def test_order_of_those_who_begin_now() -> None:
+    counter = VirtualTokenCounter()
+    for client in ("a", "a", "b"):
+        counter.add_waiting(client)
+    waiting = [("a", 10, "a1"), ("a", 10, "a2"), ("b", 25, "b1")]
+    assert counter.order(waiting, 2) == ["a1", "b1"]
+    assert counter.order(waiting, 0) == []
+    assert counter.count_clients() == 2
+
+
 def test_who_was_away_is_owed_nothing() -> None:
     counter = VirtualTokenCounter()
     counter.add_waiting("busy")
@@ -86,6 +96,17 @@ def test_prefill_waits_while_decode_is_late() -> None:
     for _ in range(2):
         priority.observe_gap(0.02)
     assert priority.may_prefill(0.2)
+    assert priority.num_holds == 1
+
+
+def test_every_prompt_is_held_for_its_own_time() -> None:
+    priority = DecodePriority(tpot=0.05, max_hold=0.5)
+    priority.observe_gap(10.0)
+    assert not priority.may_prefill(0.0)
+    priority.stop_holding()  # aborted
+    assert not priority.may_prefill(5.0)
+    assert priority.may_prefill(5.6)
+    assert priority.num_holds == 2
 
 
 def test_prefill_is_not_starved() -> None:

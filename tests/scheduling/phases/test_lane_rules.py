@@ -103,6 +103,8 @@ def test_what_a_batch_holds_comes_back_with_the_last_batch_of_the_request() -> N
 def test_finishes_wait_for_the_other_lane_and_reach_both() -> None:
     lanes, _ = make_lanes()
     lanes.open_batch(Lane.PREFILL, [])
+    lanes.complete(lanes.launch({"a": 2, "b": 4}))
+    lanes.open_batch(Lane.PREFILL, [])
     prefill = lanes.launch({"a": 4})
     lanes.open_batch(Lane.DECODE, [])
     assert lanes.take_finished({"a", "b"}) == {"b"}
@@ -134,6 +136,60 @@ def test_written_tokens_are_those_that_nothing_in_flight_writes() -> None:
     assert lanes.count_written(request) == 9
     lanes.complete(lanes.list_in_flight(Lane.DECODE)[0])
     assert lanes.count_written(request) == request.num_tokens == 9
+
+
+def test_a_batch_of_both_phases_has_the_prefill_lane_to_itself() -> None:
+    lanes, _ = make_lanes((1, 2))
+    prefill, decode = make_request("p"), make_request("d", output=1, computed=6)
+    lanes.open_batch(Lane.PREFILL, [prefill])
+    first = lanes.launch({"p": 3})
+    assert not lanes.may_mix()
+    with pytest.raises(ValueError, match="no batch of both phases can be opened: PREFILL 1/1 in flight"):
+        lanes.open_mixed([prefill, decode])
+    lanes.complete(first)
+    view = lanes.open_mixed([prefill, decode])
+    assert (view.mine, view.others, view.limit_active(2)) == ([prefill, decode], [], 2)
+    assert not lanes.delays_hashes(Lane.DECODE)
+    mixed = lanes.launch({"p": 3, "d": 1}, num_decoding=1)
+    assert lanes.delays_hashes(Lane.DECODE)
+    assert not lanes.has_room(Lane.PREFILL)
+    # In its own lane, batches are in order.
+    assert lanes.open_batch(Lane.DECODE, [prefill, decode]).mine == [decode]
+    lanes.drop_batch()
+    lanes.open_mixed([prefill, decode])
+    lanes.drop_batch()
+    assert lanes.delays_hashes(Lane.DECODE)
+    lanes.complete(mixed)
+    assert lanes.has_room(Lane.PREFILL)
+    assert (lanes.counts.mixed, lanes.counts.batches) == (1, [1, 1])
+    # One phase alone is not what was asked for.
+    lanes.open_mixed([prefill])
+    lanes.complete(lanes.launch({"p": 3}))
+    assert lanes.counts.mixed == 1
+
+
+def test_batches_of_both_phases_run_beside_what_is_only_told() -> None:
+    lanes, _ = make_lanes()
+    lanes.open_batch(Lane.PREFILL, [])
+    lanes.launch({})
+    assert lanes.may_mix()
+
+
+def test_lanes_are_told_of_what_they_know() -> None:
+    lanes, _ = make_lanes()
+    for rid in ("a", "b"):
+        lanes.open_batch(Lane.DECODE, [])
+        lanes.complete(lanes.launch({rid: 1}))
+    lanes.open_batch(Lane.PREFILL, [])
+    lanes.complete(lanes.launch({"b": 1}))
+    lanes.open_batch(Lane.DECODE, [])
+    assert lanes.take_finished({"a", "b", "never"}) == {"a", "b", "never"}
+    lanes.complete(lanes.launch({}))
+    assert lanes.is_settled("a")
+    assert lanes.is_settled("never")
+    assert not lanes.is_settled("b")
+    lanes.open_batch(Lane.PREFILL, [])
+    assert lanes.take_finished(()) == {"b"}
 
 
 def test_what_is_refused() -> None:
@@ -186,7 +242,7 @@ def test_nobody_is_preempted_while_blocks_are_on_their_way() -> None:
 
 def test_what_decides_loads_without_vllm_and_torch() -> None:
     """Simulators and the API process use it where neither is wanted."""
-    names = ("lanes", "view", "controller", "latency", "published", "fairness")
+    names = ("lanes", "view", "controller", "latency", "published", "fairness", "admission", "pacer", "mixing")
     code = "".join(f"import vllm_ext.scheduling.phases.{name}\n" for name in names)
     code += "import json, sys\nprint(json.dumps([name for name in ('vllm', 'torch') if name in sys.modules]))"
     result = run_child(code)

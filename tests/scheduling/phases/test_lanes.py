@@ -47,6 +47,7 @@ def draw_scenario(seed: int, depths: tuple[int, int]) -> Scenario:
         publishes_last=rng.random() < 0.5,
         abort_chance=rng.choice((0.0, 0.01, 0.05)),
         stop_every=stop_every,
+        mix_chance=rng.choice((0.0, 0.02, 0.2)),
         seed=seed,
     )
 
@@ -72,6 +73,8 @@ WITHOUT: dict[str, Callable[..., Any]] = {
     "is_deliverable": lambda lanes, lane, request_id: True,
     "tells_all_lanes": lambda lanes: False,
     "is_settled": lambda lanes, request_id: True,
+    "may_mix": lambda lanes: True,
+    "waits_for_mixed": lambda lanes: False,
 }
 
 
@@ -105,6 +108,7 @@ def test_schedules_reach_what_the_fences_are_for() -> None:
     """Schedules in which nothing is aborted, preempted, copied or overlapping would prove nothing."""
     counts = [serve(draw_scenario(seed, (1, 1))) for seed in range(100)]
     assert sum(scheduler.lanes.counts.overlapping for scheduler in counts) > 300
+    assert sum(scheduler.lanes.counts.mixed for scheduler in counts) > 40
     assert (
         min(
             sum(scheduler.num_preemptions for scheduler in counts),

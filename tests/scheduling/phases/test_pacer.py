@@ -78,6 +78,44 @@ def test_overlap_is_counted_once() -> None:
     assert pacer.counts.overlap == pytest.approx(3 * 2 + 0.5 + 0.5 + 1)
 
 
+def test_batches_of_both_phases_are_told_as_what_they_are() -> None:
+    controller = Recorder()
+    pacer = Pacer(controller, SPLITS, Objectives(1.0, 0.1))
+    pacer.note_mixed(0.0, 1.0, 90, 6, 1.0)
+    pacer.note_mixed(1.0, 2.0, 90, 0, 1.0)
+    pacer.note_mixed(2.0, 3.0, 0, 6, 1.0)
+    assert controller.told == [
+        ("observe_mixed", 0.0, 1.0, 90),
+        ("observe_prefill", 1.0, 2.0, 90, 1.0),
+        ("observe_decode", 2.0, 3.0, 1.0),
+    ]
+    assert (pacer.counts.busy, pacer.counts.mixed_busy) == ((0.0, 3.0), 3.0)
+
+
+def test_who_is_held_back_says_nothing_about_the_device() -> None:
+    controller = Recorder()
+    pacer = Pacer(controller, SPLITS, Objectives(1.0, 0.1))
+    pacer.note_arrival("a", 0.0, 100)
+    pacer.note_late("a")
+    pacer.note_late("gone")
+    pacer.note_tokens("a", 30.0, 1, False)
+    assert [name for name, *_ in controller.told] == ["observe_arrival"]
+    # But it is late, and counts as that.
+    counts = pacer.counts
+    assert (counts.late, counts.first_tokens, counts.first_tokens_in_time) == (2, 1, 0)
+
+
+def test_what_is_decided_beside_the_split() -> None:
+    controller = Recorder()
+    pacer = Pacer(controller, SPLITS, Objectives(1.0, 0.1))
+    answers = iter([Decision(SPLITS[0], 0, 0, 500, True, True), Decision(SPLITS[0], 0, 0, None, False, True)])
+    controller.decide = lambda now, queued_tokens: next(answers)  # type: ignore[method-assign]
+    pacer.decide(0.0, 0)
+    assert (pacer.is_mixing, pacer.max_queued_tokens, pacer.counts.switches) == (True, 500, 1)
+    pacer.decide(PERIOD, 0)
+    assert (pacer.is_mixing, pacer.max_queued_tokens, pacer.counts.switches) == (True, None, 1)
+
+
 def test_decisions_are_seldom_and_counted() -> None:
     controller = Recorder()
     pacer = Pacer(controller, SPLITS, Objectives(1.0, 0.1))

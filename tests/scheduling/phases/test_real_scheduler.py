@@ -38,10 +38,12 @@ def serve(seed: int, *, asynchronous: bool) -> Any:
     launches: dict[int, Any] = {}
     delivered: dict[str, list[int]] = {f"r{number}": [] for number in range(len(prompts))}
     arrivals, aborted = list(delivered), set()
-    abort_chance, idle = rng.choice((0.0, 0.02)), 0
+    abort_chance, mix_chance, idle = rng.choice((0.0, 0.02)), rng.choice((0.0, 0.02, 0.1)), 0
     for _ in range(40_000):
         if not arrivals and scheduler.is_over():
             break
+        if mix_chance and rng.random() < mix_chance:
+            scheduler.pacer.is_mixing = not scheduler.pacer.is_mixing
         actions: list[tuple[str, Any, int]] = []
         for lane in Lane:
             flights = device.flights[lane]
@@ -98,6 +100,7 @@ def test_any_order_of_events(asynchronous: bool) -> None:
     counts = [scheduler.lanes.counts for scheduler in schedulers]
     # Silence would prove nothing: lanes did overlap, frees were deferred, and requests were preempted.
     assert sum(count.overlapping for count in counts) > 100
+    assert sum(count.mixed for count in counts) > 30
     assert sum(count.deferred_frees for count in counts) > 3
     assert sum(scheduler.num_preemptions for scheduler in schedulers) > 3
 
@@ -111,14 +114,23 @@ def test_a_thousand_orders_of_events(asynchronous: bool) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "fence", ["may_schedule", "holds_blocks", "delays_hashes", "is_deliverable", "tells_all_lanes"]
+    "fence",
+    [
+        "may_schedule",
+        "holds_blocks",
+        "delays_hashes",
+        "is_deliverable",
+        "tells_all_lanes",
+        "may_mix",
+        "waits_for_mixed",
+    ],
 )
 def test_fences_are_needed_around_the_real_scheduler(fence: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others need ids that come back, partial hits or drafts, which this scheduler is not given here."""
     monkeypatch.setattr(Lanes, fence, WITHOUT[fence])
     for seed in range(400):
         try:
-            serve(seed, asynchronous=True)
+            serve(seed, asynchronous=seed % 2 == 0)
         except (AssertionError, KeyError, IndexError, ValueError):
             return
     pytest.fail(f"nothing goes wrong without {fence}")

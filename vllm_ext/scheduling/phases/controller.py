@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which share of the device prefill and decode get, so that both meet their objectives."""
+"""Which share of the device prefill and decode get, or one batch for both, so that both meet their objectives."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from vllm_ext.scheduling.phases.latency import ArrivalRate, ShareModel, find_quantile, find_ttft_quantile
+from vllm_ext.scheduling.phases.latency import ArrivalRate, ShareModel, find_quantile, find_ttft_quantile, follow
+from vllm_ext.scheduling.phases.mixing import MixedModel
 
 #: Before anything is measured: prefill computes, so nearly all of its time scales with its share; decode reads memory,
 #: which a part of the cores can do.
@@ -22,6 +23,8 @@ RATE_MEMORY = 30.0
 SAMPLES = 128
 #: A split must be this much better to be switched to, in so many decisions one after the other ...
 GAIN, PATIENCE = 0.05, 2
+#: Mixed batches must be this much better than the split: of them, all is prediction before they are tried.
+MIX_GAIN = 0.15
 #: ... and while no latency is above this part of its objective, none is: models err more than that far from where the
 #: device has been.
 COMFORT = 0.9
@@ -55,6 +58,8 @@ class Decision(NamedTuple):
     #: Who comes in while more prompt tokens wait would miss its objective, and should be refused; None for nobody.
     max_queued_tokens: int | None
     is_switch: bool
+    #: Whether prompts go into the batches of decode, on the whole device; the split is what comes after that.
+    mixes: bool = False
 
 
 class PhaseController(Protocol):
@@ -76,6 +81,9 @@ class PhaseController(Protocol):
     def observe_decode(self, started: float, finished: float, share: float) -> None:
         """A step of the decode lane ran, at this share of the device."""
 
+    def observe_mixed(self, started: float, finished: float, prompt_tokens: int) -> None:
+        """A batch of so many prompt tokens and a token of everyone who decodes ran, on the whole device."""
+
     def observe_finished(self, first_token: float, now: float, tokens: int) -> None:
         """A request is over; so many tokens came after its first."""
 
@@ -92,7 +100,8 @@ class SplitController:
     TTFT is the quantile of an M/G/1 queue whose services are measured prompts at measured times per token; TPOT is
     a/y + b, of the time that prefill runs beside decode. Both are corrected by what is measured. Samples that span a
     switch belong to no split and are left out. Where no split meets both objectives, tokens come first and waiting
-    prompts are bounded.
+    prompts are bounded. Mixed batches are one candidate more, whose latencies follow from the times of both phases on
+    the whole device; so are its costs compared with those of splits.
 
     Source: semi-PD, Algorithm 1 (`published.PublishedController`). It moves in steps towards the objective that is
     violated without asking what the other one suffers, and does nothing while both are or none is.
@@ -106,11 +115,13 @@ class SplitController:
         start: int | None = None,
         full_when_alone: bool = True,
         refuses: bool = True,
+        mix_budget: int | None = None,
     ) -> None:
         """splits: what the device can do. start: the index of the first one, default the middle.
         full_when_alone: a lane has the whole device while the other is idle. refuses: whether prompts may be refused.
+        mix_budget: tokens of a mixed batch, None where there are none.
 
-        Raises ValueError for no splits, a share outside (0, 1], or objectives that are not positive.
+        Raises ValueError for no splits, a share outside (0, 1], objectives that are not positive, or a budget below 1.
         """
         if not splits or not all(0 < share <= 1 for split in splits for share in split):
             raise ValueError(f"splits {[tuple(split) for split in splits]} must be shares in (0, 1], at least one pair")
@@ -122,10 +133,14 @@ class SplitController:
         self._full_when_alone, self._refuses = full_when_alone, refuses
         self._token_time = ShareModel(PREFILL_SCALING, memory=PREFILL_MEMORY)
         self._step_time = ShareModel(DECODE_SCALING, memory=DECODE_MEMORY)
+        self._mixed, self._mixes = None, False
+        if mix_budget is not None:
+            self._mixed = MixedModel(mix_budget, objectives.quantile, self._token_time, self._step_time)
         self._rate = ArrivalRate(RATE_MEMORY)
         self._prompts: deque[int] = deque(maxlen=SAMPLES)
         self._ttft: deque[float] = deque(maxlen=SAMPLES)
         self._tpot: deque[float] = deque(maxlen=SAMPLES)
+        self._outputs: deque[int] = deque(maxlen=SAMPLES)
         self._switched = float("-inf")
         self._correction = 1.0
         self._candidate: int | None = None
@@ -156,8 +171,15 @@ class SplitController:
         if started >= self._switched:
             self._step_time.observe(share, finished - started)
 
+    def observe_mixed(self, started: float, finished: float, prompt_tokens: int) -> None:
+        """See PhaseController."""
+        if self._mixed is not None and started >= self._switched:
+            self._mixed.observe(finished - started, prompt_tokens)
+
     def observe_finished(self, first_token: float, now: float, tokens: int) -> None:
         """See PhaseController."""
+        if tokens > 0:
+            self._outputs.append(tokens)
         if first_token >= self._switched and tokens > 0:
             self._tpot.append((now - first_token) / tokens)
 
@@ -170,11 +192,13 @@ class SplitController:
     def decide(self, now: float, queued_tokens: int) -> Decision:
         """See PhaseController. Call it at intervals, not at every step: patience counts decisions."""
         if not self._prompts or not (self._token_time.num_observed and self._step_time.num_observed):
-            return Decision(self.split, 0.0, 0.0, None, False)
+            return Decision(self.split, 0.0, 0.0, None, False, self._mixes)
         rate = self._rate.measure(now)
         prompts = np.array(self._prompts, np.float64)
         self._correct(prompts, rate)
         predicted = self.predict(self._splits, prompts, rate, queued_tokens)
+        if self._mixed is not None:
+            predicted.append(self._mixed.predict(prompts, rate, queued_tokens, self._outputs))
         ttft, tpot = self._objectives.ttft, self._objectives.tpot
         costs = [max(first / ttft, further / tpot) for first, further in predicted]
         best = int(np.argmin(costs))
@@ -186,7 +210,7 @@ class SplitController:
             best = int(np.argmin(costs))
             limit = self._limit_queue(best, prompts, predicted[best][1]) if self._refuses else None
         is_switch = self._agree(best, costs)
-        return Decision(self.split, *predicted[self._index], limit, is_switch)
+        return Decision(self.split, *predicted[self._current], limit, is_switch, self._mixes)
 
     def predict(
         self, splits: Sequence[Split], prompts: np.ndarray, rate: float, queued_tokens: int = 0
@@ -202,6 +226,11 @@ class SplitController:
         further = (busy * beside + (1 - busy) * self._step_time.predict(1.0)) * self._measure_spread()
         return list(zip(first.tolist(), further.tolist(), strict=True))
 
+    @property
+    def _current(self) -> int:
+        """The place of what is in force among the candidates: mixed batches come after the splits."""
+        return len(self._splits) if self._mixes else self._index
+
     def _measure_spread(self) -> float:
         high = find_quantile(self._tpot, self._objectives.quantile)
         if high is None:
@@ -209,33 +238,38 @@ class SplitController:
         return min(max(high / float(np.mean(self._tpot)), 1.0), CORRECTION)
 
     def _correct(self, prompts: np.ndarray, rate: float) -> None:
-        """Move the model's TTFT towards what the current split shows."""
-        measured = find_quantile(self._ttft, self._objectives.quantile)
-        if measured is None:
-            return
-        services = prompts * self._token_time.predict(self.split.prefill)
-        predicted = float(find_ttft_quantile(services, rate, self._objectives.quantile))
-        ratio = min(max(measured / predicted, 1 / CORRECTION), CORRECTION)
-        self._correction += 0.3 * (ratio - self._correction)
+        """Move the models' latencies towards what is measured of what is in force."""
+        quantile = self._objectives.quantile
+        measured = find_quantile(self._ttft, quantile)
+        if self._mixes and self._mixed is not None:
+            self._mixed.correct(prompts, rate, self._outputs, measured, find_quantile(self._tpot, quantile))
+        elif measured is not None:
+            services = prompts * self._token_time.predict(self.split.prefill)
+            predicted = float(find_ttft_quantile(services, rate, quantile))
+            self._correction = follow(self._correction, measured / predicted, 0.3, CORRECTION)
 
     def _limit_queue(self, index: int, prompts: np.ndarray, tpot: float) -> int:
-        """Tokens that can wait at a split and still have their first token in time."""
-        token_time = self._token_time.predict(self._splits[index].prefill)
+        """Tokens that can wait at a split, or for mixed batches, and still have their first token in time."""
+        if index == len(self._splits) and self._mixed is not None:
+            token_time = self._mixed.token
+        else:
+            token_time = self._token_time.predict(self._splits[index].prefill)
         own = float(np.quantile(prompts, self._objectives.quantile)) * token_time
         tokens = max(0.0, self._objectives.ttft - own) / token_time
         # Decode that is too slow as well is slow because too many are served.
         return int(tokens * min(1.0, self._objectives.tpot / tpot))
 
     def _agree(self, best: int, costs: Sequence[float]) -> bool:
-        """Whether to switch, one split towards one that was clearly better often enough.
+        """Whether to switch, one split towards one that was clearly better often enough, or to or from mixed batches.
 
         Not further: what models say about splits far from where the device has been is a guess, and the next one is
-        measured before the one after it is tried.
+        measured before the one after it is tried. Of mixed batches both phases are known, wherever the device is.
         """
-        current = costs[self._index]
-        following = self._index + (1 if best > self._index else -1)
-        is_better = best != self._index and costs[best] <= (1 - GAIN) * current and costs[following] < current
-        if current <= COMFORT or not is_better:
+        current, mixed = self._current, len(self._splits)
+        following = best if mixed in (best, current) else current + (1 if best > current else -1)
+        gain = MIX_GAIN if following == mixed else GAIN
+        is_better = best != current and costs[best] <= (1 - gain) * costs[current]
+        if costs[current] <= COMFORT or not is_better or costs[following] >= costs[current]:
             self._candidate, self._agreed = None, 0
             return False
         # The same direction is agreement: how far the best one is moves with the queue.
@@ -243,5 +277,7 @@ class SplitController:
         self._candidate = following
         if self._agreed < PATIENCE:
             return False
-        self._index, self._candidate, self._agreed = following, None, 0
+        self._mixes, self._candidate, self._agreed = following == mixed, None, 0
+        if not self._mixes:
+            self._index = following
         return True

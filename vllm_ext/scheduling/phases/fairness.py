@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fairness between clients, and decode before prefill where there is no partition. Both are off unless asked for."""
+"""Who begins first: fairness between clients, and decode before prefill. Both are off unless asked for."""
 
 from __future__ import annotations
 
@@ -72,9 +72,13 @@ class VirtualTokenCounter:
         """What a client was served, in weighted tokens."""
         return self._served.get(client, 0.0)
 
-    def order(self, waiting: Iterable[tuple[Hashable, int, Waiting]]) -> list[Waiting]:
+    def count_clients(self) -> int:
+        """Clients of whom something is known."""
+        return len(self._served)
+
+    def order(self, waiting: Iterable[tuple[Hashable, int, Waiting]], limit: int | None = None) -> list[Waiting]:
         """Waiting requests in the order in which they should begin; waiting: (client, prompt tokens, request), each
-        client's own in its order. Every request taken is charged before the next is chosen.
+        client's own in its order. Every request taken is charged before the next is chosen. limit: so many of them.
         """
         queues: dict[Hashable, deque[tuple[int, Waiting]]] = {}
         for client, tokens, request in waiting:
@@ -82,8 +86,8 @@ class VirtualTokenCounter:
         # Ties go to whoever comes first in the queue.
         heap = [(self.measure(client), place, client) for place, client in enumerate(queues)]
         heapq.heapify(heap)
-        ordered = []
-        while heap:
+        ordered: list[Waiting] = []
+        while heap and (limit is None or len(ordered) < limit):
             served, place, client = heapq.heappop(heap)
             tokens, request = queues[client].popleft()
             ordered.append(request)
@@ -95,9 +99,10 @@ class VirtualTokenCounter:
 class DecodePriority:
     """Holds the prefill lane back while decode is behind its objective.
 
-    For devices without a partition, where batches that run beside each other slow each other down: every gap above the
-    objective is a debt, every gap below it pays, and no prefill batch begins while there is debt. A prompt is never
-    held longer than `max_hold` seconds, so that decode that is too slow by itself does not starve it.
+    For devices without a partition, where batches that run beside each other slow each other down, and wherever tokens
+    matter more than prompts: every gap above the objective is a debt, every gap below it pays, and no prefill batch
+    begins while there is debt. A prompt is never held longer than `max_hold` seconds, so that decode that is too slow
+    by itself does not starve it.
     """
 
     def __init__(self, tpot: float, max_hold: float) -> None:
@@ -107,17 +112,24 @@ class DecodePriority:
         self._tpot, self._max_hold = tpot, max_hold
         self._debt = 0.0
         self._held: float | None = None
+        self.num_holds = 0
 
     def observe_gap(self, seconds: float) -> None:
         """Time between two steps of the decode lane."""
         # What can be owed is bounded: a long pause of the machine is over when it is over.
         self._debt = min(max(self._debt + seconds - self._tpot, 0.0), 10 * self._tpot)
 
+    def stop_holding(self) -> None:
+        """No prefill batch is ready any more: the next one is held for its own time."""
+        self._held = None
+
     def may_prefill(self, now: float) -> bool:
         """Whether a prefill batch that is ready may begin at `now`, in seconds of the caller's clock."""
-        if self._held is None:
-            self._held = now
-        if self._debt > 0 and now - self._held < self._max_hold:
+        begins = self._held is None
+        held = now if self._held is None else self._held
+        if self._debt > 0 and now - held < self._max_hold:
+            self._held = held
+            self.num_holds += begins
             return False
         self._held = None
         return True

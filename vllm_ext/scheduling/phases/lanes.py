@@ -15,6 +15,11 @@ schedules, which is right for one stream. Every place where it is wrong for two 
     tells_all_lanes  and both lanes are told
     is_settled       the id of a request that is over is used again when both know
 
+A batch of both phases, as vLLM has them without lanes, is a batch of the decode lane that has the other to itself:
+
+    may_mix          it begins when nothing of the prefill lane is in flight
+    waits_for_mixed  and the prefill lane goes on when it is complete
+
 The scheduler mixin calls these around vLLM's own scheduler; tests call them around a small one.
 
 Source: the hazards are those of semi-PD's shared block table (arXiv:2504.19867, section 4.2 and Fig. 7), which is one
@@ -41,6 +46,8 @@ class LaneBatch(Generic[Block]):
     lane: Lane
     tokens: Mapping[str, int]  # scheduled, by request id; empty for a batch that only tells of finished requests
     finished: frozenset[str]  # ids of requests that the runner forgets when the batch begins
+    is_mixed: bool = False  # of both phases
+    num_decoding: int = 0  # of a mixed one: requests that decode
     copied: list[Sequence[Block]] = field(default_factory=list)  # ends of its copies
     freed: list[Sequence[Block]] = field(default_factory=list)  # of requests that ended while it was in flight
 
@@ -50,6 +57,7 @@ class LaneCounts:
     """What happened so far, for metrics and for tests that a fence was ever needed."""
 
     batches: list[int] = field(default_factory=lambda: [0] * len(Lane))
+    mixed: int = 0  # batches with prompts and decoding requests in them
     overlapping: int = 0  # batches launched while the other lane had one in flight
     deferred_frees: int = 0
     retained_copies: int = 0
@@ -62,6 +70,7 @@ class Lanes(Generic[Block]):
     A batch is opened, scheduled and launched, and later completed. Lanes complete in any order to each other:
 
         view = lanes.open_batch(lane, running)   # schedule view.mine; running = view.merge(what is left of them)
+        view = lanes.open_mixed(running)         # or, where lanes.may_mix()
         batch = lanes.launch(num_scheduled_tokens)
         ...
         lanes.complete(batch)                    # before the scheduler reads the batch's output
@@ -80,7 +89,9 @@ class Lanes(Generic[Block]):
         self._queues: tuple[deque[LaneBatch[Block]], ...] = tuple(deque() for _ in Lane)
         self._batches: dict[str, list[LaneBatch[Block]]] = {}  # in flight, by request id, oldest first
         self._pending: tuple[set[str], ...] = tuple(set() for _ in Lane)  # finished ids that a lane has not heard of
+        self._known: tuple[set[str], ...] = tuple(set() for _ in Lane)  # ids that a lane's runner has rows of
         self._open: Lane | None = None
+        self._is_mixed = False  # the open batch
         self._copied: list[Sequence[Block]] = []  # of the open batch
         self._finished: frozenset[str] = frozenset()  # of the open batch
         self.counts = LaneCounts()
@@ -89,6 +100,8 @@ class Lanes(Generic[Block]):
 
     def has_room(self, lane: Lane) -> bool:
         """Whether a lane may have one more batch in flight."""
+        if lane is Lane.PREFILL and self.waits_for_mixed():
+            return False
         return len(self._queues[lane]) < self._depths[lane]
 
     def open_batch(self, lane: Lane, running: Sequence[Request]) -> LaneView[Request]:
@@ -100,6 +113,29 @@ class Lanes(Generic[Block]):
             raise ValueError(f"no batch of lane {lane.name} can be opened: {self.describe()}")
         self._open = lane
         return split_running(running, [request for request in running if self.may_schedule(lane, request)])
+
+    def open_mixed(self, running: Sequence[Request]) -> LaneView[Request]:
+        """Begin to schedule a batch of both phases, in the decode lane: it sees all running requests.
+
+        That lane, as its runner has the rows of all requests but those in prefill. Raises ValueError where the batch
+        may not be opened, and while another one is open.
+        """
+        if self._open is not None or not self.has_room(Lane.DECODE) or not self.may_mix():
+            raise ValueError(f"no batch of both phases can be opened: {self.describe()}")
+        self._open, self._is_mixed = Lane.DECODE, True
+        return split_running(running, running)
+
+    def may_mix(self) -> bool:
+        """Fence: whether a batch of both phases may be scheduled. Not beside requests in flight in the prefill lane: it
+        would compute them too, and find blocks by their prefix that they have not written yet.
+        """
+        return not any(batch.tokens for batch in self._queues[Lane.PREFILL])
+
+    def waits_for_mixed(self) -> bool:
+        """Fence: whether the prefill lane waits for a batch of both phases, whose blocks are published when it is
+        scheduled, as prompts in one batch share them.
+        """
+        return any(batch.is_mixed for batch in self._queues[Lane.DECODE])
 
     def may_schedule(self, lane: Lane, request: LaneRequest) -> bool:
         """Fence: whether a lane may compute the next tokens of a running request now.
@@ -136,18 +172,24 @@ class Lanes(Generic[Block]):
         """Fence: the source of a copy must not be given to the other lane before the copy has run."""
         return True
 
-    def launch(self, tokens: Mapping[str, int]) -> LaneBatch[Block]:
-        """The open batch goes to its lane with so many tokens of each request; raises ValueError where none is open."""
+    def launch(self, tokens: Mapping[str, int], num_decoding: int = 0) -> LaneBatch[Block]:
+        """The open batch goes to its lane with so many tokens of each request, of which so many decode in a batch of
+        both phases. Raises ValueError where none is open.
+        """
         if self._open is None:
             raise ValueError("no batch is open")
-        batch = LaneBatch[Block](self._open, dict(tokens), self._finished, self._copied)
+        batch = LaneBatch[Block](
+            self._open, dict(tokens), self._finished, self._is_mixed, num_decoding, copied=self._copied
+        )
+        self._known[batch.lane].update(batch.tokens)
+        self.counts.mixed += batch.is_mixed and 0 < num_decoding < len(batch.tokens)
         if any(queue for lane, queue in enumerate(self._queues) if lane != batch.lane):
             self.counts.overlapping += 1
         self.counts.batches[batch.lane] += 1
         self._queues[batch.lane].append(batch)
         for rid in batch.tokens:
             self._batches.setdefault(rid, []).append(batch)
-        self._open, self._copied, self._finished = None, [], frozenset()
+        self._open, self._copied, self._finished, self._is_mixed = None, [], frozenset(), False
         return batch
 
     def drop_batch(self) -> None:
@@ -157,7 +199,7 @@ class Lanes(Generic[Block]):
                 f"no batch to drop, or one with {len(self._copied)} copies and {len(self._finished)} finishes: "
                 f"{self.describe()}"
             )
-        self._open = None
+        self._open, self._is_mixed = None, False
 
     # Completing it
 
@@ -182,9 +224,9 @@ class Lanes(Generic[Block]):
         """Fence: whether blocks that a lane's batch fills are published when it completes, not when it is scheduled.
 
         Prefix lookups are made for the prefill lane, whose own blocks are written before it reads them; those of the
-        decode lane may not be.
+        decode lane may not be. For the open batch where it is of both phases, nobody looks up until it is written.
         """
-        return lane is Lane.DECODE
+        return lane is Lane.DECODE and not self._is_mixed
 
     def count_written(self, request: LaneRequest) -> int:
         """Fence: tokens of a request whose KV is surely written, and known, so that their blocks can be published.
@@ -219,11 +261,14 @@ class Lanes(Generic[Block]):
             raise ValueError("finishes are told with a batch, and none is open")
         lane, fresh = self._open, set(fresh)
         for other in Lane:
-            if other is lane or self.tells_all_lanes():
+            if other is lane:
                 self._pending[other].update(fresh)
+            elif self.tells_all_lanes():
+                self._pending[other].update(fresh & self._known[other])
         ready = {rid for rid in self._pending[lane] if self.is_deliverable(lane, rid)}
         self.counts.withheld_finishes += len(self._pending[lane]) - len(ready)
         self._pending[lane].difference_update(ready)
+        self._known[lane].difference_update(ready)
         self._finished |= ready
         return ready
 
@@ -238,7 +283,7 @@ class Lanes(Generic[Block]):
         return all(batch.lane is lane for batch in self._batches.get(request_id, ()))
 
     def tells_all_lanes(self) -> bool:
-        """Fence: each runner keeps rows of its own for a request that went through it."""
+        """Fence: each runner keeps rows of its own for a request that went through it; who has none is not told."""
         return True
 
     def is_settled(self, request_id: str) -> bool:

@@ -139,6 +139,11 @@ class ArrivalRate:
         self._last = now if self._last is None else max(now, self._last)
 
 
+def follow(value: float, ratio: float, weight: float, bound: float) -> float:
+    """A correction, nearer by `weight` to a ratio that was measured, which counts up to `bound` either way."""
+    return value + weight * (min(max(ratio, 1 / bound), bound) - value)
+
+
 def find_quantile(values: Sequence[float], quantile: float) -> float | None:
     """The quantile, None where there are fewer than ten values."""
     return float(np.quantile(values, quantile)) if len(values) >= 10 else None

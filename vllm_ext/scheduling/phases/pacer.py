@@ -20,6 +20,7 @@ class _Clock:
     arrived: float
     first_token: float | None = None
     later_tokens: int = 0
+    is_late: bool = False
 
 
 @dataclass
@@ -27,11 +28,13 @@ class PaceCounts:
     """Since the start; times in seconds."""
 
     switches: int = 0
+    late: int = 0  # requests that were held back
     first_tokens: int = 0
     first_tokens_in_time: int = 0
     finished: int = 0  # requests with a second token
     finished_in_time: int = 0
     busy: tuple[float, float] = (0.0, 0.0)  # by lane
+    mixed_busy: float = 0.0  # of the decode lane's, in batches of both phases
     overlap: float = 0.0
 
 
@@ -43,6 +46,10 @@ class Pacer:
         `index`."""
         self.counts = PaceCounts()
         self.index = 0 if controller is None else splits.index(controller.split)
+        #: Whether prompts go into the batches of decode.
+        self.is_mixing = False
+        #: Prompt tokens beyond which who comes in is late, None where nobody is.
+        self.max_queued_tokens: int | None = None
         self._controller, self._splits, self._objectives = controller, splits, objectives
         self._clocks: dict[str, _Clock] = {}
         self._decided = float("-inf")
@@ -55,12 +62,32 @@ class Pacer:
         if self._controller is not None:
             self._controller.observe_arrival(now, tokens)
 
+    def note_late(self, request_id: str) -> None:
+        """A request is held back: it is late by decision, which says nothing about the device."""
+        self.counts.late += 1
+        if request_id in self._clocks:
+            self._clocks[request_id].is_late = True
+
+    def note_mixed(self, started: float, finished: float, prompt_tokens: int, decode_tokens: int, share: float) -> None:
+        """A batch of both phases ran in the decode lane; one of them may have had no tokens in it."""
+        if self._controller is not None and prompt_tokens and decode_tokens:
+            self._controller.observe_mixed(started, finished, prompt_tokens)
+        elif self._controller is not None and prompt_tokens:
+            self._controller.observe_prefill(started, finished, prompt_tokens, share)
+        elif self._controller is not None:
+            self._controller.observe_decode(started, finished, share)
+        self.counts.mixed_busy += finished - started
+        self._count_busy(Lane.DECODE, started, finished)
+
     def note_batch(self, lane: Lane, started: float, finished: float, tokens: int, share: float) -> None:
         """A batch of so many tokens ran at this share of the device."""
         if self._controller is not None and lane is Lane.PREFILL:
             self._controller.observe_prefill(started, finished, tokens, share)
         elif self._controller is not None:
             self._controller.observe_decode(started, finished, share)
+        self._count_busy(lane, started, finished)
+
+    def _count_busy(self, lane: Lane, started: float, finished: float) -> None:
         # Of two batches that overlap, the one that is noted second finds the first, and no later one can overlap that.
         other = self._unmatched[1 - lane]
         self.counts.overlap += sum(max(0.0, min(finished, end) - max(started, begin)) for begin, end in other)
@@ -80,7 +107,7 @@ class Pacer:
             tokens -= 1
             self.counts.first_tokens += 1
             self.counts.first_tokens_in_time += now - clock.arrived <= self._objectives.ttft
-            if self._controller is not None:
+            if self._controller is not None and not clock.is_late:
                 self._controller.observe_first_token(clock.arrived, now)
         clock.later_tokens += tokens
         if is_over:
@@ -101,12 +128,15 @@ class Pacer:
         return self._controller is not None and now - self._decided >= PERIOD
 
     def decide(self, now: float, queued_tokens: int) -> int:
-        """The number of the split from now on; asks the controller at most once a period."""
+        """The number of the split from now on; asks the controller at most once a period. Sets `is_mixing` and
+        `max_queued_tokens` too.
+        """
         if self._controller is not None and self.is_due(now):
             self._decided = now
             decision = self._controller.decide(now, queued_tokens)
+            self.max_queued_tokens = decision.max_queued_tokens
             if decision.is_switch:
-                self.index = self._splits.index(decision.split)
+                self.index, self.is_mixing = self._splits.index(decision.split), decision.mixes
                 self.counts.switches += 1
                 self._controller.note_switch(now)
         return self.index

@@ -55,6 +55,9 @@ class PublishedController:
         self._tpot.append(finished - started)
         self._steps += 1
 
+    def observe_mixed(self, started: float, finished: float, prompt_tokens: int) -> None:
+        """Nothing is learned: Algorithm 1 does not mix."""
+
     def observe_finished(self, first_token: float, now: float, tokens: int) -> None:
         """Nothing is learned."""
 

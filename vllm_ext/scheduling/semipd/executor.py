@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
@@ -12,7 +11,7 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from vllm_ext.scheduling.phases.view import Lane
 from vllm_ext.scheduling.semipd import setup
-from vllm_ext.scheduling.semipd.cores import CoreSplit, LaneThreads
+from vllm_ext.scheduling.semipd.cores import CoreSplit, LaneThreads, find_cores
 from vllm_ext.scheduling.semipd.step import LaneLaunch, LaneResult, LaneStep
 
 #: Seconds between two looks at the engine's input while decode runs alone: a prompt that comes in meanwhile need not
@@ -25,7 +24,7 @@ class LaneExecutor(UniProcExecutor):
 
     def _init_executor(self) -> None:
         super()._init_executor()
-        self._cores = sorted(os.sched_getaffinity(0))
+        self._cores = find_cores()
         self._splits: list[CoreSplit] = setup.plan_device(self.vllm_config)
         self._stays = setup.read_settings(self.vllm_config).mode == "always"
         self._threads = LaneThreads(self._cores)
@@ -46,7 +45,11 @@ class LaneExecutor(UniProcExecutor):
 
     def _launch(self, launch: LaneLaunch, step: LaneStep) -> None:
         lane = launch.batch.lane
-        is_alone = not self._stays and all(one.batch.lane is lane for one in step.launches) and not self._flights
+        if lane in self._flights:
+            raise RuntimeError(f"lane {lane.name} got a batch while one of it is in flight: its depth here is 1")
+        # A batch without tokens tells a runner who is over, and needs no cores.
+        others = [*step.launches, *(flight for flight, _, _ in self._flights.values())]
+        is_alone = not self._stays and all(one.batch.lane is lane for one in others if one.batch.tokens)
         split = self._splits[step.split]
         cores = None if is_alone else split.prefill if lane is Lane.PREFILL else split.decode
         share = 1.0 if cores is None else len(cores) / len(self._cores)

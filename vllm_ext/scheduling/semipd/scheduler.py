@@ -4,23 +4,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import create_request_queue
 from vllm.v1.core.sched.scheduler import PauseState
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_ext.scheduling.phases.lanes import Lanes
-from vllm_ext.scheduling.phases.view import Lane
-from vllm_ext.scheduling.semipd import setup
+from vllm_ext.scheduling.phases.view import Lane, find_phase
+from vllm_ext.scheduling.semipd import policies, setup
+from vllm_ext.scheduling.semipd.prompts import PromptsMixin
 from vllm_ext.scheduling.semipd.step import LaneLaunch, LaneResult, LaneStep
 
 
-class LaneMixin:
+class LaneMixin(PromptsMixin):
     """Two lanes around vLLM's `Scheduler`.
 
-    schedule              a batch for every idle lane: vLLM's own schedule() on that lane's part of the requests
+    schedule              a batch for every idle lane: vLLM's own schedule() on that lane's part of the requests; or,
+                          where the controller says that mixing is better, on all of them, in the decode lane
     update_from_output    vLLM's own, of the lane that has run
 
     What two lanes make unsafe is fenced as `phases.lanes` says; this class puts the fences where vLLM frees, publishes,
@@ -37,7 +41,15 @@ class LaneMixin:
         vllm_config: Any = self.vllm_config  # type: ignore[attr-defined]
         self.pacer = setup.make_pacer(vllm_config)
         self._engine_index = vllm_config.parallel_config.data_parallel_index
+        settings, policy = setup.read_settings(vllm_config), vllm_config.scheduler_config.policy
+        self.policies = policies.make_policies(settings, policy)
         self._lane: Lane | None = None
+        #: Lanes of whose work nothing came, until a batch is complete or a request comes or goes.
+        self._stuck: set[Lane] = set()
+        #: Whether prompts wait in this turn until decode has caught up.
+        self._yields = False
+        #: When the latest step of requests that still decode was over.
+        self._stepped: float | None = None
         #: Requests whose id belongs to one that lanes have not all forgotten yet.
         self._held: list[Request] = []
         #: Ids of each lane's latest batch: vLLM sends all tokens of a request that the batch before did not have.
@@ -56,15 +68,23 @@ class LaneMixin:
     def schedule(self: Any, throttle_prefills: bool = False) -> LaneStep:
         """Batches for the lanes that are idle and have work; decode first, whose requests wait for milliseconds."""
         step: LaneStep = LaneStep.make_empty()
+        now = time.perf_counter()
+        if self.pacer.is_due(now):
+            self.pacer.decide(now, self._count_queued())
+        self._release_late(now)
+        self._yields = self._must_yield(now)
         for lane in (Lane.DECODE, Lane.PREFILL):
-            if self.has_work(lane) and (launch := self.schedule_lane(lane, throttle_prefills)) is not None:
+            if not self.has_work(lane) or (lane in self._stuck and not self.lanes.has_finished(lane)):
+                continue
+            launch = self.schedule_lane(lane, throttle_prefills)
+            if launch is not None:
                 step.launches.append(launch)
+            elif not self.deferred_waiting and any(self.lanes.list_in_flight(other) for other in Lane):
+                # While decode runs alone there are many turns, in which nothing changes.
+                self._stuck.add(lane)
         flights = [batch for lane in Lane for batch in self.lanes.list_in_flight(lane)]
         # The engine sleeps for a millisecond after a turn without tokens.
         step.total_num_scheduled_tokens = sum(sum(batch.tokens.values()) for batch in flights)
-        now = time.perf_counter()
-        if self.pacer.is_due(now):
-            self.pacer.decide(now, sum(request.num_tokens for request in self.waiting))
         step.split = self.pacer.index
         return step
 
@@ -79,6 +99,11 @@ class LaneMixin:
         outputs: dict[int, Any] = {}
         for result in model_runner_output:
             outputs = self.update_lane(result)
+        if not model_runner_output and self.grammar_compile_error_reqs:
+            # Nothing runs that could bring the clients' errors along.
+            outputs = super().update_from_output(  # type: ignore[misc]
+                SchedulerOutput.make_empty(), EMPTY_MODEL_RUNNER_OUTPUT
+            )
         return outputs
 
     # One lane
@@ -87,47 +112,69 @@ class LaneMixin:
         """Whether a batch of the lane could be scheduled now; it may still turn out to be empty."""
         if not self.lanes.has_room(lane):
             return False
-        if self.finished_req_ids or self.lanes.has_finished(lane):
+        if self.lanes.has_finished(lane):
+            return True
+        if lane is Lane.PREFILL and self._only_tells(lane):
+            return False
+        if self.finished_req_ids:
             return True
         if self._pause_state == PauseState.PAUSED_ALL:
             return False
-        if lane is Lane.PREFILL and self.waiting and self._pause_state == PauseState.UNPAUSED:
+        if (lane is Lane.PREFILL and self._has_waiting()) or (lane is Lane.DECODE and self._mixes()):
             return True
         return any(self.lanes.may_schedule(lane, request) for request in self.running)
 
     def schedule_lane(self: Any, lane: Lane, throttle_prefills: bool = False) -> LaneLaunch | None:
-        """vLLM's schedule(), which sees the lane's requests alone; None where nothing came of it."""
-        view = self.lanes.open_batch(lane, self.running)
-        max_active, waiting = self.max_num_active_reqs, self.waiting
+        """vLLM's schedule(), which sees the lane's requests alone, or all of them in a batch of both phases; None where
+        nothing came of it.
+        """
+        is_mixed, only_tells = lane is Lane.DECODE and self._mixes(), self._only_tells(lane)
+        decoding = {one.request_id for one in self.running if find_phase(one) is Lane.DECODE} if is_mixed else set()
+        view = self.lanes.open_mixed(self.running) if is_mixed else self.lanes.open_batch(lane, self.running)
+        max_active, waiting, sessions = self.max_num_active_reqs, self.waiting, self.kv_holding_waiting
         # vLLM replaces what is in the set, not the set.
         self.running, self._lane, self.prev_step_scheduled_req_ids = view.mine, lane, self._previous[lane]
-        if lane is Lane.DECODE:
-            # Nobody is admitted, and who is preempted comes out by itself.
-            self.waiting = create_request_queue(self.policy)
-        else:
+        admits = is_mixed or (lane is Lane.PREFILL and not only_tells)
+        if admits:
             self.max_num_active_reqs = view.limit_active(max_active)
+            if self.policies.fair is not None:
+                self.policies.fair.arrange(waiting, max_active - len(view.running))
+        else:
+            # Nobody is admitted, and who is preempted comes out by itself.
+            self.waiting, self.kv_holding_waiting = (create_request_queue(self.policy) for _ in range(2))
+        if only_tells:
+            self.running = []
         try:
             output = super().schedule(throttle_prefills)  # type: ignore[misc]
         finally:
             self._lane, self.max_num_active_reqs = None, max_active
-            if lane is Lane.DECODE:
-                preempted, self.waiting = self.waiting, waiting
-                self.waiting.prepend_requests(preempted)
-            self.running = view.merge(self.running)
+            if not admits:
+                preempted, self.waiting, self.kv_holding_waiting = self.waiting, waiting, sessions
+                # From the front of one queue to that of the other: taken one by one, they would change their order.
+                self.waiting.prepend_requests(reversed(list(preempted)))
+            self.running = view.running if only_tells else view.merge(self.running)
         output.finished_req_ids = self.lanes.take_finished(output.finished_req_ids)
         if not (output.num_scheduled_tokens or output.finished_req_ids or output.kv_cache_block_copies):
             self.lanes.drop_batch()
             return None
+        # What the other lane knows of these requests is old from here on: vLLM sends it all of their tokens.
+        self._previous[1 - lane].difference_update(output.num_scheduled_tokens)
+        if self.policies.fair is not None:
+            self.policies.fair.note_scheduled(
+                (rid, self.requests[rid].num_prompt_tokens) for rid in output.num_scheduled_tokens
+            )
         grammar = super().get_grammar_bitmask(output)  # type: ignore[misc]
         if grammar is not None:
             # vLLM's masks lie in one buffer of the engine, which the other lane's next batch overwrites.
             grammar.grammar_bitmask = grammar.grammar_bitmask.copy()
-        return LaneLaunch(self.lanes.launch(output.num_scheduled_tokens), output, grammar)
+        num_decoding = len(decoding & output.num_scheduled_tokens.keys())
+        return LaneLaunch(self.lanes.launch(output.num_scheduled_tokens, num_decoding), output, grammar)
 
     def update_lane(self: Any, result: LaneResult) -> dict[int, Any]:
         """A lane's batch has run: vLLM's update, with what waited for it released before."""
         batch = result.launch.batch
         self.lanes.complete(batch)
+        self._stuck.clear()
         if self.lanes.delays_hashes(batch.lane):
             for rid in batch.tokens:
                 request = self.requests.get(rid)
@@ -136,40 +183,48 @@ class LaneMixin:
         outputs: dict[int, Any] = super().update_from_output(result.launch.output, result.made)  # type: ignore[misc]
         now = time.perf_counter()
         if batch.tokens:
-            self.pacer.note_batch(batch.lane, result.started, result.finished, sum(batch.tokens.values()), result.share)
+            self._note_ran(result)
         for client in outputs.values():
             for one in client.outputs:
                 self.pacer.note_tokens(one.request_id, now, len(one.new_token_ids), one.finished)
+                if self.policies.fair is not None:
+                    self.policies.fair.note_tokens(one.request_id, len(one.new_token_ids))
+                    if one.finished:
+                        self.policies.fair.leave(one.request_id)
         setup.report(self.pacer, self.lanes, self._engine_index)
+        policies.report_policies(self.policies, self.pacer, self.lanes.counts, self._engine_index)
         held, self._held = self._held, []
         for request in held:
-            self.add_request(request)
+            self._enter(request, now)
         return outputs
 
-    # Requests that come and go
+    def _note_ran(self: Any, result: LaneResult) -> None:
+        batch, started, finished, share = result.launch.batch, result.started, result.finished, result.share
+        tokens = sum(batch.tokens.values())
+        if batch.is_mixed:
+            self.pacer.note_mixed(started, finished, tokens - batch.num_decoding, batch.num_decoding, share)
+        else:
+            self.pacer.note_batch(batch.lane, started, finished, tokens, share)
+        if self.policies.priority is not None and batch.lane is Lane.DECODE:
+            if self._stepped is not None:
+                self.policies.priority.observe_gap(finished - self._stepped)
+            goes_on = any(find_phase(request) is Lane.DECODE for request in self.running)
+            self._stepped = finished if goes_on else None
 
-    def add_request(self: Any, request: Request) -> None:
-        """As vLLM's; one with the id of another that is not over in every lane waits until it is."""
-        rid = request.request_id
-        if rid not in self.requests and (rid in self.finished_req_ids or not self.lanes.is_settled(rid)):
-            self._held.append(request)
-            return
-        self.pacer.note_arrival(rid, time.perf_counter(), request.num_tokens)
-        super().add_request(request)  # type: ignore[misc]
+    # What a turn is made of
 
-    def finish_requests(self: Any, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> Any:
-        """As vLLM's, of held requests too."""
-        ids = {request_ids} if isinstance(request_ids, str) else None if request_ids is None else set(request_ids)
-        gone = [request for request in self._held if ids is None or request.request_id in ids]
-        self._held = [request for request in self._held if request not in gone]
-        finished = super().finish_requests(ids, finished_status)  # type: ignore[misc]
-        for request in (*gone, *finished):
-            self.pacer.forget(request.request_id)
-        return [*gone, *finished]
+    def _mixes(self: Any) -> bool:
+        """Whether the decode lane's next batch is one of both phases."""
+        is_wanted = self.pacer.is_mixing and not self._yields and self._pause_state != PauseState.PAUSED_ALL
+        return is_wanted and self.lanes.may_mix() and self._has_prompts()
+
+    def _only_tells(self, lane: Lane) -> bool:
+        """Whether a lane's next batch has no tokens: prompts belong to batches of both phases, or wait."""
+        return lane is Lane.PREFILL and (self.pacer.is_mixing or self._yields)
 
     def has_finished_requests(self: Any) -> bool:
         """Also while something is in flight, or a lane has to be told something: the engine must go on."""
-        return bool(self._held) or not self.lanes.is_idle() or super().has_finished_requests()  # type: ignore[misc]
+        return not self.lanes.is_idle() or super().has_finished_requests()  # type: ignore[misc]
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         """As vLLM's; refused while batches are in flight, whose blocks it would take away."""

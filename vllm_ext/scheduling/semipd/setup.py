@@ -11,10 +11,14 @@ from vllm_ext.scheduling.phases.controller import Objectives, SplitController
 from vllm_ext.scheduling.phases.lanes import Lanes
 from vllm_ext.scheduling.phases.pacer import Pacer
 from vllm_ext.scheduling.phases.view import Lane
-from vllm_ext.scheduling.semipd.cores import SHARES, CoreSplit, plan_splits
+from vllm_ext.scheduling.semipd import door, policies
+from vllm_ext.scheduling.semipd.cores import SHARES, CoreSplit, find_cores, plan_splits
 
 #: Objectives where the user names none, in milliseconds: nothing to steer by, and a scale for the counters.
 TTFT_MS, TPOT_MS, PERCENTILE = 1000.0, 100.0, 90.0
+
+#: Variables by which OpenMP's runtimes tie their threads to cores, whoever starts them.
+BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 
 EXECUTOR = "vllm_ext.scheduling.semipd.executor.LaneExecutor"
 WORKER = "vllm_ext.scheduling.semipd.worker.LaneCPUWorker"
@@ -32,9 +36,9 @@ def check_engine(vllm_config: Any) -> None:
     settings, model = read_settings(vllm_config), vllm_config.model_config
     if settings.mode == "off":
         raise config.ConfigError("vllm_ext.semipd.mode is off and the block on: set vllm_ext.semipd.enabled to false")
-    for name in ("window", "fairness"):
-        if getattr(settings, name) is not None:
-            raise config.ConfigError(f"vllm_ext.semipd.{name} is not part of this release: drop it")
+    if settings.window is not None:
+        raise config.ConfigError("vllm_ext.semipd.window is not part of this release: drop it")
+    policies.check_policies(settings, vllm_config.scheduler_config.policy)
     for name in ("slo_ttft_ms", "slo_tpot_ms"):
         value = getattr(settings, name)
         if value is not None and value <= 0:
@@ -54,6 +58,12 @@ def check_engine(vllm_config: Any) -> None:
         ("encoder-decoder models", model.is_encoder_decoder, "cross attention has a cache of its own"),
         ("multimodal models", model.is_multimodal_model, "encoder outputs are freed by either lane"),
         ("pooling models", model.runner_type == "pooling", "they only prefill"),
+        ("models with multi-head latent attention", model.use_mla, "its operators have not been tried by two threads"),
+        (
+            "models with chunked local attention",
+            model.attention_chunk_size is not None,
+            "blocks behind the chunk are recycled while the other lane may read them",
+        ),
         (
             "models with a sliding window",
             model.get_sliding_window() is not None,
@@ -62,33 +72,57 @@ def check_engine(vllm_config: Any) -> None:
     ):
         if is_refused:
             raise config.ConfigError(f"semipd does not run with {name} ({model.model}): {why}; switch semipd off")
+    check_threads(vllm_config)
+
+
+def check_threads(vllm_config: Any) -> None:
+    """Refuse where threads cannot be kept on cores. Raises config.ConfigError naming the value and the fix."""
+    if not hasattr(os, "sched_setaffinity"):
+        raise config.ConfigError("semipd needs Linux, which keeps threads on cores: switch semipd off")
+    for name in BINDING:
+        if os.environ.get(name, "false").lower() not in ("false", "none", "disabled"):
+            raise config.ConfigError(
+                f"{name}={os.environ[name]!r} ties OpenMP's threads to cores, which semipd does by lane: unset it, and "
+                f"name cores in VLLM_CPU_OMP_THREADS_BIND"
+            )
+    try:
+        plan_device(vllm_config)
+    except ValueError as error:
+        raise config.ConfigError(f"semipd: {error}") from error
 
 
 def take_seats(vllm_config: Any) -> None:
     """Name executor and worker; the scheduler comes from the factory."""
     vllm_config.parallel_config.distributed_executor_backend = EXECUTOR
     vllm_config.parallel_config.worker_cls = WORKER
+    if read_settings(vllm_config).admission == "refuse":
+        door.follow_limit(vllm_config)
 
 
 def plan_device(vllm_config: Any) -> list[CoreSplit]:
-    """Splits of the cores of this process, least prefill first."""
-    return plan_splits(sorted(os.sched_getaffinity(0)), read_settings(vllm_config).splits or SHARES)
+    """Splits of the cores for lanes, least prefill first. Raises ValueError as `cores.find_cores`."""
+    return plan_splits(find_cores(), read_settings(vllm_config).splits or SHARES)
 
 
 def make_pacer(vllm_config: Any) -> Pacer:
-    """With a controller where an objective is named and there is a choice."""
+    """With a controller where an objective is named."""
     settings = read_settings(vllm_config)
-    num_cores = len(os.sched_getaffinity(0))
+    num_cores = len(find_cores())
     splits = [split.measure_shares(num_cores) for split in plan_device(vllm_config)]
     objectives = Objectives(
         (settings.slo_ttft_ms or TTFT_MS) / 1e3,
         (settings.slo_tpot_ms or TPOT_MS) / 1e3,
         (settings.percentile or PERCENTILE) / 100,
     )
-    has_choice = len(splits) > 1 and not (settings.slo_ttft_ms is None and settings.slo_tpot_ms is None)
     controller = None
-    if has_choice:
-        controller = SplitController(splits, objectives, full_when_alone=settings.mode != "always", refuses=False)
+    if settings.slo_ttft_ms is not None or settings.slo_tpot_ms is not None:
+        controller = SplitController(
+            splits,
+            objectives,
+            full_when_alone=settings.mode != "always",
+            refuses=policies.limits_queue(settings),
+            mix_budget=vllm_config.scheduler_config.max_num_batched_tokens if settings.mode == "auto" else None,
+        )
     return Pacer(controller, splits, objectives)
 
 

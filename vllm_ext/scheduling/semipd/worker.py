@@ -3,17 +3,29 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import ItemsView, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
 from vllm import forward_context
-from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.config import CompilationMode
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_ext.scheduling.phases.view import Lane
-from vllm_ext.scheduling.semipd.scratch import guard_scratch, without_onednn
+from vllm_ext.scheduling.semipd.scratch import lock_scratch, without_onednn
+
+
+class SharedCounts(dict[str, int]):
+    """A dictionary that one thread may go through while another adds and removes."""
+
+    def items(self) -> ItemsView[str, int]:  # type: ignore[override]
+        """Of a copy: vLLM goes through all requests with prompt logprobs in every batch, the other lane's too."""
+        return self.copy().items()
 
 
 class SecondCPURunner(CPUModelRunner):
@@ -24,7 +36,7 @@ class SecondCPURunner(CPUModelRunner):
         self.first = first
         self.model = first.model
         self.requests = first.requests
-        self.num_prompt_logprobs = first.num_prompt_logprobs
+        self.num_prompt_logprobs = first.num_prompt_logprobs = SharedCounts()
 
     def initialize_kv_cache_tensors(
         self,
@@ -65,11 +77,35 @@ class LaneCPUWorker(CPUWorker):
             super().load_model(**kwargs)
         self.second_runner.share(self.model_runner)
 
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As vLLM's, which makes layers anew."""
+        with without_onednn():
+            super().reload_weights(*args, **kwargs)
+        self._lock_scratch()
+
+    def update_config(self, overrides: dict[str, Any]) -> None:
+        """As vLLM's, of both runners."""
+        super().update_config(overrides)
+        for name in overrides:
+            setattr(self.second_runner, name, getattr(self.vllm_config, name))
+
+    def update_max_model_len(self, max_model_len: int) -> None:
+        """As vLLM's, of both runners."""
+        super().update_max_model_len(max_model_len)
+        self.second_runner.update_max_model_len(max_model_len)
+
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
-        """As vLLM's, and the second runner's tables for the same tensors."""
+        """As vLLM's, and the second runner's tables for the same tensors. Raises ValueError for a KV cache whose blocks
+        the lanes do not fence, and for layers that two threads cannot run.
+        """
+        check_groups(kv_cache_config)
         super().initialize_from_config(kv_cache_config)
         self.second_runner.initialize_kv_cache(kv_cache_config)
-        guard_scratch(self.model_runner.model, self.runners.values())
+        self._lock_scratch()
+
+    def _lock_scratch(self) -> None:
+        is_compiled = self.vllm_config.compilation_config.mode != CompilationMode.NONE
+        lock_scratch(self.model_runner.model, self.runners.values(), is_compiled=is_compiled)
 
     @torch.inference_mode()
     def run_lane(self, lane: Lane, output: Any, grammar: Any) -> Any:
@@ -83,4 +119,36 @@ class LaneCPUWorker(CPUWorker):
                 runner.input_batch.remove_request(rid)
         self._latest.update(dict.fromkeys(output.num_scheduled_tokens, lane))
         made = runner.execute_model(output)
-        return runner.sample_tokens(grammar) if made is None else made
+        if made is not None:
+            return made
+        with spare_seeds(runner):
+            return runner.sample_tokens(grammar)
+
+
+def check_groups(kv_cache_config: KVCacheConfig) -> None:
+    """Refuse all but full attention: what else there is recycles blocks, or keeps state elsewhere, in the order in
+    which batches are scheduled. Raises ValueError naming the kind and a layer.
+    """
+    for group in kv_cache_config.kv_cache_groups:
+        if type(group.kv_cache_spec) is not FullAttentionSpec:
+            raise ValueError(
+                f"semipd does not run with a KV cache of {type(group.kv_cache_spec).__name__} "
+                f"({group.layer_names[0]}), only with one of full attention: switch semipd off"
+            )
+
+
+@contextlib.contextmanager
+def spare_seeds(runner: Any) -> Iterator[None]:
+    """Within, requests whose prompt goes on do not draw from their own generator.
+
+    vLLM samples a token for every request of a batch, drops those of unfinished prompts, and takes their draws back,
+    which CPU generators cannot do: it fails there (0.32, GPUModelRunner._bookkeeping_sync). Without draws there is
+    nothing to take back, and a seed gives the same tokens however a prompt is cut.
+    """
+    batch = runner.input_batch
+    unfinished = np.nonzero(runner.discard_request_mask.np[: batch.num_reqs])[0].tolist()
+    spared = {row: batch.generators.pop(row) for row in unfinished if row in batch.generators}
+    try:
+        yield
+    finally:
+        batch.generators.update(spared)
