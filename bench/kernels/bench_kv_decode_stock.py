@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode attention over quantized pages beside vLLM's own CPU attention in bf16, with the caches cold.
+"""Decode attention over quantized pages beside vLLM's own CPU attention in bf16 and fp8, with the caches cold.
 
     python -m bench.op --bind-threads 'cpu_kv_decode_*'
 
@@ -9,6 +9,7 @@ of the other, and no arm's time means anything.
 Arms, call by call in turn, on 8 kv heads, 32 query heads and head_dim 128:
 
     bf16          `cpu_attention_with_kv_cache` with the instruction set that vLLM itself chooses here
+    fp8           the same over pages of `--kv-cache-dtype fp8`
     skvq_k2v2 ... a preset of ours, the last 128 tokens and the first 5 in bf16 as it is served
 
 Each arm has a pool of pages, and every call takes other ones. Codes are random: this is speed only.
@@ -42,9 +43,12 @@ LAYOUTS: dict[str, CellLayout] = {
     "skvq_k2v2": plan_cells(Codec(2, 128), Codec(2, 128), HEAD_DIM, BLOCK_SIZE),
     "skvq_k2v15": plan_cells(Codec(2, 128), Codec(1.5, 128), HEAD_DIM, BLOCK_SIZE),
     "kivi_k2v2": plan_cells(Codec(2, 32, per_channel=True), Codec(2, 32), HEAD_DIM, BLOCK_SIZE),
+    "kivi_k4v4": plan_cells(Codec(4, 32, per_channel=True), Codec(4, 32), HEAD_DIM, BLOCK_SIZE),
     "kv4": plan_cells(Codec(4, 128, scale_dtype=FP16), Codec(4, 128, scale_dtype=FP16), HEAD_DIM, BLOCK_SIZE),
 }
 PLAIN = CodecTensors()
+#: Stock's arms: {arm: its kv_cache_dtype}.
+STOCK: dict[str, str] = {"bf16": "auto", "fp8": "fp8"}
 
 
 class Inputs(NamedTuple):
@@ -87,12 +91,15 @@ class Tables:
         return torch.from_numpy(blocks.astype(np.int32).reshape(self.shape))
 
 
-@lru_cache(maxsize=1)
-def make_bf16_pool() -> torch.Tensor:
-    """Pages of vLLM's layout, bf16 [blocks, kv heads, 2 * block size, D]; any numbers will do."""
-    blocks = POOL_BYTES // (KV_HEADS * 2 * BLOCK_SIZE * HEAD_DIM * 2)
-    pool = torch.empty(blocks, KV_HEADS, 2 * BLOCK_SIZE, HEAD_DIM, dtype=torch.bfloat16)
-    # bf16 bits of numbers from 0.5 to 2, either sign.
+@lru_cache(maxsize=len(STOCK))
+def make_stock_pool(name: str) -> torch.Tensor:
+    """Pages of vLLM's layout, bf16 or uint8 [blocks, kv heads, 2 * block size, D]; any numbers will do."""
+    dtype = torch.uint8 if name == "fp8" else torch.bfloat16
+    blocks = POOL_BYTES // (KV_HEADS * 2 * BLOCK_SIZE * HEAD_DIM * dtype.itemsize)
+    pool = torch.empty(blocks, KV_HEADS, 2 * BLOCK_SIZE, HEAD_DIM, dtype=dtype)
+    # Bits of numbers from 0.5 to 2, of fp8 e4m3 or of bf16.
+    if name == "fp8":
+        return pool.random_(0x30, 0x40)
     return pool.view(torch.int16).random_(0x3F00, 0x4000).view(torch.bfloat16)
 
 
@@ -118,26 +125,27 @@ def make_recent_pool() -> torch.Tensor:
     return pool.view(torch.int16).random_(0x3F00, 0x4000).view(torch.bfloat16)
 
 
-def make_bf16_arm(batch: int, context: int) -> Arm:
+def make_stock_arm(name: str, batch: int, context: int) -> Arm:
     """vLLM's operator, with the metadata of its scheduler made once: it is shared by all layers of a step."""
     from vllm import _custom_ops as vllm_ops
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-    isa = _get_attn_isa(torch.bfloat16, BLOCK_SIZE, HEAD_DIM)
-    pool = make_bf16_pool()
+    cache_dtype = STOCK[name]
+    isa = _get_attn_isa(torch.bfloat16, BLOCK_SIZE, HEAD_DIM, cache_dtype)
+    pool = make_stock_pool(name)
     key_cache, value_cache = pool.chunk(2, dim=2)
     tables = Tables(batch, context, BLOCK_SIZE, len(pool))
     lens = torch.full((batch,), context, dtype=torch.int32)
     starts = torch.arange(batch + 1, dtype=torch.int32)
     metadata = vllm_ops.cpu_attn_get_scheduler_metadata(
-        batch, HEADS, KV_HEADS, HEAD_DIM, lens, torch.bfloat16, starts, True, -1, isa, True
+        batch, HEADS, KV_HEADS, HEAD_DIM, lens, torch.bfloat16, starts, True, -1, isa, True, None, cache_dtype
     )
 
     def run(inputs: Inputs) -> torch.Tensor:
         out = torch.empty_like(inputs.query)
         vllm_ops.cpu_attention_with_kv_cache(
             inputs.query, key_cache, value_cache, out, starts, lens, SCALE, True, None, -1,
-            tables.make(inputs.number), 0.0, metadata, None,
+            tables.make(inputs.number), 0.0, metadata, None, None, 1.0, 1.0, cache_dtype,
         )  # fmt: skip
         return out
 
@@ -171,7 +179,7 @@ def make_arm(name: str, batch: int, context: int) -> Arm:
 @lru_cache(maxsize=1)
 def make_arms(batch: int, context: int) -> dict[str, Arm]:
     """All arms of one shape; their pools are shared by all shapes."""
-    arms = {"bf16": make_bf16_arm(batch, context)}
+    arms = {name: make_stock_arm(name, batch, context) for name in STOCK}
     return arms | {name: make_arm(name, batch, context) for name in LAYOUTS}
 
 
@@ -183,8 +191,8 @@ def delay(batch: int, context: int, arm: str) -> Arm:
 def count_bytes(arm: str, batch: int, context: int) -> int:
     """Bytes of keys and values that one call reads."""
     full = KV_HEADS * 2 * HEAD_DIM * 2
-    if arm == "bf16":
-        return batch * context * full
+    if arm in STOCK:
+        return batch * context * full // (2 if arm == "fp8" else 1)
     return batch * ((context - WINDOW) * KV_HEADS * LAYOUTS[arm].cell_bytes + (WINDOW + SINKS) * full)
 
 
@@ -198,7 +206,7 @@ def describe_kernels() -> dict[str, str]:
 
 def make_case(batch: int, context: int) -> OpCase:
     """One layer, one step of decoding."""
-    arms = ("bf16", *LAYOUTS)
+    arms = (*STOCK, *LAYOUTS)
     return OpCase(
         case=f"cpu_kv_decode_b{batch}_{context}",
         arms={arm: delay(batch, context, arm) for arm in arms},

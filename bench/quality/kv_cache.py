@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quality of quantized KV caches, in the engine: perplexity, planted outliers, and keys found in long prompts.
 
-    python -m bench.quality.kv_cache [text] [planted] [passkey] [--quick] [--work DIR] [--out DIR]
+    python -m bench.quality.kv_cache [text] [planted] [passkey] [--arms NAME...] [--quick] [--work DIR] [--out DIR]
 
     text      perplexity of the shipped model on its held-out texts: prompts of 256 tokens, as long as those it was
               trained on, and a window of 32. The arm past_dropped, window and sinks alone, says whether a text can
               judge a cache: a loss below 2 % says no
     planted   mean KL divergence from bf16 on a random model whose keys have planted outliers and biases, and the error
               of its layers' attention output (computed without an engine, on the same tokens)
-    passkey   share of keys that a small model trained to find them still finds, in prompts of 400 tokens
+    passkey   share of keys that a small model trained to find them (bench/models/passkey) still finds, in prompts of
+              400 tokens, where no key is in the window
 
-Every arm is an engine of its own, one after the other; its result becomes a record in the case kv_TABLE. --work keeps
-models between runs: the retriever takes minutes to train.
+Every arm is an engine of its own, one after the other; its result becomes a record in the case kv_TABLE. Beside the
+presets run stock's fp8, plans of one scheme, two bits without what the presets add, and calibrated presets. --arms
+takes some of them, and bf16, which they are compared with. --work keeps the model with planted outliers.
 """
 
 from __future__ import annotations
@@ -27,10 +29,10 @@ from typing import Any
 
 import numpy as np
 
-from bench.quality.kv_dropped import LEAST_LOSS, measure_loss
+from bench.quality.kv_dropped import LEAST_LOSS, answer_dropped, measure_loss
 from bench.quality.kv_engine import STOCK, Arm, answer, score_tokens, score_vocabulary, start_engine
-from bench.quality.kv_models import draw_tokens, make_planted_model
-from bench.quality.passkey import KEY_TOKENS, make_prompts, train_model
+from bench.quality.kv_models import NAIVE, draw_tokens, make_planted_model
+from bench.quality.passkey import KEY_TOKENS, RETRIEVER, make_prompts
 from bench.records import RESULTS, ROOT, Metric, Record, describe_environment, write_record
 
 MODEL = ROOT / "bench" / "models" / "tiny_moe"
@@ -40,39 +42,52 @@ PLANTED_TOKENS, PLANTED_SEED, GROUP_SIZE = 400, 7, 32
 #: Positions from here on have most of their context quantized.
 PLANTED_FIRST = 200
 PASSKEY_TOKENS = 400
+#: Keys lie before the last tokens: the presets' window, and what per-channel keys of a group add to it.
+PASSKEY_WINDOW = 160
+#: Prompts on which caches of the retriever are calibrated, and their seed, another one than that of those it is asked.
+PASSKEY_CALIBRATION, PASSKEY_HELD_OUT, PASSKEY_SEED = 12, 4, 99
 
-#: Two bits, a whole head in one group, nothing in full precision and no clip: what the presets are measured against.
-NAIVE = Arm("naive_2_bits", "skvq_k2v2", {"window": 0, "sinks": 0, "clip": 1.0})
+#: `kv_models.NAIVE` in an engine.
+NAIVE_ARM = Arm(NAIVE.name, "skvq_k2v2", {"window": 0, "sinks": 0, "clip": 1.0})
 NO_WINDOW = Arm("skvq_k2v2_no_window", "skvq_k2v2", {"window": 0, "sinks": 0})
 #: How far bf16 differs from itself when a prompt is cut into other chunks: no cache can be nearer.
 OTHER_CHUNKS = Arm("bf16_other_chunks", None, {}, {"max_num_batched_tokens": 64})
+#: Stock's own quantized cache.
+FP8 = Arm("fp8", "fp8")
+DROPPED = "past_dropped"
+#: Of the k<bits>v<bits> presets, given to every layer of a plan: more bits for keys than for values.
+PLANS = ("k4v15", "k3v2")
 
 
-def list_presets() -> list[Arm]:
-    """Every name of the pack with its defaults."""
+#: Of the arms that a table has, those that were asked for.
+Pick = Callable[[Sequence[Arm]], list[Arm]]
+
+
+def list_presets(**block: Any) -> list[Arm]:
+    """Every name of the pack, and the plans, with the block's settings; presets without a window stay without."""
     from vllm_ext.config import KV_CACHE_DTYPES
+    from vllm_ext.kv_cache.presets import PLAN_NAME, PRESETS
 
-    return [Arm(name, name) for name in KV_CACHE_DTYPES]
+    without = {name for name, preset in PRESETS.items() if preset.window == 0}
+    plans = [Arm(name, PLAN_NAME, {"layer_bits": {"default": name}, **block}) for name in PLANS]
+    return [Arm(name, name, {} if name in without else block) for name in KV_CACHE_DTYPES] + plans
 
 
-def measure_text(work: Path, size: int, record: Callable[..., None]) -> None:
+def measure_text(work: Path, size: int, record: Callable[..., None], pick: Pick) -> None:
     """Perplexity of both texts."""
     from vllm_ext.compress.calibration import cut_windows, load_tokenizer
-    from vllm_ext.kv_cache.presets import PLAN_NAME, PRESETS
+    from vllm_ext.kv_cache.presets import PRESETS
 
     tokenizer = load_tokenizer(MODEL)
     prompts = {name: cut_windows(MODEL / file, tokenizer, TEXT_TOKENS)[:size].tolist() for name, file in TEXTS.items()}
     settings = {"tokens": TEXT_TOKENS, "prompts": size, "window": TEXT_WINDOW, "least_loss": LEAST_LOSS}
-    dropped = replace(PRESETS["skvq_k2v2"], window=TEXT_WINDOW)
-    losses = {f"worse_{name}": 100 * (measure_loss(MODEL, some, dropped) - 1) for name, some in prompts.items()}
-    record(Arm("past_dropped"), {name: Metric(worse, "%") for name, worse in losses.items()}, settings)
-    # Presets without a window are measured as they are.
-    short = [
-        replace(arm, block={"window": TEXT_WINDOW}) if arm.name == PLAN_NAME or PRESETS[arm.name].window else arm
-        for arm in list_presets()
-    ]
+    if pick([Arm(DROPPED)]):
+        dropped = replace(PRESETS["skvq_k2v2"], window=TEXT_WINDOW)
+        losses = {f"worse_{name}": 100 * (measure_loss(MODEL, some, dropped) - 1) for name, some in prompts.items()}
+        record(Arm(DROPPED), {name: Metric(worse, "%") for name, worse in losses.items()}, settings)
+    short = list_presets(window=TEXT_WINDOW)
     plain: dict[str, float] = {}
-    for arm in [Arm(STOCK), OTHER_CHUNKS, NAIVE, NO_WINDOW, *short]:
+    for arm in pick([Arm(STOCK), OTHER_CHUNKS, FP8, NAIVE_ARM, NO_WINDOW, *short]):
         metrics: dict[str, Metric] = {}
         with start_engine(MODEL, arm) as llm:
             for name, some in prompts.items():
@@ -82,15 +97,14 @@ def measure_text(work: Path, size: int, record: Callable[..., None]) -> None:
         record(arm, metrics, settings)
 
 
-def measure_planted(work: Path, size: int, record: Callable[..., None]) -> None:
+def measure_planted(work: Path, size: int, record: Callable[..., None], pick: Pick) -> None:
     """Divergence from bf16, and error of attention."""
     model = make_planted_model(work / "planted")
     prompts = draw_tokens(size, PLANTED_TOKENS, 4096, PLANTED_SEED)
     errors, calibrated = measure_attention(model, prompts, work)
     grouped = Arm("skvq_k2v2_g32", "skvq_k2v2", {"group_size": GROUP_SIZE})
-    arms = [Arm(STOCK), OTHER_CHUNKS, NAIVE, NO_WINDOW, *list_presets(), grouped, *calibrated]
     plain = None
-    for arm in arms:
+    for arm in pick([Arm(STOCK), OTHER_CHUNKS, FP8, NAIVE_ARM, NO_WINDOW, *list_presets(), grouped, *calibrated]):
         with start_engine(model, arm) as llm:
             rows = score_vocabulary(llm, prompts, PLANTED_FIRST).astype(np.float64)
         plain = rows if plain is None else plain
@@ -111,15 +125,15 @@ def measure_attention(model: Path, prompts: list[list[int]], work: Path) -> tupl
 
     from vllm_ext.kv_cache.calibrate import NOTHING, calibrate_model, load_task, record_passes
     from vllm_ext.kv_cache.calibrate_attention import find_angles, measure_output_error
-    from vllm_ext.kv_cache.presets import PRESETS
+    from vllm_ext.kv_cache.presets import PRESETS, get_preset
     from vllm_ext.kv_cache.sidecar import read_sidecar, write_sidecar
 
     task = load_task(model, ["random"], seed=0, context=512, num_windows=16)
     size = task.head_dim
     grouped = PRESETS["skvq_k2v2"].fit(size, GROUP_SIZE)
-    presets = {arm.name: PRESETS[arm.name].fit(size) for arm in list_presets() if arm.name in PRESETS}
+    presets = {name: get_preset(name).fit(size) for name in (*PRESETS, *PLANS)}
     presets |= {
-        NAIVE.name: replace(PRESETS["skvq_k2v2"].fit(size), window=0, sinks=0, clips=(1.0,)),
+        NAIVE.name: NAIVE.fit(size),
         NO_WINDOW.name: replace(PRESETS["skvq_k2v2"].fit(size), window=0, sinks=0),
         "skvq_k2v2_g32": grouped,
     }
@@ -153,19 +167,50 @@ def measure_attention(model: Path, prompts: list[list[int]], work: Path) -> tupl
     return {name: float(np.mean(values)) for name, values in found.items()}, [*arms, unordered]
 
 
-def measure_passkey(work: Path, size: int, record: Callable[..., None]) -> None:
+def measure_passkey(work: Path, size: int, record: Callable[..., None], pick: Pick) -> None:
     """Share of keys that are found, whole and token by token."""
-    model = train_model(work / "passkey", progress=True)
-    prompts, keys = make_prompts(size, PASSKEY_TOKENS, seed=1)
-    for arm in [Arm(STOCK), NAIVE, NO_WINDOW, *list_presets()]:
-        with start_engine(model, arm) as llm:
-            answers = np.array(answer(llm, prompts, KEY_TOKENS))
-        right = answers == np.array(keys)
+    from vllm_ext.compress.profile import load_model
+    from vllm_ext.kv_cache.presets import PRESETS
+
+    prompts, keys = make_prompts(size, PASSKEY_TOKENS, 1, PASSKEY_WINDOW)
+    settings = {"tokens": PASSKEY_TOKENS, "prompts": size, "key_tokens": KEY_TOKENS}
+
+    def record_found(arm: Arm, answers: Any) -> None:
+        right = np.array(answers) == np.array(keys)
         metrics = {
             "found": Metric(100 * float(right.all(1).mean()), "%"),
             "first_token": Metric(100 * float(right[:, 0].mean()), "%"),
         }
-        record(arm, metrics, {"tokens": PASSKEY_TOKENS, "prompts": size, "key_tokens": KEY_TOKENS})
+        record(arm, metrics, settings)
+
+    if pick([Arm(DROPPED)]):
+        model = load_model(RETRIEVER, "auto")
+        record_found(Arm(DROPPED), answer_dropped(model, prompts, keys, PRESETS["skvq_k2v2"]))
+    path = work / "skvq_k2v2_passkey.safetensors"
+    calibrated = Arm("skvq_k2v2_calibrated", "skvq_k2v2", {"calibration": str(path)})
+    if pick([calibrated]):
+        calibrate_retriever(path)
+    for arm in pick([Arm(STOCK), FP8, NAIVE_ARM, NO_WINDOW, *list_presets(), calibrated]):
+        with start_engine(RETRIEVER, arm) as llm:
+            answers = answer(llm, prompts, KEY_TOKENS)
+        record_found(arm, answers)
+
+
+def calibrate_retriever(path: Path) -> None:
+    """Write the calibration file of `skvq_k2v2` for the retriever, from prompts like those it is asked."""
+    import torch
+
+    from vllm_ext.compress.profile import load_model
+    from vllm_ext.kv_cache.calibrate import Task, calibrate_model
+    from vllm_ext.kv_cache.calibrate_attention import find_layers
+    from vllm_ext.kv_cache.presets import PRESETS
+
+    model = load_model(RETRIEVER, "auto")
+    count = PASSKEY_CALIBRATION + PASSKEY_HELD_OUT
+    prompts, _ = make_prompts(count, PASSKEY_TOKENS, PASSKEY_SEED, PASSKEY_WINDOW)
+    calibration, held_out = torch.tensor(prompts).split([PASSKEY_CALIBRATION, PASSKEY_HELD_OUT])
+    path.unlink(missing_ok=True)
+    calibrate_model(Task(model, find_layers(model), calibration, held_out), PRESETS["skvq_k2v2"], path)
 
 
 #: Table: (its function, prompts, prompts with --quick).
@@ -180,6 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m bench.quality.kv_cache", description="Quality of KV caches.")
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"default all: {', '.join(TABLES)}")
+    parser.add_argument("--arms", nargs="+", default=(), metavar="NAME", help="these alone, beside bf16")
     parser.add_argument("--quick", action="store_true", help="few prompts: shows that it runs, not a result")
     parser.add_argument("--work", type=Path, metavar="DIR", help="keep models here")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="folder of the records")
@@ -187,6 +233,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [name for name in options.tables if name not in TABLES]
     if unknown:
         parser.error(f"no table {unknown[0]!r}; known: {', '.join(TABLES)}")
+
+    def pick(arms: Sequence[Arm]) -> list[Arm]:
+        return [arm for arm in arms if not options.arms or arm.name == STOCK or arm.name in options.arms]
+
     with tempfile.TemporaryDirectory(prefix="vllm-ext-kv-quality-") as folder:
         work = options.work or Path(folder)
         work.mkdir(parents=True, exist_ok=True)
@@ -204,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 values = ", ".join(f"{key} {one.value:.4g}" for key, one in metrics.items() if one.value is not None)
                 print(f"kv_{name}: {arm.name}: {values}", file=sys.stderr, flush=True)
 
-            measure(work, quick if options.quick else full, record)
+            measure(work, quick if options.quick else full, record, pick)
     return 0
 
 

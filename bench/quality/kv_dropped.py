@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a text loses when a cache stores nothing: the arm that says whether the text can judge a cache at all.
+"""What a model loses when a cache stores nothing: the arm that says whether a task can judge a cache at all.
 
 Where a model needs no more than the window and the sinks, every cache looks perfect.
 """
@@ -7,26 +7,25 @@ Where a model needs no more than the window and the sinks, every cache looks per
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from vllm_ext.kv_cache.calibrate_attention import Handler
     from vllm_ext.kv_cache.presets import Preset
 
 #: Perplexity without the past, over perplexity with it, from which a text can judge caches.
 LEAST_LOSS = 1.02
 
 
-def measure_dropped(model: Any, windows: np.ndarray, preset: Preset) -> float:
-    """Perplexity of windows, int64 [windows, context], where queries read the window and sinks of a preset alone.
-
-    model: of transformers. Without the engine, like the calibration of a cache.
-    """
+def drop_past(preset: Preset) -> Handler:
+    """Attention of a transformers model whose queries read the window and the sinks of a preset alone."""
     import torch
 
-    from vllm_ext.kv_cache.calibrate_attention import attend, mark_full_precision, run_model, score
+    from vllm_ext.kv_cache.calibrate_attention import attend, mark_full_precision, score
 
     def run(module: object, query: Any, key: Any, value: Any, scaling: float) -> Any:
         outputs = []
@@ -37,12 +36,41 @@ def measure_dropped(model: Any, windows: np.ndarray, preset: Preset) -> float:
             outputs.append(attend(exact, unread, one_value, torch.zeros_like(one_value.float()), is_full))
         return torch.stack(outputs).to(query)
 
-    total = 0.0
+    return run
+
+
+def measure_dropped(model: Any, windows: np.ndarray, preset: Preset) -> float:
+    """Perplexity of windows, int64 [windows, context], where queries read the window and sinks of a preset alone.
+
+    model: of transformers. Without the engine, like the calibration of a cache.
+    """
+    import torch
+
+    from vllm_ext.kv_cache.calibrate_attention import run_model
+
+    total, handler = 0.0, drop_past(preset)
     for window in torch.from_numpy(np.asarray(windows)).split(1):
-        logits = run_model(model, window, run, logits=True)
+        logits = run_model(model, window, handler, logits=True)
         assert logits is not None
         total += float(torch.nn.functional.cross_entropy(logits[0, :-1], window[0, 1:], reduction="sum"))
     return math.exp(total / (len(windows) * (np.shape(windows)[1] - 1)))
+
+
+def answer_dropped(model: Any, prompts: Sequence[Sequence[int]], keys: Sequence[Sequence[int]], preset: Preset) -> Any:
+    """The tokens that a model would answer, int64 [prompts, tokens], with the past dropped as above.
+
+    Every token is asked after the right ones before it, which can only help.
+    """
+    import torch
+
+    from vllm_ext.kv_cache.calibrate_attention import run_model
+
+    handler, answers = drop_past(preset), []
+    for prompt, key in zip(prompts, keys, strict=True):
+        logits = run_model(model, torch.tensor([[*prompt, *key]]), handler, logits=True)
+        assert logits is not None
+        answers.append(logits[0, len(prompt) - 1 : -1].argmax(-1))
+    return torch.stack(answers).numpy()
 
 
 def measure_loss(directory: Path, prompts: list[list[int]], preset: Preset) -> float:

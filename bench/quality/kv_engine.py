@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vllm_ext.config import KV_CACHE_DTYPES
+
 if TYPE_CHECKING:
     from vllm import LLM
 
@@ -22,8 +24,8 @@ MAX_MODEL_LEN = 1024
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to keep keys and values. dtype: of `--kv-cache-dtype`, None for the model's; block: `kv_cache` settings;
-    arguments: further ones of the engine."""
+    """One way to keep keys and values. dtype: of `--kv-cache-dtype`, None for the model's; block: `kv_cache` settings
+    of a preset; arguments: further ones of the engine."""
 
     name: str
     dtype: str | None = None
@@ -38,9 +40,9 @@ def start_engine(model: Path, arm: Arm) -> Iterator[LLM]:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM
 
-    ours: dict[str, Any] = {}
-    if arm.dtype is not None:
-        ours = {"kv_cache_dtype": arm.dtype, "additional_config": {"vllm_ext": {"kv_cache": dict(arm.block)}}}
+    ours: dict[str, Any] = {} if arm.dtype is None else {"kv_cache_dtype": arm.dtype}
+    if arm.dtype in KV_CACHE_DTYPES:
+        ours["additional_config"] = {"vllm_ext": {"kv_cache": dict(arm.block)}}
     given = {
         "dtype": "bfloat16", "enforce_eager": True, "max_model_len": MAX_MODEL_LEN, "max_num_seqs": 8,
         "enable_prefix_caching": False, "max_logprobs": -1, "skip_tokenizer_init": True, **ours, **arm.arguments,

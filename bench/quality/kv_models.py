@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models that are hard on a quantized KV cache: planted outliers and biases in K, and a retriever of passkeys."""
+"""What is hard on a quantized KV cache, and what is bad at it: planted outliers and biases in K; two naive bits."""
 
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench.models.make_model import make_model
+from vllm_ext.kv_cache.presets import PRESETS
 
+#: Two bits, a whole head in one group, nothing in full precision and no clip: what presets are measured against.
+NAIVE = replace(PRESETS["skvq_k2v2"], name="naive_2_bits", window=0, sinks=0, clips=(1.0,))
 #: Of the model with planted outliers: four layers of two kv heads of 128.
 PLANTED_SHAPE: dict[str, Any] = {"hidden": 512, "heads": 4, "kv_heads": 2, "intermediate": 512, "layers": 4}
 #: Channels of K per head: so many are so much larger, and so many others stand off zero by a constant. Pairs of

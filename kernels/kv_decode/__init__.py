@@ -27,7 +27,6 @@ def attend(
     window: int,
     sinks: int,
     cos_sin: torch.Tensor | None = None,
-    interleaved: bool = False,
 ) -> torch.Tensor:
     """Causal attention of a step's queries, prefill and decode alike, over a past of quantized pages.
 
@@ -41,7 +40,6 @@ def attend(
     scale            of the scores, usually D**-0.5
     window, sinks    tokens before and at each query, and at the start, that are read in full precision
     cos_sin          float [positions, rotary]: keys in the cache are not rotated yet; None: they are
-    interleaved      how channels pair up in the rotation
 
     Returns [tokens, heads, D] in query's dtype. Which key is read how is a function of the two positions alone
     (reference.py), so any split of a prompt into steps gives the same result.
@@ -51,5 +49,5 @@ def attend(
     run = cpu.attend if query.device.type == "cpu" else reference.attend
     return run(
         query, key, value, cache, block_table, query_start_loc, seq_lens, recent, recent_table, layout, key_tensors,
-        value_tensors, scale, window, sinks, cos_sin, interleaved,
+        value_tensors, scale, window, sinks, cos_sin,
     )  # fmt: skip

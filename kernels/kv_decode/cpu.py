@@ -30,7 +30,6 @@ def attend(
     window: int,
     sinks: int,
     cos_sin: torch.Tensor | None,
-    interleaved: bool,
 ) -> torch.Tensor:
     """Same arguments, result and errors as `vllm_ext.kernels.kv_decode.attend`.
 
@@ -46,7 +45,7 @@ def attend(
     if not is_fast or (ops := load_ops()) is None:
         return reference.attend(
             query, key, value, cache, block_table, query_start_loc, seq_lens, recent, recent_table, layout, key_tensors,
-            value_tensors, scale, window, sinks, cos_sin, interleaved,
+            value_tensors, scale, window, sinks, cos_sin,
         )  # fmt: skip
     out: torch.Tensor = ops.kv_attend(
         query, key, value, cache, block_table, query_start_loc, seq_lens, recent, recent_table, list_fields(layout),

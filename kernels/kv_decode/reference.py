@@ -103,7 +103,6 @@ def attend(
     window: int,
     sinks: int,
     cos_sin: torch.Tensor | None,
-    interleaved: bool,
 ) -> torch.Tensor:
     """Same arguments, result and errors as `vllm_ext.kernels.kv_decode.attend`.
 
@@ -157,7 +156,7 @@ def attend(
         stored_query, offset = transform_query(q, key_tensors)
     else:
         # The rotation mixes stored channels, so the keys go back to the model's coordinates instead.
-        keys = rotate(from_stored(keys, key_tensors), cos_sin[position], interleaved=interleaved)
+        keys = rotate(from_stored(keys, key_tensors), cos_sin[position])
         stored_query, offset = q, None
     rows = max(1, SCORES // (lens.numel() * num_heads * position.numel()))
     parts = []

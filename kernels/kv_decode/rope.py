@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rotary embedding of keys and its inverse, for caches that hold keys before it (KVQuant).
 
-A pair (a, b) of channels at position p becomes (a cos - b sin, b cos + a sin). Pairs are channel i and i + rotary/2,
-or neighbours where interleaved; channels from rotary on are left alone.
+A pair (a, b) of channels at position p becomes (a cos - b sin, b cos + a sin). Pairs are channel i and i + rotary/2;
+channels from rotary on are left alone.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 
-def rotate(x: torch.Tensor, cos_sin: torch.Tensor, *, inverse: bool = False, interleaved: bool = False) -> torch.Tensor:
+def rotate(x: torch.Tensor, cos_sin: torch.Tensor, *, inverse: bool = False) -> torch.Tensor:
     """float32 of x [..., heads, D], rotated by its rows' angles.
 
     cos_sin: float [..., rotary]: cosines, then sines, of the rows' positions; rows of vLLM's `cos_sin_cache`. A
@@ -25,7 +25,5 @@ def rotate(x: torch.Tensor, cos_sin: torch.Tensor, *, inverse: bool = False, int
         norm = cos.square() + sin.square()
         cos, sin = cos / norm, -sin / norm
     turned, rest = x.float().split([rotary, x.shape[-1] - rotary], -1)
-    shape = (rotary // 2, 2) if interleaved else (2, rotary // 2)
-    a, b = turned.unflatten(-1, shape).unbind(-1 if interleaved else -2)
-    pairs = torch.stack([a * cos - b * sin, b * cos + a * sin], -1 if interleaved else -2)
-    return torch.cat([pairs.flatten(-2), rest], -1)
+    a, b = turned.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)

@@ -118,6 +118,13 @@ def dequantize(coded: Quantized, codec: Codec, levels: torch.Tensor | None = Non
     return x.scatter(-1, coded.outlier_channels.long(), coded.outlier_values.float())
 
 
+def list_clips(codec: Codec, tensors: CodecTensors, clips: Sequence[float]) -> Sequence[torch.Tensor | float]:
+    """The shares of a group's range that `quantize` tries: a layer's own, or else `clips`."""
+    if tensors.clip is None:
+        return clips
+    return [tensors.clip.unsqueeze(-1) if codec.per_channel else tensors.clip]
+
+
 def pack_side(codes: torch.Tensor, bits: float) -> torch.Tensor:
     """uint8 [..., D] codes to the bytes of a row."""
     return pack_ternary(codes) if bits == 1.5 else pack_codes(codes, int(bits))

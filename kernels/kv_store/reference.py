@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from .arguments import check_cache, check_rows
-from .codec import CodecTensors, Quantized, pack_side, quantize, to_stored
+from .codec import CodecTensors, Quantized, list_clips, pack_side, quantize, to_stored
 from .layout import CellLayout, Codec, Section, SideSections, view_section
 from .recent import gather_recent, list_completed_groups
 
@@ -36,7 +36,7 @@ def store_kv(
     if not layout.key.per_channel:
         sides.append((key, layout.key, layout.key_sections, key_tensors))
     for x, codec, sections, tensors in sides:
-        coded = quantize(to_stored(x[rows], tensors), codec, list_clips(tensors, clips), tensors.levels)
+        coded = quantize(to_stored(x[rows], tensors), codec, list_clips(codec, tensors, clips), tensors.levels)
         _write(cache, sections.codes, block, token, pack_side(coded.codes, codec.bits))
         _write_scales(cache, sections, block, token, coded)
         _write(cache, sections.outlier_channels, block, token, coded.outlier_channels)
@@ -113,13 +113,7 @@ def store_completed_groups(
 
 def quantize_key_groups(keys: torch.Tensor, codec: Codec, tensors: CodecTensors, clips: Sequence[float]) -> Quantized:
     """Codes [groups, heads, D, group_size] and scales [groups, heads, D, 1] of keys [groups, tokens, heads, D]."""
-    shares = clips if tensors.clip is None else [tensors.clip.unsqueeze(-1)]
-    return quantize(keys.permute(0, 2, 3, 1), codec, shares, tensors.levels)
-
-
-def list_clips(tensors: CodecTensors, clips: Sequence[float]) -> Sequence[torch.Tensor | float]:
-    """The shares of a group's range that a per-token codec tries."""
-    return clips if tensors.clip is None else [tensors.clip]
+    return quantize(keys.permute(0, 2, 3, 1), codec, list_clips(codec, tensors, clips), tensors.levels)
 
 
 def _write_scales(

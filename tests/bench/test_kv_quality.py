@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,20 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from bench.quality import kv_cache, kv_models
+from bench.quality.kv_dropped import answer_dropped
+from bench.quality.kv_engine import Arm
 from bench.quality.kv_models import draw_tokens, make_planted_model
-from bench.quality.passkey import FIRST_TOKEN, KEY_TOKENS, VOCABULARY, draw_repetitions, find_stage, make_prompts
+from bench.quality.passkey import (
+    FIRST_TOKEN,
+    KEY_TOKENS,
+    RETRIEVER,
+    VOCABULARY,
+    draw_repetitions,
+    find_stage,
+    make_prompts,
+)
+from bench.records import Metric, load_records
+from vllm_ext.kv_cache.presets import PRESETS
 
 
 def test_a_key_follows_its_name_and_lies_outside_of_the_window() -> None:
@@ -69,6 +82,38 @@ def test_planted_outliers_change_keys_and_not_the_model(tmp_path: Path, monkeypa
     biased = run("biased", 1.0, 8.0)
     assert not torch.allclose(plain, biased, atol=1e-2)
     assert make_planted_model(tmp_path / "biased") == tmp_path / "biased"
+
+
+def test_the_retriever_finds_keys_and_without_the_past_none() -> None:
+    model = AutoModelForCausalLM.from_pretrained(RETRIEVER, dtype=torch.float32)
+    prompts, keys = make_prompts(3, 300, seed=1)
+    with torch.inference_mode():
+        logits = model(torch.tensor([[*prompt, *key] for prompt, key in zip(prompts, keys, strict=True)])).logits
+    assert logits[:, 299:-1].argmax(-1).tolist() == keys
+    dropped = answer_dropped(model, prompts, keys, PRESETS["skvq_k2v2"])
+    assert dropped.shape == (3, KEY_TOKENS)
+    assert not (dropped == keys).all(1).any()
+
+
+def test_arms_can_be_chosen_and_bf16_always_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def measure(work: Path, size: int, record: Callable[..., None], pick: kv_cache.Pick) -> None:
+        for arm in pick([Arm("bf16"), Arm("fp8", "fp8"), Arm("kv4", "kv4", {"calibration": str(tmp_path)})]):
+            seen.append(arm.name)
+            record(arm, {"found": Metric(float(size), "%")}, {"tokens": 3})
+
+    monkeypatch.setitem(kv_cache.TABLES, "passkey", (measure, 200, 16))
+    assert kv_cache.main(["passkey", "--arms", "kv4", "--quick", "--out", str(tmp_path)]) == 0
+    assert seen == ["bf16", "kv4"]
+    records = load_records(tmp_path)
+    assert [(one.case, one.arm, one.metrics["found"].value) for one in records] == [
+        ("kv_passkey", "bf16", 16.0), ("kv_passkey", "kv4", 16.0)
+    ]  # fmt: skip
+    # Paths of this machine are nobody's settings.
+    assert records[1].settings == {"tokens": 3, "stock_arm": "bf16", "kv_cache_dtype": "kv4", "block": {}}
+    assert kv_cache.main(["passkey", "--out", str(tmp_path)]) == 0
+    assert seen[2:] == ["bf16", "fp8", "kv4"]
 
 
 def test_an_unknown_table_ends_with_2() -> None:

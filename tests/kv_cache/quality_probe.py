@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
+from bench.quality.kv_models import NAIVE
 from vllm_ext.compress.calibration import cut_windows, load_tokenizer
 from vllm_ext.compress.evaluation import measure_perplexity
 from vllm_ext.compress.profile import load_model
@@ -26,13 +27,10 @@ from vllm_ext.kernels.kv_decode import attend
 from vllm_ext.kernels.kv_decode.rope import rotate
 from vllm_ext.kernels.kv_store import store_kv
 from vllm_ext.kernels.kv_store.codec import CodecTensors
-from vllm_ext.kernels.kv_store.layout import Codec
 from vllm_ext.kernels.kv_store.reference import store_completed_groups
 from vllm_ext.kv_cache.calibration import calibrate_layer
 from vllm_ext.kv_cache.presets import PRESETS, Preset
 
-#: What the presets are measured against: two bits, a token's whole head in one group, nothing else.
-NAIVE = Preset("naive 2 bits", Codec(2, 256), Codec(2, 256), window=0, sinks=0)
 BLOCK_SIZE = 128
 #: The name under which transformers finds the probe's attention.
 INTERFACE = "kv_quality_probe"

@@ -123,6 +123,54 @@ def test_what_runs_in_torch_is_said_at_start_up(tiny_moe: str, tmp_path: Path, m
     )
 
 
+@pytest.mark.parametrize(
+    ("dtype", "block", "named"),
+    [
+        ("skvq_k2v2", {}, "skvq_k2v2"),
+        ("kv4", {}, "kv4"),
+        ("kivi_k2v2", {}, None),
+        ("kvplan", {"layer_bits": {"0": "kivi_k2v2", "1-2": "k3v2", "default": "k4v15"}}, "k3v2, k4v15"),
+        ("kvplan", {"layer_bits": {"0": "kivi_k2v2", "default": "k8v2"}}, None),
+    ],
+)
+def test_presets_that_mix_channels_are_warned_of_where_keys_have_biases(
+    tiny_moe: str, monkeypatch: pytest.MonkeyPatch, dtype: str, block: dict[str, Any], named: str | None
+) -> None:
+    messages: list[str] = []
+    monkeypatch.setattr(engine_setup.logger, "warning", lambda text, *values: messages.append(text % values))
+    built = make_config(tiny_moe, dtype, block)
+    assert messages == []
+    monkeypatch.setattr(built.model_config.hf_text_config, "attention_bias", True)
+    engine_setup.check_engine(built)
+    if named is None:
+        assert messages == []
+    else:
+        (said,) = messages
+        assert said.startswith(f"keys of {tiny_moe} have biases, and KV-cache preset {named} codes channels")
+
+
+def test_a_calibrated_preset_is_not_warned_of(tiny_moe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    messages: list[str] = []
+    monkeypatch.setattr(engine_setup.logger, "warning", lambda text, *values: messages.append(text % values))
+    path = tmp_path / "sidecar.safetensors"
+    write_calibration(path, tiny_moe, {LAYERS[0]: CodecTensors(shift=torch.ones(2, 64))})
+    built = make_config(tiny_moe, "skvq_k2v2", {"calibration": str(path)})
+    monkeypatch.setattr(built.model_config.hf_text_config, "attention_bias", True)
+    engine_setup.check_engine(built)
+    assert messages == []
+
+
+def test_models_with_key_biases_are_known() -> None:
+    biased = [
+        {"model_type": "qwen2"},
+        {"model_type": "qwen2_5_vl_text"},
+        {"model_type": "glm4", "attention_bias": True},
+    ]
+    plain = [{"model_type": "qwen3", "attention_bias": False}, {"model_type": "llama", "qkv_bias": None}, {}]
+    assert all(engine_setup.has_key_bias(SimpleNamespace(**one)) for one in biased)
+    assert not any(engine_setup.has_key_bias(SimpleNamespace(**one)) for one in plain)
+
+
 def test_layers_of_a_plan_are_known_by_their_number() -> None:
     assert attach.find_number("model.layers.3.self_attn.attn", 5) == 3
     for prefix in ("model.layers.5.self_attn.attn", "model.layers.1.block.2.attn", "attn"):

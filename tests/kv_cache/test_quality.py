@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from bench.quality.kv_dropped import LEAST_LOSS, measure_dropped
-from tests.kv_cache.quality_probe import NAIVE, measure_preset
+from bench.quality.kv_models import NAIVE
+from tests.kv_cache.quality_probe import measure_preset
 from vllm_ext.compress.calibration import cut_windows, load_tokenizer
 from vllm_ext.compress.profile import load_model
 from vllm_ext.kv_cache.presets import PRESETS

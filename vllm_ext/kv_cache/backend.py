@@ -37,7 +37,7 @@ from vllm_ext.kernels.kv_store.codec import CodecTensors
 from vllm_ext.kernels.kv_store.layout import CellLayout
 from vllm_ext.kernels.kv_store.reference import store_completed_groups
 from vllm_ext.kv_cache.presets import Preset
-from vllm_ext.kv_cache.ranges import warn_of_lost_range
+from vllm_ext.kv_cache.ranges import count_lost_groups
 
 #: End of the name of the layer that holds a layer's window; see `recent_layer.RecentLayer`.
 RECENT_SUFFIX = ".recent"
@@ -236,7 +236,9 @@ class KVCacheImpl(AttentionImpl):
             # Rows of padding are not stored, wherever they are turned to.
             position = torch.nn.functional.pad(position, (0, len(key) - len(position)))
             stored = rotate(key, self.cos_sin[position], inverse=True)
-        warn_of_lost_range(self.preset, self.tensors, stored[:tokens], value[:tokens], self.layer_name)
+        count_lost_groups(
+            self.preset, self.tensors, stored[:tokens], value[:tokens], self.layer_name, self.engine_index
+        )
         store_kv(stored, value, kv_cache, slot_mapping, layout, *self.tensors, self.clips)
         if self.recent_name is not None:
             recent, rows = context.no_compile_layers[self.recent_name], _find(context, self.recent_name)

@@ -18,7 +18,7 @@ import torch
 from vllm_ext.compress.calibration import CalibrationError
 from vllm_ext.kernels.kv_decode.reference import is_full_precision
 from vllm_ext.kernels.kv_decode.rope import rotate
-from vllm_ext.kernels.kv_store.codec import CodecTensors, dequantize, from_stored, quantize, to_stored
+from vllm_ext.kernels.kv_store.codec import CodecTensors, dequantize, from_stored, list_clips, quantize, to_stored
 from vllm_ext.kernels.kv_store.layout import Codec
 from vllm_ext.kv_cache.presets import Preset
 
@@ -151,9 +151,7 @@ def read_back(x: torch.Tensor, codec: Codec, tensors: CodecTensors, clips: Seque
     codec: fitted to D. clips: tried where the tensors have none. Tokens behind the last whole group of a per-channel
     codec stay as they are.
     """
-    tried: Sequence[torch.Tensor | float] = clips
-    if tensors.clip is not None:
-        tried = [tensors.clip.unsqueeze(-1) if codec.per_channel else tensors.clip]
+    tried = list_clips(codec, tensors, clips)
     stored = to_stored(x, tensors)
     if codec.per_channel:
         whole = stored.shape[0] // codec.group_size * codec.group_size

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from scipy.cluster.vq import kmeans2
 
-from vllm_ext.kernels.kv_store.codec import CodecTensors, dequantize, quantize, to_stored
+from vllm_ext.kernels.kv_store.codec import CodecTensors, dequantize, list_clips, quantize, to_stored
 from vllm_ext.kernels.kv_store.layout import Codec
 from vllm_ext.kv_cache.presets import Preset
 
@@ -175,7 +175,7 @@ def fit_codebook(
     if x.shape[0] < codec.num_levels:
         raise ValueError(f"{x.shape[0]} tokens do not determine {codec.num_levels} levels: give more calibration text")
     stored, cost = _to_groups(x, codec, tensors, weights)
-    coded = quantize(stored, codec, _choose_clips(codec, tensors, clips))
+    coded = quantize(stored, codec, list_clips(codec, tensors, clips))
     scales = coded.scales.float().unsqueeze(-1)
     groups = stored.unflatten(-1, (-1, codec.group_size))
     values = (groups - coded.lows.float().unsqueeze(-1)) / scales
@@ -219,15 +219,9 @@ def head_errors(
 ) -> torch.Tensor:
     """Weighted squared error of each head, float32 [kv heads]. clips: tried where the tensors have none."""
     stored, cost = _to_groups(x, codec, tensors, weights)
-    coded = quantize(stored, codec, _choose_clips(codec, tensors, clips), tensors.levels)
+    coded = quantize(stored, codec, list_clips(codec, tensors, clips), tensors.levels)
     squared = (dequantize(coded, codec, tensors.levels) - stored).square() * cost
     return squared.transpose(0, 1).flatten(1).sum(-1)
-
-
-def _choose_clips(codec: Codec, tensors: CodecTensors, clips: Sequence[float]) -> Sequence[torch.Tensor | float]:
-    if tensors.clip is None:
-        return clips
-    return [tensors.clip.unsqueeze(-1) if codec.per_channel else tensors.clip]
 
 
 def _to_groups(

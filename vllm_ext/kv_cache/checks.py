@@ -18,9 +18,10 @@ import torch
 from vllm_ext.kernels.kv_decode.reference import read_keys, read_values
 from vllm_ext.kernels.kv_decode.rope import rotate
 from vllm_ext.kernels.kv_store import store_kv
-from vllm_ext.kernels.kv_store.codec import to_stored
+from vllm_ext.kernels.kv_store.codec import dequantize, to_stored
 from vllm_ext.kernels.kv_store.layout import CellLayout
 from vllm_ext.kernels.kv_store.recent import gather_recent
+from vllm_ext.kernels.kv_store.reference import quantize_key_groups
 
 if TYPE_CHECKING:
     from vllm_ext.kv_cache.backend import KVCacheImpl, KVCacheMetadata
@@ -40,7 +41,7 @@ def check_step(
 ) -> None:
     """Raise RuntimeError, naming layer, row of the batch and position, where the caches differ.
 
-    Per-channel keys are compared by their presence alone: their codes are those of a group, not of a token.
+    Per-channel keys are compared where all of their group is at hand in full precision.
     """
     preset = impl.preset
     if not preset.keeps_recent:
@@ -68,11 +69,44 @@ def check_step(
         readers.append((read_keys, key, impl.tensors[0]))
     for read, exact, tensors in readers:
         token = to_stored(exact, tensors)
-        there, own = ((read(*place, layout, tensors) - token).flatten(1).norm(dim=1) for place in places)
-        # Also where it is NaN.
-        differs = ~(there <= FURTHER * own + SHARE * token.flatten(1).norm(dim=1))
-        if bool(differs.any()):
-            _fail(impl, "has another token's page for", request, position, differs)
+        there, own = (read(*place, layout, tensors) for place in places)
+        _compare(impl, there, own, token, request, position)
+    if layout.key.per_channel:
+        whole = list_whole_groups(request, position, layout.key.group_size)
+        token = to_stored(key[whole], impl.tensors[0])
+        coded = quantize_key_groups(token, layout.key, impl.tensors[0], impl.clips)
+        own = dequantize(coded, layout.key, impl.tensors[0].levels).permute(0, 3, 1, 2)
+        there = read_keys(cache, block[whole], position[whole] % layout.block_size, layout, impl.tensors[0])
+        there, own, token = (x.flatten(0, 1) for x in (there, own, token))
+        _compare(impl, there, own, token, request[whole].flatten(), position[whole].flatten())
+
+
+def list_whole_groups(request: torch.Tensor, position: torch.Tensor, group_tokens: int) -> torch.Tensor:
+    """Rows of the tokens of every group of which all are listed, int64 [groups, group_tokens].
+
+    request, position: int64 [tokens], ascending.
+    """
+    first = (position % group_tokens == 0).nonzero().squeeze(-1)
+    first = first[first + group_tokens <= len(position)]
+    last = first + group_tokens - 1
+    is_whole = (request[last] == request[first]) & (position[last] == position[first] + group_tokens - 1)
+    return first[is_whole][:, None] + torch.arange(group_tokens)
+
+
+def _compare(
+    impl: KVCacheImpl,
+    there: torch.Tensor,
+    own: torch.Tensor,
+    token: torch.Tensor,
+    request: torch.Tensor,
+    position: torch.Tensor,
+) -> None:
+    """What pages hold, what a token's own codes hold, and the token, float32 [tokens, kv heads, D]."""
+    distance, least = ((x - token).flatten(1).norm(dim=1) for x in (there, own))
+    # Also where it is NaN.
+    differs = ~(distance <= FURTHER * least + SHARE * token.flatten(1).norm(dim=1))
+    if bool(differs.any()):
+        _fail(impl, "has another token's page for", request, position, differs)
 
 
 def list_expected(step: KVCacheMetadata, window: int, sinks: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,12 @@ from vllm_ext.kv_cache.sidecar import describe_model, read_sidecar
 from vllm_ext.patches import registry
 
 logger = logging.getLogger("vllm.vllm_ext")
+
+#: What configurations call a bias of k_proj, and types of models that have one in any case.
+BIAS_SETTINGS = ("attention_bias", "qkv_bias", "add_qkv_bias", "use_qkv_bias")
+BIASED_MODELS = ("qwen2",)
+#: Levels of so many bits are fine enough for a channel beside one that is some twenty times as large.
+FINE_BITS = 8
 
 
 def check_engine(vllm_config: Any) -> None:
@@ -61,15 +68,34 @@ def check_engine(vllm_config: Any) -> None:
             raise config.ConfigError(f"--kv-cache-dtype {name}: {error} (--block-size)") from error
         if reason := find_slow(preset, layout, model.dtype):
             logger.warning("KV-cache preset %s runs in torch and not in a compiled kernel: %s", preset.name, reason)
-    if settings is not None and settings.calibration is not None:
+    calibration = None if settings is None else settings.calibration
+    if calibration is None and has_key_bias(model.hf_text_config) and (named := list_mixing(presets)):
+        logger.warning(
+            "keys of %s have biases, and KV-cache preset %s codes channels of a token in one range: where some stand "
+            "far off zero, the others are read as noise. Use kivi_k2v2 or kivi_k4v4, or calibrate it (vllm-ext "
+            "calibrate-kv)", model.model, ", ".join(named),
+        )  # fmt: skip
+    if calibration is not None:
         # Also read by every worker; here a bad file stops the start at once.
-        path = Path(settings.calibration).expanduser()
+        path = Path(calibration).expanduser()
         described = describe_model(model.hf_text_config)
         layers = read_sidecar(path, presets[0], model.get_total_num_kv_heads(), head_dim, described)
         count = sum(any(field is not None for side in sides for field in side) for sides in layers.values())
         logger.info("KV-cache calibration %s: %d of %d layers calibrated", path, count, len(layers))
         if any(side.levels is not None for sides in layers.values() for side in sides) and not presets[0].pre_rope:
             logger.warning("%s has codebooks, whose layers run in torch and not in a compiled kernel", path)
+
+
+def has_key_bias(hf_text_config: Any) -> bool:
+    """Whether a model's k_proj adds a bias: its configuration says so, or its code does without asking."""
+    named = any(getattr(hf_text_config, name, False) is True for name in BIAS_SETTINGS)
+    return named or str(getattr(hf_text_config, "model_type", "")).startswith(BIASED_MODELS)
+
+
+def list_mixing(presets: Sequence[Preset]) -> list[str]:
+    """Names of the presets that code keys of several channels in one range, with so few bits that one spoils others."""
+    mixing = [one.name for one in presets if not one.key.per_channel and one.key.bits < FINE_BITS]
+    return list(dict.fromkeys(mixing))
 
 
 def find_slow(preset: Preset, layout: CellLayout, dtype: torch.dtype) -> str | None:

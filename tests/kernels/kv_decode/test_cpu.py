@@ -184,7 +184,7 @@ def make_step(
 
 
 def run_reference(step: Step) -> torch.Tensor:
-    return reference.attend(*step._replace(query=step.query.float()), cos_sin=None, interleaved=False)
+    return reference.attend(*step._replace(query=step.query.float()), cos_sin=None)
 
 
 @pytest.mark.parametrize("name", ["skvq_k2v2", "skvq_k2v15", "kivi_k2v2", "kv4"])
@@ -200,7 +200,7 @@ def test_presets_left_to_the_reference_run_all_the_same() -> None:
     outliers = plan_cells(Codec(3, 32, outliers=2), Codec(2, 32), 32, 16)
     for layout in (outliers, plan_cells(Codec(2, 24), Codec(2, 24), 24, 16)):
         step = make_step(layout, [50], window=4)
-        assert torch.equal(attend(*step), reference.attend(*step, cos_sin=None, interleaved=False))
+        assert torch.equal(attend(*step), reference.attend(*step, cos_sin=None))
     step = make_step(LAYOUTS["small"], [50], dtype=torch.float32)
     assert torch.equal(attend(*step), run_reference(step))
 
@@ -283,8 +283,9 @@ def test_what_does_not_fit_is_refused_by_name(isa: str) -> None:  # noqa: F811
         attend(*step._replace(query_start_loc=torch.tensor([0, 5])))
 
 
-def test_compiled_kernels_are_what_runs(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    step = make_step(LAYOUTS["skvq_k2v2"], [64])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_compiled_kernels_are_what_runs(isa: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    step = make_step(LAYOUTS[name], [64])
 
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("the reference ran")
