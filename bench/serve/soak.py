@@ -31,9 +31,9 @@ import aiohttp
 
 from bench.records import RESULTS, ROOT, Metric, Record, describe_environment, hide_paths, write_record
 from bench.run import leave_on_signals
-from bench.serve.server import ServerFailed, VllmServer, list_group, parse_metric
+from bench.serve.server import ServerFailed, VllmServer, parse_metric
 from bench.serve.soak_clients import Clients, Counts
-from bench.serve.usage import read_resident_bytes
+from bench.serve.usage import count_entries, read_resident_bytes
 
 CASE = "semipd_soak"
 MODES = ("always", "auto")
@@ -89,10 +89,6 @@ def take_sample(server: VllmServer, seconds: float, requests: int) -> Sample:
     group = server.process_group
     assert group is not None
     said = server.get("/metrics", timeout=60.0)
-    threads = files = 0
-    for pid in list_group(group):
-        threads += _count(Path(f"/proc/{pid}/task"))
-        files += _count(Path(f"/proc/{pid}/fd"))
 
     def read(name: str) -> float:
         value = parse_metric(said, f"vllm:{name}")
@@ -103,20 +99,13 @@ def take_sample(server: VllmServer, seconds: float, requests: int) -> Sample:
     return Sample(
         seconds=round(seconds, 2),
         resident=round(read_resident_bytes(group) / 2**20, 2),
-        threads=threads,
-        files=files,
+        threads=count_entries(group, "task"),
+        files=count_entries(group, "fd"),
         blocks=round(read("kv_cache_usage_perc"), 5),
         running=int(read("num_requests_running")),
         waiting=int(read("num_requests_waiting")),
         requests=requests,
     )
-
-
-def _count(folder: Path) -> int:
-    try:
-        return sum(1 for _ in folder.iterdir())
-    except (FileNotFoundError, ProcessLookupError):
-        return 0  # ended meanwhile
 
 
 def grow(samples: Sequence[Sample], read: Callable[[Sample], float]) -> tuple[float, float]:

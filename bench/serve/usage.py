@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CPU time and memory of a process group, read from Linux's /proc."""
+"""CPU time, memory, threads and files of a process group, read from Linux's /proc."""
 
 from __future__ import annotations
 
@@ -90,6 +90,17 @@ def _list_mappings(smaps: str) -> Iterator[tuple[list[str], dict[str, int]]]:
             header, fields = words[:5], {}
     if header:
         yield header, fields
+
+
+def count_entries(group: int, name: str) -> int:
+    """How many threads (`task`) or open files (`fd`) the live processes of a group have together."""
+    total = 0
+    for pid in list_group(group):
+        try:
+            total += len(os.listdir(f"/proc/{pid}/{name}"))
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # ended meanwhile
+    return total
 
 
 def _read(path: Path) -> Iterator[str]:

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 from bench.serve.server import list_group
-from bench.serve.usage import read_cpu, read_resident_bytes
+from bench.serve.usage import count_entries, read_cpu, read_resident_bytes
 
 
 class State(NamedTuple):
@@ -53,11 +52,4 @@ def read_parts(group: int) -> dict[str, float]:
 
 def count_threads(group: int) -> tuple[int, int]:
     """(processes, threads) of a process group."""
-    processes = threads = 0
-    for pid in list_group(group):
-        try:
-            threads += len(os.listdir(f"/proc/{pid}/task"))
-            processes += 1
-        except (ProcessLookupError, FileNotFoundError):
-            continue
-    return processes, threads
+    return len(list_group(group)), count_entries(group, "task")

@@ -254,16 +254,23 @@ def compile_or_assume(kind: str, text: str, whitespace: str | int) -> tuple[Plan
         raise
 
 
+def write_texts(grammar: Any, seed: int) -> list[str]:
+    """What finished of three texts."""
+    generator = np.random.default_rng(seed)
+    texts = [Writer(grammar, generator).write() for _ in range(3)]
+    return [text for text in texts if text is not None]
+
+
+def make_validator(schema: Any) -> Any:
+    return jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker())
+
+
 @settings(max_examples=EXAMPLES)
 @given(SCHEMAS, WHITESPACE, st.integers(0, 2**32))
 def test_finished_outputs_validate(schema: Any, whitespace: str | int, seed: int) -> None:
     plan, grammar = compile_or_assume("json", json.dumps(schema), whitespace)
-    generator = np.random.default_rng(seed)
-    validator = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker())
-    for _ in range(3):
-        text = Writer(grammar, generator).write()
-        if text is not None:
-            check(validator, text, plan)
+    for text in write_texts(grammar, seed):
+        check(make_validator(schema), text, plan)
 
 
 @settings(max_examples=EXAMPLES // 2)
@@ -272,14 +279,10 @@ def test_finished_tags_validate(schema: Any, whitespace: str | int, seed: int) -
     content = {"type": "json_schema", "json_schema": schema}
     tag = {"type": "structural_tag", "format": {"type": "tag", "begin": "<a>", "content": content, "end": "</a>"}}
     plan, grammar = compile_or_assume("structural_tag", json.dumps(tag), whitespace)
-    generator = np.random.default_rng(seed)
-    validator = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker())
-    for _ in range(3):
-        text = Writer(grammar, generator).write()
-        if text is not None:
-            assert text.startswith("<a>")
-            assert text.endswith("</a>")
-            check(validator, text.removeprefix("<a>").removesuffix("</a>"), plan)
+    for text in write_texts(grammar, seed):
+        assert text.startswith("<a>")
+        assert text.endswith("</a>")
+        check(make_validator(schema), text.removeprefix("<a>").removesuffix("</a>"), plan)
 
 
 def test_the_random_model_is_drafted_for_and_finishes() -> None:

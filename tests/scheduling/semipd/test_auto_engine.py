@@ -15,8 +15,14 @@ from typing import Any
 import pytest
 from vllm import LLM
 
-from bench.serve.server import VllmServer
-from tests.scheduling.semipd.test_engine import check_clean, find_scheduler, list_outputs, make_requests, start
+from tests.scheduling.semipd.test_engine import (
+    check_clean,
+    find_scheduler,
+    list_outputs,
+    make_requests,
+    make_server,
+    start,
+)
 from vllm_ext.scheduling.phases import pacer
 from vllm_ext.scheduling.phases.mixing import MixedModel
 from vllm_ext.scheduling.phases.view import Lane
@@ -111,15 +117,7 @@ def send(base_url: str, number: int) -> tuple[int, str]:
 def test_late_prompts_are_refused_at_the_door(tiny_moe: str, tmp_path: Path) -> None:
     """`admission: refuse` in a server: the controller's limit reaches the API process, and a burst is told at once."""
     block = {"slo_ttft_ms": 1, "slo_tpot_ms": 1, "admission": "refuse"}
-    server = VllmServer(
-        tiny_moe,
-        args=[
-            *("--max-model-len", "1024", "--max-num-batched-tokens", "128", "--enforce-eager"),
-            *("--served-model-name", "m", "--additional-config", json.dumps({"vllm_ext": {"semipd": block}})),
-        ],
-        env={"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"},
-        log_path=tmp_path / "server.log",
-    )
+    server = make_server(tiny_moe, tmp_path, "--additional-config", json.dumps({"vllm_ext": {"semipd": block}}))
     server.start()
     try:
         numbers, statuses = itertools.count(), []

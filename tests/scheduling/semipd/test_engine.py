@@ -176,19 +176,24 @@ def test_preemption_in_a_small_cache(tiny_moe: str, engine_in_process: None) -> 
     check_clean(scheduler)
 
 
-@pytest.mark.slow
-def test_vllm_serve_with_clients_that_leave(tiny_moe: str, tmp_path: Path) -> None:
-    """The engine in a process of its own: streams, some of which are closed early, and counters at /metrics."""
-    server = VllmServer(
-        tiny_moe,
+def make_server(model: str, tmp_path: Path, *options: str) -> VllmServer:
+    """A server of short chunks with these options besides, not started; its model is called m."""
+    return VllmServer(
+        model,
         args=[
             *("--max-model-len", "1024", "--max-num-batched-tokens", "128", "--enforce-eager"),
-            *("--served-model-name", "m", "--additional-config.vllm_ext.semipd.slo_ttft_ms", "300"),
-            *("--additional-config.vllm_ext.semipd.slo_tpot_ms", "50"),
+            *("--served-model-name", "m", *options),
         ],
         env={"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"},
         log_path=tmp_path / "server.log",
     )
+
+
+@pytest.mark.slow
+def test_vllm_serve_with_clients_that_leave(tiny_moe: str, tmp_path: Path) -> None:
+    """The engine in a process of its own: streams, some of which are closed early, and counters at /metrics."""
+    setting = "--additional-config.vllm_ext.semipd"
+    server = make_server(tiny_moe, tmp_path, f"{setting}.slo_ttft_ms", "300", f"{setting}.slo_tpot_ms", "50")
     server.start()
     try:
         with ThreadPoolExecutor(8) as clients:
