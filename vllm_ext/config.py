@@ -34,6 +34,7 @@ class SmartSpecSettings:
     drafter: Literal["carrier", "trie"] = "carrier"
     k_max: int | None = None
     probe_every: int | None = None
+    hold_steps: int | None = None
     policy: Literal["equal", "priority", "deadline", "priority+deadline"] = "equal"
 
 

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The controller against its alternatives on a grid of simulated servers.
 
-    python -m bench.speculation [--out DIR] [--quick] [--dry]
+    python -m bench.speculation [--out DIR] [--quick] [--hold STEPS] [--dry]
 
 Every cell is one cost model (with its per-token and drafting costs also 30 % lower and higher), one number of
 concurrent requests and one regime of acceptance; outcomes, noise and the measured prior are drawn several times, and
 the worst draw counts. Written are one record, case `smartspec_simulated`, whose metrics are the cells, and a plot.
-Simulated: no engine runs.
+Simulated: no engine runs, and control takes no time. What is lost where a plan stands for more than one step, as it
+does where control would take too much of a short step, is the arm `ours_held_STEPS` of --hold.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ class Group(NamedTuple):
     seed: int
 
 
-def run_group(group: Group, seeds: int = SEEDS, tokens: int = TOKENS, has_prior: bool = True) -> dict[str, list[Cell]]:
+def run_group(
+    group: Group, seeds: int = SEEDS, tokens: int = TOKENS, has_prior: bool = True, hold: int = 1
+) -> dict[str, list[Cell]]:
     """Simulate all policies of every cell of a group: the draws by name of the cell."""
     regime, concurrency = group.regime, group.concurrency
     workload = Workload.draw(tokens * max(concurrency, FEWEST), group.seed)
@@ -83,7 +86,7 @@ def run_group(group: Group, seeds: int = SEEDS, tokens: int = TOKENS, has_prior:
         cells[name] = []
         for seed in range(1000 * group.seed, 1000 * group.seed + seeds):
             prior = measure_prior(cost, seed) if has_prior else None
-            ours = run(Ours(cost, prior), cost, seed).time(cost)
+            ours = run(Ours(cost, prior, hold), cost, seed).time(cost)
             goodput = ours.measure_goodput()
             cells[name].append(
                 Cell(
@@ -143,13 +146,13 @@ def make_groups(quick: bool) -> list[Group]:
     return groups
 
 
-def run_grid(quick: bool) -> dict[str, list[Cell]]:
+def run_grid(quick: bool, hold: int = 1) -> dict[str, list[Cell]]:
     """The draws of every cell."""
     from rich.console import Console
     from rich.progress import track
 
     with ProcessPoolExecutor() as processes:
-        results = [processes.submit(run_group, group) for group in make_groups(quick)]
+        results = [processes.submit(run_group, group, hold=hold) for group in make_groups(quick)]
         done = [result.result() for result in track(results, "simulate", console=Console(stderr=True))]
     return dict(sorted(itertools.chain.from_iterable(cells.items() for cells in done)))
 
@@ -197,7 +200,7 @@ def summarize(cells: Mapping[str, Sequence[Cell]]) -> dict[str, Metric]:
     }
 
 
-def make_record(cells: Mapping[str, Sequence[Cell]], quick: bool) -> Record:
+def make_record(cells: Mapping[str, Sequence[Cell]], quick: bool, hold: int = 1) -> Record:
     """One record: the figures that count, then the worst draw of every cell."""
     metrics = summarize(cells)
     for name, each in cells.items():
@@ -205,8 +208,9 @@ def make_record(cells: Mapping[str, Sequence[Cell]], quick: bool) -> Record:
         metrics[f"{name}:vs_best_fixed"] = Metric(min(cell.vs_fixed for cell in each), "ratio", "higher")
         metrics[f"{name}:vs_stock_table"] = Metric(min(cell.vs_table for cell in each), "ratio", "higher")
         metrics[f"{name}:vs_published"] = Metric(min(cell.vs_published for cell in each), "ratio", "higher")
-    settings = {"simulated": True, "tokens_per_request_slot": TOKENS, "draws": SEEDS, "quick": quick}
-    return Record(CASE, "ours", 0, metrics, **describe_environment(), settings=settings)
+    settings = {"simulated": True, "tokens_per_request_slot": TOKENS, "draws": SEEDS, "quick": quick, "hold": hold}
+    arm = "ours" if hold == 1 else f"ours_held_{hold}"
+    return Record(CASE, arm, 0, metrics, **describe_environment(), settings=settings)
 
 
 def draw(cells: Mapping[str, Sequence[Cell]], path: Path) -> None:
@@ -238,11 +242,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results")
     parser.add_argument("--quick", action="store_true", help="one scale of costs and two batch sizes")
     parser.add_argument("--dry", action="store_true", help="print the figures and write nothing")
+    parser.add_argument("--hold", type=int, default=1, help="steps of the same requests that a plan stands for")
     options = parser.parse_args(argv)
-    cells = run_grid(options.quick)
-    record = make_record(cells, options.quick)
+    if options.hold < 1:
+        parser.error(f"--hold must be at least 1 step, got {options.hold}")
+    cells = run_grid(options.quick, options.hold)
+    record = make_record(cells, options.quick, options.hold)
     if not options.dry:
-        draw(cells, write_record(options.out, record).parent / "ours.svg")
+        draw(cells, write_record(options.out, record).parent / f"{record.arm}.svg")
     from rich.console import Console
     from rich.table import Table
 

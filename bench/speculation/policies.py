@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 import numpy as np
 
@@ -69,7 +69,8 @@ class Published(FixedLength):
         passes = np.array(PASSES[truth.cost.drafter])
         drafted = count * (passes if passes.any() else lengths)
         same = np.full(K_MAX + 1, count)
-        features = np.stack([count * (lengths + 1), same * 0 + batch.context_tokens, same, passes, drafted], axis=1)
+        context = same * 0 + batch.context_tokens
+        features = np.stack([count * (lengths + 1), context, same, passes, drafted, lengths > 0], axis=1)
         tokens = np.cumsum(self._rate**lengths)
         self.length = int(np.argmax(tokens / truth.cost.measure_many(features)))
         return super().plan(batch, truth)
@@ -107,6 +108,7 @@ class Oracle:
             cost = DraftCost(plain, names["tokens"], names["passes"] + count * names["drafted"])
         else:
             cost = DraftCost(plain, names["tokens"] + names["drafted"])
+        cost = cost._replace(once=names["verifies"])
         if truth.cost.graph_sizes:
             sizes = truth.cost.graph_sizes
             return choose_padded(survival, caps, cost, names["tokens"], batch.tokens, sizes, passes=passes)
@@ -120,27 +122,59 @@ class Ours:
     """The controller of the pack, as the engine has it: told the drafter's passes, the sizes of captured graphs, and
     what a sweep of forward passes took before serving."""
 
-    def __init__(self, cost: TrueCost, prior: Mapping[str, float] | None) -> None:
+    def __init__(self, cost: TrueCost, prior: Mapping[str, float] | None, hold: int = 1) -> None:
         """cost: for the sizes of graphs and the drafter's kind, which the engine's configuration says. prior: of a
-        sweep (`measure_prior`); None for none."""
+        sweep (`measure_prior`); None for none. hold: steps of the same requests that a plan stands for."""
         self.controller = GoodputController(
             K_MAX, step_time=StepTimeModel(prior), passes=PASSES[cost.drafter], graph_sizes=cost.graph_sizes
         )
+        self._hold, self._stood = hold, 1
+        self._standing: np.ndarray | None = None
+        self._ids: list[Hashable] = []
+        self._has_passes = PASSES[cost.drafter][-1] > 0
+        self._has_trimmed = False
+        self._seen: list[Observation] = []
 
     def trim(self, batch: Batch, given: np.ndarray, is_probe: bool, truth: Truth) -> np.ndarray:
-        """The controller's choice among the drafts."""
-        return self.controller.trim_drafts(batch, given, is_probe)
+        """The controller's choice among the drafts; all of them under a plan that stands."""
+        if self._stands(batch):
+            return given
+        kept = self.controller.trim_drafts(batch, given, is_probe)
+        self._has_trimmed = bool((kept < given).any())
+        return kept
 
     def plan(self, batch: Batch, truth: Truth) -> Plan:
         """The controller's lengths."""
-        decision = self.controller.plan_drafts(batch)
+        if self._stands(batch):
+            assert self._standing is not None
+            self._stood += 1
+            return Plan(self._standing)
+        decision = self.controller.plan_drafts(batch, self._stood)
+        self._stood, self._ids = 1, list(batch.request_ids)
+        if decision.may_stand and not (self._has_passes and self._has_trimmed):
+            self._standing = decision.lengths
+        self._has_trimmed = False
         return Plan(decision.lengths, decision.is_probe)
 
     def observe(self, observation: Observation) -> None:
         """As the scheduler mixin does after a step."""
-        ids, drafted, accepted, features, milliseconds, is_probe = observation
-        self.controller.observe(ids, drafted, accepted, features, milliseconds, is_probe)
-        self.controller.forget(dict.fromkeys(ids))
+        self._seen.append(observation)
+        if self._standing is None or self._stood >= self._hold:
+            self._learn()
+
+    def _stands(self, batch: Batch) -> bool:
+        if self._standing is not None and self._stood < self._hold and self._ids == list(batch.request_ids):
+            return True
+        self._standing = None
+        self._learn()
+        return False
+
+    def _learn(self) -> None:
+        for ids, drafted, accepted, features, milliseconds, is_probe in self._seen:
+            self.controller.observe(ids, drafted, accepted, features, milliseconds, is_probe)
+        if self._seen:
+            self.controller.forget(dict.fromkeys(self._seen[-1].request_ids))
+        self._seen = []
 
 
 def measure_prior(cost: TrueCost, seed: int) -> dict[str, float]:

@@ -47,7 +47,7 @@ class TrueCost:
         return step + each_token * tokens + sum(map(float.__mul__, each, map(float, others)))
 
     def measure_many(self, features: np.ndarray) -> np.ndarray:
-        """Milliseconds of each row, float64 [steps], of features [steps, 5]."""
+        """Milliseconds of each row, float64 [steps], of features [steps, 6]."""
         values = features.astype(float)
         if self.graph_sizes:
             sizes, tokens = np.array(self.graph_sizes), values[:, 0]
@@ -144,26 +144,26 @@ class DraftPolicy(Protocol):
 @dataclass
 class Trace:
     """Every step: expected tokens, features, work done before it (0 to 1), and what probes added to it (drafts
-    verified, drafter's passes, drafter's positions)."""
+    verified, drafter's passes, drafter's positions, 1 where these are all that is verified)."""
 
     tokens: list[float] = field(default_factory=list)
     features: list[StepFeatures] = field(default_factory=list)
     progress: list[float] = field(default_factory=list)
-    probes: list[tuple[int, int, int]] = field(default_factory=list)
+    probes: list[tuple[int, int, int, int]] = field(default_factory=list)
 
     def without_drafter(self) -> Trace:
         """The same steps in an engine that has none. Raises ValueError where anything was drafted."""
         if any(features.tokens > features.requests for features in self.features):
             raise ValueError("a trace with drafts needs its drafter")
         plain = [features._replace(passes=0, drafted=0) for features in self.features]
-        return Trace(self.tokens, plain, self.progress, [(0, 0, 0)] * len(plain))
+        return Trace(self.tokens, plain, self.progress, [(0, 0, 0, 0)] * len(plain))
 
     def time(self, cost: TrueCost) -> TimedTrace:
         """The same with the milliseconds of each step."""
         features = np.array(self.features, np.int64).reshape(len(self.tokens), -1)
         milliseconds = cost.measure_many(features)
         without = features.copy()
-        without[:, [0, 3, 4]] -= np.array(self.probes, np.int64)
+        without[:, [0, 3, 4, 5]] -= np.array(self.probes, np.int64)
         probing = milliseconds - cost.measure_many(without)
         return TimedTrace(np.array(self.tokens), milliseconds, np.array(self.progress), probing)
 
@@ -211,7 +211,7 @@ def simulate(
         lengths, plans_probe = policy.plan(batch, truth)
         passes, verified = passes_of[int(lengths.max())], int(kept.sum())
         drafted = count * passes if has_passes else int(lengths.sum())
-        features = StepFeatures(count + verified, batch.context_tokens, count, passes, drafted)
+        features = StepFeatures(count + verified, batch.context_tokens, count, passes, drafted, int(verified > 0))
         # A request's last step makes no more than it needs.
         expected = 1 + (np.cumprod(hazards, axis=1) * (positions < kept[:, None])).sum(axis=1)
         expected = np.minimum(expected, workload.lengths[ids] - made)
@@ -219,7 +219,7 @@ def simulate(
         trace.features.append(features)
         trace.progress.append(progress)
         extra = (passes - passes_of[0], drafted - count * passes_of[0]) if plans_probe else (0, 0)
-        trace.probes.append((verified if is_probe else 0, *extra))
+        trace.probes.append((verified if is_probe else 0, *extra, int(is_probe and verified > 0)))
         passed = np.cumprod(rng.random(hazards.shape) < hazards, axis=1).sum(axis=1)
         milliseconds = cost.measure(features) * rng.lognormal(0, NOISE)
         policy.observe(Observation(batch.request_ids, kept, np.minimum(passed, kept), features, milliseconds, is_probe))

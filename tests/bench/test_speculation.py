@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The simulator: its numbers are those of its model, it drives the controller as the engine does, and ours keeps up."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -19,7 +21,7 @@ from bench.speculation.simulator import (
     simulate,
 )
 from vllm_ext.speculation.controller import Batch
-from vllm_ext.speculation.step_time import StepFeatures
+from vllm_ext.speculation.step_time import COEFFICIENTS, StepFeatures
 
 REGIME = {regime.name: regime for regime in REGIMES}
 COST = read_costs(COSTS.read_text())
@@ -120,7 +122,7 @@ def test_the_prior_is_what_a_sweep_shows() -> None:
     [
         ("a: {step: 1.0, tokens: 1.0}", "cost a: missing or unknown coefficients"),
         (
-            "a: {step: 1, tokens: 1, context_tokens: 0, requests: 0, passes: 0, drafted: 0, drafter: oracle}",
+            f"a: {json.dumps({**dict.fromkeys(COEFFICIENTS, 1), 'drafter': 'oracle'})}",
             "cost a: drafter 'oracle' must be one of model, lookup",
         ),
     ],

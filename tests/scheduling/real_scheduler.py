@@ -52,12 +52,13 @@ def build_scheduler(
     num_seqs: int = 8,
     method: str = "ngram",
     compose: Callable[[str], type] = lambda base: make_scheduler(base, ("smartspec",)),
+    hold_steps: int = 1,
     **smartspec: Any,
 ) -> Any:
     """A vLLM scheduler with the goodput mixin, over KV blocks for num_seqs long requests.
 
     base: "Scheduler" or "AsyncScheduler". cache_dir: where measured step times are looked for. compose: the class for a
-    base. smartspec: settings.
+    base. hold_steps: by default every step has a plan of its own, whatever the machine takes. smartspec: settings.
     """
     model = ModelConfig(model=str(MODEL), dtype="float32", max_model_len=2048)
     parallel = ParallelConfig()
@@ -72,7 +73,9 @@ def build_scheduler(
             method=method, num_speculative_tokens=k, target_model_config=model, target_parallel_config=parallel
         ),
         device_config=DeviceConfig("cpu"),
-        additional_config={"vllm_ext": {"smartspec": smartspec, "cache_dir": str(cache_dir)}},
+        additional_config={
+            "vllm_ext": {"smartspec": {"hold_steps": hold_steps, **smartspec}, "cache_dir": str(cache_dir)}
+        },
     )
     # The CPU platform switches asynchronous scheduling off; AsyncScheduler itself runs anywhere.
     vllm_config.scheduler_config.async_scheduling = base == "AsyncScheduler"

@@ -55,7 +55,7 @@ def script_plans(scheduler: Any, plans: list[tuple[int, bool]]) -> None:
     """Have the controller plan these (length of all, whether it is a probe) one after another, then nothing."""
     left = iter(plans)
 
-    def plan(batch: Batch) -> Decision:
+    def plan(batch: Batch, steps: int) -> Decision:
         length, is_probe = next(left, (0, False))
         return Decision(np.full(len(batch.request_ids), length, np.int64), 1.0, 1.0, is_probe)
 
@@ -122,7 +122,9 @@ def test_features_are_what_the_drafter_does(method: str, passes: int, drafted: i
     )
     seen = record_observed(scheduler)
     lengths = np.array([2, 0])
-    scheduler._controller.plan_drafts = lambda batch: Decision(lengths[: len(batch.request_ids)], 1.0, 1.0, False)
+    scheduler._controller.plan_drafts = lambda batch, steps: Decision(
+        lengths[: len(batch.request_ids)], 1.0, 1.0, False
+    )
     scheduler._controller.trim_drafts = lambda batch, drafted, is_probe: drafted
     add_request(scheduler, "a")
     add_request(scheduler, "b")
@@ -140,7 +142,7 @@ def test_prompts_beside_the_drafts_count(tmp_path: Path) -> None:
     planned: list[int] = []
     trim, plan = scheduler._controller.trim_drafts, scheduler._controller.plan_drafts
     scheduler._controller.trim_drafts = lambda batch, *rest: (trimmed.append(batch.tokens), trim(batch, *rest))[1]
-    scheduler._controller.plan_drafts = lambda batch: (planned.append(batch.tokens), plan(batch))[1]
+    scheduler._controller.plan_drafts = lambda batch, steps: (planned.append(batch.tokens), plan(batch))[1]
     add_request(scheduler, "a")
     run_step(scheduler, {"a": 2})
     run_step(scheduler, {"a": 2})

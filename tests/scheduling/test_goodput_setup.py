@@ -11,8 +11,16 @@ from vllm.config import CUDAGraphMode
 from tests.scheduling.configurations import K, describe_engine, pretend_cuda
 from vllm_ext import config
 from vllm_ext.scheduling.goodput_setup import check_engine, describe_plan, plan_control
+from vllm_ext.speculation.pace import HOLD_STEPS
 
 SPLIT = CUDAGraphMode.FULL_AND_PIECEWISE
+
+
+def check_plan(engine: Any, plan: tuple[Any, ...], line: str) -> None:
+    """Where drafts are planned, a plan may stand for several steps, and nowhere else."""
+    found = plan_control(engine)
+    assert found == (*plan, HOLD_STEPS if found.plans_drafts else 1)
+    assert line in describe_plan(engine, found)
 
 
 @pytest.mark.parametrize("policy", ["equal", "priority", "deadline", "priority+deadline"])
@@ -28,6 +36,7 @@ def test_what_is_accepted(policy: str) -> None:
         (describe_engine(k_max=7), "k_max must be 1 to num_speculative_tokens=6, got 7: raise"),
         (describe_engine(k_max=0), "k_max must be 1 to num_speculative_tokens=6, got 0"),
         (describe_engine(probe_every=0), "probe_every must be at least 1 step, got 0"),
+        (describe_engine(hold_steps=0), "hold_steps must be at least 1 step, got 0"),
         (describe_engine(drafter="trie", uses_v2=True), "needs the V1 model runner, and this engine uses V2"),
         (describe_engine("extract_hidden_states", uses_v2=True), "'extract_hidden_states', which makes no drafts"),
     ],
@@ -85,8 +94,7 @@ def test_a_missing_drafter_is_named() -> None:
     ],
 )
 def test_what_is_controlled_without_graphs(engine: Any, plan: tuple[Any, ...], line: str) -> None:
-    assert plan_control(engine) == plan
-    assert line in describe_plan(engine, plan_control(engine))
+    check_plan(engine, plan, line)
 
 
 @pytest.mark.parametrize(
@@ -144,8 +152,7 @@ def test_what_is_controlled_with_graphs(
     """On CUDA, which is not at hand: only what is captured may be used."""
     pretend_cuda(monkeypatch)
     check_engine(engine)
-    assert plan_control(engine) == plan
-    assert line in describe_plan(engine, plan_control(engine))
+    check_plan(engine, plan, line)
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,8 @@ class Server:
             lengths, self._is_probe = decision.lengths, decision.is_probe
         passes = self._passes[int(lengths.max())]
         drafted = count * passes if self._passes[-1] else int(lengths.sum())
-        features = StepFeatures(count + int(kept.sum()), batch.context_tokens, count, passes, drafted)
+        verified = int(kept.sum())
+        features = StepFeatures(count + verified, batch.context_tokens, count, passes, drafted, int(verified > 0))
         time = self.measure(features)
         passed = np.cumprod(self._rng.random((count, self.k_max)) < chance, axis=1).sum(axis=1)
         self.controller.observe(

@@ -9,10 +9,10 @@ import pytest
 from tests.speculation.server import COMPUTE_BOUND, Server, Step, find_recovery, measure_goodput
 from vllm_ext.speculation.controller import Batch, GoodputController
 from vllm_ext.speculation.probing import PROBE_SHARE
-from vllm_ext.speculation.step_time import StepFeatures, StepTimeModel
+from vllm_ext.speculation.step_time import COEFFICIENTS, StepFeatures, StepTimeModel
 
 #: A step of 10 ms; a draft costs 1 ms to make for all requests and 0.3 ms to verify for each.
-PRIOR = {"step": 10.0, "tokens": 0.3, "context_tokens": 0.0, "requests": 0.0, "passes": 1.0, "drafted": 0.0}
+PRIOR = {**dict.fromkeys(COEFFICIENTS, 0.0), "step": 10.0, "tokens": 0.3, "passes": 1.0}
 #: One pass for each position, and one where nothing is asked for.
 PASSES = [1, 1, 2, 3, 4, 5, 6]
 REQUESTS = ["a", "b", "c", "d"]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from vllm_ext.speculation.goodput import DraftCost, choose_lengths, choose_padded, choose_uniform
 
 chances = st.floats(0.0, 1.0)
-costs = st.builds(DraftCost, st.floats(0.1, 50), st.floats(0, 10), st.floats(0, 10))
+costs = st.builds(DraftCost, st.floats(0.1, 50), st.floats(0, 10), st.floats(0, 10), st.floats(0, 10))
 
 
 def make_survival(hazards: list[list[float]]) -> np.ndarray:
@@ -25,9 +25,15 @@ def judge(survival: np.ndarray, lengths: Sequence[int], time: float, weights: np
     return float(sum(w * (np.log(tokens) - np.log(time)) for w, tokens in zip(weights, made, strict=True)))
 
 
+def measure(cost: DraftCost, lengths: Sequence[int], passes: Sequence[int]) -> float:
+    """Milliseconds, written out."""
+    longest = max(lengths)
+    return cost.fixed + cost.per_token * sum(lengths) + cost.per_pass * passes[longest] + cost.once * (longest > 0)
+
+
 def find_best(survival: np.ndarray, caps: np.ndarray, cost: DraftCost, weights: np.ndarray) -> float:
     return max(
-        judge(survival, lengths, cost.fixed + cost.per_token * sum(lengths) + cost.per_pass * max(lengths), weights)
+        judge(survival, lengths, measure(cost, lengths, range(10)), weights)
         for lengths in itertools.product(*(range(cap + 1) for cap in caps))
     )
 
@@ -42,9 +48,7 @@ def test_no_combination_of_lengths_is_better(data: st.DataObject, n: int, k_max:
     assert (choice.lengths >= 0).all()
     taken = sum(survival[i, :k].sum() for i, k in enumerate(choice.lengths))
     assert choice.tokens == pytest.approx(n + taken)
-    assert choice.milliseconds == pytest.approx(
-        cost.fixed + cost.per_token * choice.lengths.sum() + cost.per_pass * choice.lengths.max()
-    )
+    assert choice.milliseconds == pytest.approx(measure(cost, choice.lengths.tolist(), range(10)))
     found = judge(survival, choice.lengths.tolist(), choice.milliseconds, weights)
     assert found >= find_best(survival, caps, cost, weights) - 1e-9
 
@@ -57,13 +61,9 @@ def test_no_combination_is_better_whatever_passes_a_length_takes(
     caps = np.array(data.draw(st.lists(st.integers(0, 3), min_size=n, max_size=n)))
     passes = np.cumsum(rises).tolist()
     choice = choose_lengths(survival, caps, cost, passes=passes)
-
-    def measure(lengths: Sequence[int]) -> float:
-        return cost.fixed + cost.per_token * sum(lengths) + cost.per_pass * passes[max(lengths)]
-
-    assert choice.milliseconds == pytest.approx(measure(choice.lengths.tolist()))
+    assert choice.milliseconds == pytest.approx(measure(cost, choice.lengths.tolist(), passes))
     best = max(
-        judge(survival, lengths, measure(lengths), np.ones(n))
+        judge(survival, lengths, measure(cost, lengths, passes), np.ones(n))
         for lengths in itertools.product(*(range(cap + 1) for cap in caps))
     )
     assert judge(survival, choice.lengths.tolist(), choice.milliseconds, np.ones(n)) >= best - 1e-9
@@ -112,7 +112,9 @@ def test_a_heavier_request_drafts_more() -> None:
     assert choice.lengths.tolist() == [1, 0]
 
 
-@pytest.mark.parametrize("cost", [DraftCost(0.0, 1.0), DraftCost(float("nan"), 1.0), DraftCost(1.0, -1.0)])
+@pytest.mark.parametrize(
+    "cost", [DraftCost(0.0, 1.0), DraftCost(float("nan"), 1.0), DraftCost(1.0, -1.0), DraftCost(1.0, 0.0, 0.0, -1.0)]
+)
 def test_times_that_are_none(cost: DraftCost) -> None:
     with pytest.raises(ValueError, match="times must be positive, got DraftCost"):
         choose_lengths(np.ones((1, 1)), np.array([1]), cost)
@@ -134,9 +136,9 @@ def test_padded_steps_are_filled_as_well_as_any_combination(
     assert (choice.lengths <= caps).all()
     best = -np.inf
     for lengths in itertools.product(*(range(cap + 1) for cap in caps)):
-        drafts, passes = sum(lengths), max(lengths)
+        drafts = sum(lengths)
         room = min(size for size in sizes if size >= n + drafts) - n
-        time = cost.fixed + padding * room + (cost.per_token - padding) * drafts + cost.per_pass * passes
+        time = measure(cost, lengths, range(10)) + padding * (room - drafts)
         best = max(best, judge(survival, lengths, time, np.ones(n)))
     assert judge(survival, choice.lengths.tolist(), choice.milliseconds, np.ones(n)) >= best - 1e-9
 

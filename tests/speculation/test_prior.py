@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from vllm_ext.speculation.prior import LEAST, MOST, fit_prior, load_prior, store_prior
 from vllm_ext.speculation.step_time import COEFFICIENTS, DEFAULT_PRIOR, StepFeatures, StepTimeModel
 
-TRUE = {"step": 12.0, "tokens": 0.4, "context_tokens": 5e-4, "requests": 0.05, "passes": 1.5, "drafted": 0.02}
+TRUE = dict(zip(COEFFICIENTS, (12.0, 0.4, 5e-4, 0.05, 1.5, 0.02, 0.8), strict=True))
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -106,7 +106,7 @@ def test_a_folder_in_the_files_place(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["model.json"]
 
 
-@given(st.lists(st.floats(0.0, MOST, exclude_max=True), min_size=6, max_size=6))
+@given(st.lists(st.floats(0.0, MOST, exclude_max=True), min_size=len(COEFFICIENTS), max_size=len(COEFFICIENTS)))
 def test_whatever_is_loaded_can_be_fitted(values: list[float]) -> None:
     """A file of an accepted shape never stops the engine that learns from it."""
     with tempfile.TemporaryDirectory() as folder:

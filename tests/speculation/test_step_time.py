@@ -15,7 +15,7 @@ from vllm_ext.speculation.step_time import (
     StepTimeModel,
 )
 
-TRUE = {"step": 12.0, "tokens": 0.4, "context_tokens": 5e-4, "requests": 0.05, "passes": 1.5, "drafted": 0.02}
+TRUE = dict(zip(COEFFICIENTS, (12.0, 0.4, 5e-4, 0.05, 1.5, 0.02, 0.8), strict=True))
 
 
 def measure(features: StepFeatures, true: Mapping[str, float] = TRUE) -> float:
@@ -25,7 +25,8 @@ def measure(features: StepFeatures, true: Mapping[str, float] = TRUE) -> float:
 def draw_features(rng: np.random.Generator) -> StepFeatures:
     requests, passes = int(rng.integers(1, 33)), int(rng.integers(0, 6))
     drafted = int(rng.integers(0, passes * requests + 1))
-    return StepFeatures(requests + drafted, requests * int(rng.integers(100, 2000)), requests, passes, drafted)
+    context = requests * int(rng.integers(100, 2000))
+    return StepFeatures(requests + drafted, context, requests, passes, drafted, int(drafted > 0))
 
 
 def run(model: StepTimeModel, steps: int, noise: float = 0.05, true: Mapping[str, float] = TRUE, seed: int = 0) -> None:

@@ -10,27 +10,24 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
-from vllm.v1.request import RequestStatus
 
 from vllm_ext import observability
 from vllm_ext.scheduling import goodput_setup
+from vllm_ext.scheduling.outcomes import Outcome, StepNotes, read_trials, report_outcomes, teach
 from vllm_ext.speculation.controller import Batch, Decision
-from vllm_ext.speculation.draft_source import count_trials
+from vllm_ext.speculation.pace import Pace
 from vllm_ext.speculation.step_time import StepFeatures
 
 
-class StepNotes(NamedTuple):
-    """What the mixin keeps of a scheduled step until its output arrives."""
+class Standing(NamedTuple):
+    """A plan that steps of the same requests after the one it was made in may have too (`pace.Pace`)."""
 
-    started: float  # seconds of time.perf_counter, at the start of schedule()
-    #: Requests that had drafts of a drafter. What else vLLM schedules as drafts is padding.
+    request_ids: list[str]
     proposed: frozenset[str]
-    #: Of these, how many at the front were certain, by request: no trials of the drafter.
-    certain: Mapping[str, int]
-    #: None for a step with prompt tokens in it, whose time says little about drafts.
-    features: StepFeatures | None
-    #: Whether the drafts that this step verifies come from a plan that was a probe. Plans made since are another's.
-    is_probe: bool
+    steps: int
+    lengths: dict[str, int]
+    longest: int
+    total: int
 
 
 class GoodputMixin:
@@ -40,6 +37,9 @@ class GoodputMixin:
     _update_after_schedule  sets how much the step drafts: `num_spec_tokens_to_schedule`, which all model runners
                             read, and `draft_lengths` by request, which the V1 runner's patch reads
     update_from_output      accepted drafts by request, and the time of the step
+
+    Where control would take more than a hundredth of a step, a plan stands for a few steps of the same requests
+    (`pace.Pace`). These trim nothing and learn nothing; the next step with a plan of its own learns from all of them.
 
     Lengths depend on finished steps only, never on the drafts they cut: the output distribution stays that of the
     target model.
@@ -70,7 +70,18 @@ class GoodputMixin:
         self._started = self._finished = 0.0
         #: Running requests when schedule() began, and what they have in the KV cache.
         self._ids: list[str] = []
+        self._proposed: frozenset[str] = frozenset()
         self._context = self._longest = 0
+        self._pace = Pace(self._plan.hold_steps)
+        #: The plan that the next steps may share, and how many steps there were since it was made, with that one.
+        self._standing: Standing | None = None
+        self._stood = 1
+        #: Finished steps that nothing was learned from yet, and drafts planned that were not counted yet.
+        self._outcomes: list[Outcome] = []
+        self._planned = 0
+        #: Seconds that this step has taken for control so far, and whether it had to trim anything.
+        self._control = 0.0
+        self._has_trimmed = False
         #: Whether the V1 runner's drafter had no room for the longest request of the last step. It then drafts for
         #: none, and hands back tokens of 0 in place of drafts.
         self._is_drafter_full = False
@@ -87,10 +98,17 @@ class GoodputMixin:
         self._context, self._longest = sum(computed), max(computed, default=0)
         # Of the newest plan, asynchronously too: its placeholders are what is verified next.
         self._is_probe = self._decision is not None and self._decision.is_probe
-        drafted = list(map(len, [request.spec_token_ids for request in running]))
-        if self._plan.trims and any(drafted):
-            drafted = self._trim(running, np.array(drafted, np.int64)).tolist()
-        self._proposed = frozenset(itertools.compress(self._ids, drafted))
+        self._control, standing = 0.0, self._standing
+        if standing and self._stood < standing.steps and standing.request_ids == self._ids and not self.certain_drafts:
+            self._proposed = standing.proposed
+        else:
+            self._standing, self._has_trimmed = None, False
+            self._learn()
+            drafted = list(map(len, [request.spec_token_ids for request in running]))
+            if self._plan.trims and any(drafted):
+                drafted = self._trim(running, np.array(drafted, np.int64)).tolist()
+            self._proposed = frozenset(itertools.compress(self._ids, drafted))
+            self._control = time.perf_counter() - self._started
         return super().schedule(*args, **kwargs)  # type: ignore[misc]
 
     def _trim(self, running: Sequence[Any], given: np.ndarray) -> np.ndarray:
@@ -109,7 +127,9 @@ class GoodputMixin:
         batch = Batch(self._ids, tokens, self._context)
         most = 0 if self._is_drafter_full else self._plan.k_max
         kept = certain + self._controller.trim_drafts(batch, np.minimum(free, most), self._is_probe)
-        for row in np.flatnonzero(kept < given).tolist():
+        cut = np.flatnonzero(kept < given).tolist()
+        self._has_trimmed = bool(cut)
+        for row in cut:
             # A new list: asynchronous scheduling gives all requests the same one.
             running[row].spec_token_ids = running[row].spec_token_ids[: kept[row]]
         return kept
@@ -141,26 +161,52 @@ class GoodputMixin:
             verified = sum(map(len, scheduler_output.scheduled_spec_decode_tokens.values()))
             # Every request has one token and its drafts, or tokens of its prompt.
             has_prompts = scheduler_output.total_num_scheduled_tokens - verified > len(ids)
-            if self._plan.plans_drafts:
-                tokens = self._look_ahead(scheduled) if has_prompts else len(ids)
-                decision = self._controller.plan_drafts(Batch(ids, tokens, context))
-                self._decision = decision
-                lengths = [0] * len(ids) if self._is_drafter_full else decision.lengths.tolist()
-                scheduler_output.num_spec_tokens_to_schedule = max(lengths)
-                scheduler_output.draft_lengths = dict(zip(ids, lengths, strict=True))
-                planned = sum(lengths)
-                self._report_plan(decision, planned)
+            standing = self._standing
+            if standing and (has_prompts or self._is_drafter_full or ids != standing.request_ids):
+                standing = self._standing = None
+            if standing:
+                self._stood += 1
+                longest, planned = standing.longest, standing.total
+                scheduler_output.num_spec_tokens_to_schedule = longest
+                scheduler_output.draft_lengths = standing.lengths
+            elif self._plan.plans_drafts:
+                planned = self._plan_drafts(scheduler_output, ids, context, has_prompts)
+                longest = scheduler_output.num_spec_tokens_to_schedule
             else:
-                planned = scheduler_output.num_spec_tokens_to_schedule * len(ids)
+                longest = scheduler_output.num_spec_tokens_to_schedule
+                planned = longest * len(ids)
+            if self._plan.plans_drafts:
+                self._planned += planned
             features = None
             if not has_prompts:
-                passes = self._plan.passes[scheduler_output.num_spec_tokens_to_schedule]
+                passes = self._plan.passes[longest]
                 drafted = len(ids) * passes if self._has_passes else planned
-                features = StepFeatures(len(ids) + verified, context, len(ids), passes, drafted)
+                features = StepFeatures(len(ids) + verified, context, len(ids), passes, drafted, int(verified > 0))
             self._notes[id(scheduler_output)] = StepNotes(
-                self._started, self._proposed, self.certain_drafts, features, self._is_probe
+                self._started, self._proposed, self.certain_drafts, features, self._is_probe, self._control
             )
         super()._update_after_schedule(scheduler_output)  # type: ignore[misc]
+
+    def _plan_drafts(self, scheduler_output: Any, ids: list[str], context: int, has_prompts: bool) -> int:
+        """Ask the controller how much to draft; returns the sum of all lengths."""
+        began = time.perf_counter()
+        # Requests have come or gone since the step began, and a plan that stood does so no longer.
+        self._learn()
+        tokens = self._look_ahead(scheduler_output.num_scheduled_tokens) if has_prompts else len(ids)
+        decision = self._decision = self._controller.plan_drafts(Batch(ids, tokens, context), self._stood)
+        self._stood = 1
+        lengths = [0] * len(ids) if self._is_drafter_full else decision.lengths.tolist()
+        longest, planned = max(lengths), sum(lengths)
+        scheduler_output.num_spec_tokens_to_schedule = longest
+        scheduler_output.draft_lengths = dict(zip(ids, lengths, strict=True))
+        self._report_plan(decision, planned)
+        # A model drafts as much for all, and what it drafts beyond a request's own length is cut at every step.
+        has_surplus = self._has_passes and self._has_trimmed
+        if decision.may_stand and not (has_prompts or self._is_drafter_full or has_surplus):
+            draft_lengths = scheduler_output.draft_lengths
+            self._standing = Standing(ids, frozenset(ids), self._pace.steps, draft_lengths, longest, planned)
+        self._control += time.perf_counter() - began
+        return planned
 
     def _look_ahead(self, scheduled: Mapping[str, int]) -> int:
         """Tokens without drafts that the step after the one of `scheduled` tokens by request will have."""
@@ -174,70 +220,43 @@ class GoodputMixin:
         notes = self._notes.pop(id(scheduler_output), None)
         if notes is None:
             return super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
-        ids, drafted, accepted, tokens = self._read_outcomes(scheduler_output, model_runner_output, notes)
+        trials = read_trials(self.requests, scheduler_output, model_runner_output, notes)  # type: ignore[attr-defined]
         outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
         now = time.perf_counter()
-        # Asynchronous steps overlap: a step's share begins when the one before it was done.
+        # Asynchronous steps overlap: a step's share begins when the one before it was done, and control takes none of
+        # it where the step before was still being computed.
+        control = notes.control * 1e3 if notes.started >= self._finished else 0.0
         milliseconds = (now - max(notes.started, self._finished)) * 1e3
         self._finished = now
-        controller, most, features = self._controller, self._plan.k_max, notes.features if ids else None
-        if features is not None:
-            self._report_step(tokens, controller.predict(features), milliseconds)
-        # Drafters may make more than they are asked for: V1's make the full number near the end of the context.
-        learned = np.minimum(drafted, most), np.minimum(accepted, most)
-        controller.observe(ids, *learned, features, milliseconds, notes.is_probe)
-        controller.forget(self.requests)  # type: ignore[attr-defined]
-        index = self._engine_index
-        observability.add("vllm_ext:smartspec_verified_tokens_total", int(drafted.sum()), index)
-        observability.add("vllm_ext:smartspec_accepted_tokens_total", int(accepted.sum()), index)
+        self._outcomes.append(Outcome(trials, notes.features, milliseconds, control, notes.is_probe))
+        standing = self._standing
+        if standing is None or self._stood >= standing.steps or not self.running:  # type: ignore[attr-defined]
+            self._learn()
         return outputs
 
-    def _read_outcomes(
-        self, scheduler_output: Any, model_runner_output: Any, notes: StepNotes
-    ) -> tuple[list[str], np.ndarray, np.ndarray, int]:
-        """(request ids, verified drafts, accepted drafts, tokens put out) of the requests whose output counts."""
-        sampled, index = model_runner_output.sampled_token_ids, model_runner_output.req_id_to_index
-        if not sampled:
-            return [], np.zeros(0, np.int64), np.zeros(0, np.int64), 0
-        drafts, running = scheduler_output.scheduled_spec_decode_tokens, RequestStatus.RUNNING
-        ids = list(scheduler_output.num_scheduled_tokens)
-        # Over maps of bound methods: 256 requests are many for the body of a loop.
-        outputs = map(sampled.__getitem__, map(index.__getitem__, ids))
-        num_sampled = np.fromiter(map(len, outputs), np.int64, len(ids))
-        if not drafts.keys() <= notes.proposed:
-            drafts = {rid: tokens for rid, tokens in drafts.items() if rid in notes.proposed}
-        drafted = np.fromiter(map(len, map(drafts.get, ids, itertools.repeat(()))), np.int64, len(ids))
-        # Output of before a preemption is counted twice once the request runs again.
-        is_current = [
-            request is not None
-            and request.num_stale_output_tokens == 0
-            and (request.status is running or not request.is_finished())
-            for request in map(self.requests.get, ids)  # type: ignore[attr-defined]
-        ]
-        counts = np.array(is_current) & (num_sampled > 0)
-        if not counts.all():
-            ids = list(itertools.compress(ids, counts))
-            num_sampled, drafted = num_sampled[counts], drafted[counts]
-        if invalid := scheduler_output.num_invalid_spec_tokens:
-            # vLLM pads new rows with drafts of -1 and drafts that the grammar forbids with -1: no trials of ours.
-            drafted = np.maximum(drafted - [invalid.get(rid, 0) for rid in ids], 0)
-        accepted = np.minimum(num_sampled - 1, drafted)
-        for row, rid in enumerate(ids) if notes.certain else ():
-            drafted[row], accepted[row] = count_trials(drafted[row], accepted[row], notes.certain.get(rid, 0))
-        return ids, drafted, accepted, int(num_sampled.sum())
+    def _learn(self) -> None:
+        """Teach the controller what became of the steps since it was asked last, and count them."""
+        outcomes = self._outcomes
+        if not outcomes:
+            return
+        began = time.perf_counter()
+        controller, self._outcomes = self._controller, []
+        decoding = [outcome.features for outcome in outcomes if outcome.features is not None]
+        predicted = controller.predict(decoding[-1]) if decoding else None
+        teach(controller, outcomes)
+        controller.forget(self.requests)  # type: ignore[attr-defined]
+        report_outcomes(outcomes, predicted, self._engine_index)
+        observability.add("vllm_ext:smartspec_planned_tokens_total", self._planned, self._engine_index)
+        self._planned = 0
+        learning = (time.perf_counter() - began) * 1e3
+        for outcome in outcomes:
+            if outcome.control and outcome.features is not None:
+                self._pace.observe(learning + outcome.control, outcome.milliseconds - outcome.control)
 
     def _report_plan(self, decision: Decision, planned: int) -> None:
         set_gauge, index = observability.set_gauge, self._engine_index
         set_gauge("vllm_ext:smartspec_draft_length", planned / len(decision.lengths), index)
         goodput = 1e3 * decision.expected_tokens / decision.expected_milliseconds
         set_gauge("vllm_ext:smartspec_expected_tokens_per_second", goodput, index)
-        observability.add("vllm_ext:smartspec_planned_tokens_total", planned, index)
         if decision.is_probe:
             observability.add("vllm_ext:smartspec_probe_steps_total", 1, index)
-
-    def _report_step(self, tokens: int, predicted: float, milliseconds: float) -> None:
-        set_gauge, add, index = observability.set_gauge, observability.add, self._engine_index
-        set_gauge("vllm_ext:smartspec_predicted_step_seconds", predicted / 1e3, index)
-        set_gauge("vllm_ext:smartspec_measured_step_seconds", milliseconds / 1e3, index)
-        add("vllm_ext:smartspec_decoded_tokens_total", tokens, index)
-        add("vllm_ext:smartspec_decode_seconds_total", milliseconds / 1e3, index)

@@ -12,6 +12,7 @@ from vllm_ext.scheduling import graphs, step_times, trie_proposer
 from vllm_ext.scheduling.drafters import REFUSED_METHOD, describe_drafter
 from vllm_ext.scheduling.policy import make_policy
 from vllm_ext.speculation.controller import PROBE_EVERY, GoodputController
+from vllm_ext.speculation.pace import HOLD_STEPS
 from vllm_ext.speculation.step_time import StepTimeModel
 
 logger = logging.getLogger("vllm.vllm_ext")
@@ -30,6 +31,8 @@ class ControlPlan(NamedTuple):
     graph_sizes: tuple[int, ...]
     #: Forward passes of the drafter by the longest draft that is asked for, 0 to num_speculative_tokens.
     passes: tuple[int, ...]
+    #: Steps that one plan of drafts stands for at most.
+    hold_steps: int
 
 
 def check_engine(vllm_config: Any) -> None:
@@ -50,6 +53,8 @@ def check_engine(vllm_config: Any) -> None:
         )
     if settings.probe_every is not None and settings.probe_every < 1:
         raise config.ConfigError(f"vllm_ext.smartspec.probe_every must be at least 1 step, got {settings.probe_every}")
+    if settings.hold_steps is not None and settings.hold_steps < 1:
+        raise config.ConfigError(f"vllm_ext.smartspec.hold_steps must be at least 1 step, got {settings.hold_steps}")
     trie_proposer.check_drafter(vllm_config, settings)
     if speculative.method == REFUSED_METHOD:
         raise config.ConfigError(
@@ -99,14 +104,17 @@ def plan_control(vllm_config: Any) -> ControlPlan:
     drafter = describe_drafter(vllm_config)
     limits = graphs.find_limits(vllm_config, drafter, k_max)
     uniform = limits.uniform_lengths
+    plans_drafts = drafter.takes_number and uniform != (0,)
     return ControlPlan(
         k_max,
-        plans_drafts=drafter.takes_number and uniform != (0,),
+        plans_drafts=plans_drafts,
         # Stock's own trimming, on the V2 runner, sees the draft model's logits, which say more than past acceptance.
         trims=uniform is None and not speculative.enable_adaptive_verification,
         uniform_lengths=uniform,
         graph_sizes=limits.sizes,
         passes=drafter.passes,
+        # Without a plan all there is to choose are drafts at hand, which are others at every step.
+        hold_steps=(settings.hold_steps or HOLD_STEPS) if plans_drafts else 1,
     )
 
 

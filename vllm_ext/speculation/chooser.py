@@ -57,6 +57,8 @@ class Decision(NamedTuple):
     expected_tokens: float
     expected_milliseconds: float
     is_probe: bool
+    #: Whether steps of the same requests that follow may have these lengths too: not those of a trial.
+    may_stand: bool = False
 
 
 class LengthChooser:
@@ -91,6 +93,8 @@ class LengthChooser:
         self._policy = policy
         #: The length chosen last where all have the same one.
         self._last_length = 0
+        #: Of the step's trim, until its plan.
+        self._last_outlook: Outlook | None = None
         #: Passes and positions of the drafter that the last plan asked for: they are part of a step's time.
         self._drafting = (passes[0], 0)
 
@@ -102,12 +106,17 @@ class LengthChooser:
         """Features of a step that verifies so many drafts and makes drafts of these lengths for the next one."""
         passes, count = self._passes[int(lengths.max(initial=0))], len(batch.request_ids)
         drafted = count * passes if self._has_passes else int(np.add.reduce(lengths))
-        return StepFeatures(batch.tokens + verified, batch.context_tokens, count, passes, drafted)
+        return StepFeatures(batch.tokens + verified, batch.context_tokens, count, passes, drafted, int(verified > 0))
 
     def _look_ahead(self, batch: Batch) -> Outlook:
-        survival = self._predict(batch)
+        survival, last = self._predict(batch), self._last_outlook
+        if last is not None and last.survival is survival:
+            # The same array: the same requests, of whom nothing was learned since they were looked at for trimming.
+            return last._replace(batch=batch)
         weights = None if self._policy is None else self._policy(batch.request_ids)
-        return Outlook(batch, survival, weights, value_drafts(survival, weights) if self._uniform is None else None)
+        values = value_drafts(survival, weights) if self._uniform is None else None
+        self._last_outlook = Outlook(batch, survival, weights, values)
+        return self._last_outlook
 
     def _predict(self, batch: Batch) -> np.ndarray:
         return self.acceptance.predict_survival(self.acceptance.find_slots(batch.request_ids))
@@ -134,7 +143,11 @@ class LengthChooser:
         allowed = [length for length in self._uniform if length <= limit]
         count = len(outlook.survival)
         times = [
-            cost.fixed + length * cost.per_token * count + cost.per_pass * self._passes[length] for length in allowed
+            cost.fixed
+            + length * cost.per_token * count
+            + cost.per_pass * self._passes[length]
+            + (cost.once if length else 0.0)
+            for length in allowed
         ]
         # Graphs make a change of length cheap, but following noise is not free either.
         costs = [

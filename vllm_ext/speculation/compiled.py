@@ -196,30 +196,30 @@ def choose_lengths(
     total: float,
     fixed: float,
     per_token: float,
-    per_pass: float,
-    passes: np.ndarray,
+    extra: np.ndarray,
     base_tokens: int,
     ladder: np.ndarray,
     padding: float,
 ) -> tuple[np.ndarray, float, float]:
     """(lengths int64 [n], expected tokens, milliseconds): the best prefix of every draft, exactly.
 
-    values: `value_drafts`; caps: int64 [n], or [1] for all; total: sum of weights; passes: int64 [k_max + 1]; ladder:
-    int64, sizes that a forward pass is padded to, or [0], and padding the milliseconds of a token that is only padding.
+    values: `value_drafts`; caps: int64 [n], or [1] for all; total: sum of weights; extra: float64 [k_max + 1], what a
+    step takes more where that is its longest draft; ladder: int64, sizes that a forward pass is padded to, or [0], and
+    padding the milliseconds of a token that is only padding.
 
     For each longest draft, the drafts worth most are taken in order of their worth, and every number of them is tried.
     """
     num_requests, k_max = survival.shape
     # Of s milliseconds in t the logarithm of time grows by s / t or more: what is worth less is never taken.
     slope = max(per_token - padding, 0.0) if len(ladder) else per_token
-    least = _measure(0, fixed + per_pass * passes[0], per_token, base_tokens, ladder, padding)
+    least = _measure(0, fixed + extra[0], per_token, base_tokens, ladder, padding)
     best, best_count, best_longest, threshold, best_time = -total * math.log(least), 0, 0, 0.0, least
     worth = np.empty(num_requests * k_max)
     for longest in range(1, k_max + 1):
-        # Where more positions take no more passes, to choose from them is never worse.
-        if longest < k_max and (per_pass == 0.0 or passes[longest] == passes[longest + 1]):
+        # Where more positions take no more time, to choose from them is never worse.
+        if longest < k_max and extra[longest] == extra[longest + 1]:
             continue
-        base = fixed + per_pass * passes[longest]
+        base = fixed + extra[longest]
         slowest = _measure(num_requests * longest, base, per_token, base_tokens, ladder, padding)
         price, found = total * slope / slowest, 0
         for row in range(num_requests):

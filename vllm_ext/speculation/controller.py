@@ -10,7 +10,7 @@ import numpy as np
 from vllm_ext.speculation.acceptance import AcceptanceModel
 from vllm_ext.speculation.chooser import Batch, Decision, LengthChooser, Outlook, Policy
 from vllm_ext.speculation.goodput import Choice, DraftCost, choose_lengths
-from vllm_ext.speculation.probing import PROBE_EVERY, ProbeBudget
+from vllm_ext.speculation.probing import HOPE, PROBE_EVERY, ProbeBudget
 from vllm_ext.speculation.step_time import StepFeatures, StepTimeModel
 
 __all__ = ["PROBE_EVERY", "Batch", "Decision", "GoodputController", "Policy"]
@@ -77,18 +77,20 @@ class GoodputController(LengthChooser):
         if not plans_drafts:
             # Whoever plans them asks for all.
             self._drafting = (self._passes[-1], 0)
-        #: Milliseconds of a request's draft in a probe that was offered to all and that no trim has cut yet.
-        self._offered = 0.0
+        #: Milliseconds, once and of each request's draft, of a probe that was offered to all and that no trim has cut
+        #: yet.
+        self._offered: tuple[float, float] | None = None
         #: Whether the last trim left nothing of what it was given.
         self._is_cut = False
-        #: What was trimmed, and what would be drafted next for the same batch: until that is planned.
-        self._prepared: tuple[Outlook, Choice] | None = None
 
-    def plan_drafts(self, batch: Batch) -> Decision:
-        """Draft lengths for the next step of these requests."""
-        outlook, choice = self._find_choice(batch)
-        self._prepared = None
-        decision = self._plan(outlook, choice)
+    def plan_drafts(self, batch: Batch, steps: int = 1) -> Decision:
+        """Draft lengths for the next step of these requests.
+
+        steps: how many there were since the last plan, with this one. A plan that `may_stand` is good for more than one
+        (`pace.Pace`); what they drafted and accepted is to be observed before the next plan.
+        """
+        outlook, self._last_outlook = self._look_ahead(batch), None
+        decision = self._plan(outlook, self._choose(outlook), steps)
         features = self.describe_step(batch, 0, decision.lengths)
         self._drafting = features.passes, features.drafted
         return decision
@@ -103,13 +105,13 @@ class GoodputController(LengthChooser):
             return drafted
         outlook = self._look_ahead(batch)
         if is_probe:
-            self._offered = 0.0
+            self._offered = None
             return self._probe_drafts(outlook, drafted)
         cost = self._describe_verification(batch)
         choice = self._choose_each(outlook, drafted, cost)
         lengths = choice.lengths
         if not self._plans_drafts:
-            self._probes.earn(choice.milliseconds, cost.per_token)
+            self._probes.earn(choice.milliseconds, cost.once + cost.per_token)
         is_cut, self._is_cut = self._is_cut, False
         if not lengths.any():
             # Neither a plan nor anything verified: without a probe this would be for ever.
@@ -119,10 +121,6 @@ class GoodputController(LengthChooser):
                 lengths = self._probe_drafts(outlook, drafted)
         elif is_cut or not self._plans_drafts:
             self._probes.rest()
-        if self._plans_drafts:
-            # Most often the next step is planned for the same batch. Here everything that takes is in the processor's
-            # caches; after vLLM's scheduling it takes three times as long.
-            self._prepared = (outlook, self._choose(outlook))
         return lengths
 
     def observe(
@@ -140,12 +138,11 @@ class GoodputController(LengthChooser):
         step, tokens without padding; None where its time is not known. is_probe: whether the drafts that this step
         verified come from a plan that was a probe.
         """
-        self._prepared = None
         if is_probe and self._offered and drafted.any():
             # Nobody asked trim_drafts: all of it was verified.
-            width = int(np.count_nonzero(drafted))
-            self._probes.pay(self._offered * width, width)
-            self._offered = 0.0
+            (common, each), width = self._offered, int(np.count_nonzero(drafted))
+            self._probes.pay(common + each * width, width)
+            self._offered = None
         if is_probe or (self._is_cut and drafted.any()):
             self._probes.hear()
         self.acceptance.observe(self.acceptance.find_slots(request_ids), drafted, accepted)
@@ -161,20 +158,24 @@ class GoodputController(LengthChooser):
         model = AcceptanceModel(self.k_max)
         slots = model.find_slots([0])
         model.observe(slots, np.array([self.k_max]), np.array([1]))
-        choose_lengths(model.predict_survival(slots), self.k_max, DraftCost(1.0, 1e-3))
+        if self._uniform is None:
+            choose_lengths(model.predict_survival(slots), self.k_max, DraftCost(1.0, 1e-3))
 
-    def _plan(self, outlook: Outlook, choice: Choice) -> Decision:
+    def _plan(self, outlook: Outlook, choice: Choice, steps: int) -> Decision:
         if choice.lengths.any():
             if not self._is_cut:
                 self._probes.rest()
-            self._probes.earn(choice.milliseconds, 0.0)
-            return self._explore(outlook, choice)
+            self._probes.earn(choice.milliseconds, 0.0, steps)
+            return self._explore(outlook, choice, steps)
         width, common, each = self._describe_probe(outlook)
-        self._probes.earn(choice.milliseconds, common + each)
-        self._probes.wait()
-        width = self._probes.find_width(width, choice.milliseconds, common, each, self.acceptance.hope)
+        self._probes.earn(choice.milliseconds, common + each, steps)
+        self._probes.wait(steps)
+        hope = self.acceptance.hope
+        width = self._probes.find_width(width, choice.milliseconds, common, each, hope)
         if not width:
-            return Decision(choice.lengths, choice.tokens, choice.milliseconds, False)
+            # What the last probe found, and what looks like a change for the better, is followed at once.
+            may_stand = not (self._is_cut or self._probes.is_awaited or hope > HOPE)
+            return Decision(*choice, False, may_stand)
         if self._uniform is not None:
             lengths = np.full(len(choice.lengths), self._uniform[1], np.int64)
         elif self._has_passes:
@@ -186,7 +187,7 @@ class GoodputController(LengthChooser):
             self._probes.pay(common + each * width, width)
         else:
             self._probes.offer(self.step_time.coefficients["drafted"] * len(lengths))
-            self._offered = common + each
+            self._offered = common, each
         return self._describe_decision(outlook, lengths, True)
 
     def _describe_probe(self, outlook: Outlook) -> tuple[int, float, float]:
@@ -195,7 +196,7 @@ class GoodputController(LengthChooser):
         length = 1 if self._uniform is None else self._uniform[1] if len(self._uniform) > 1 else 0
         if not length:
             return 0, 0.0, 0.0
-        common = cost.per_pass * (self._passes[length] - self._passes[0])
+        common = cost.per_pass * (self._passes[length] - self._passes[0]) + cost.once
         each, gain = cost.per_token * length, self._value_step(outlook, cost, length)
         if self._uniform is not None:
             return 1, 0.0, self._probes.find_loss(common + each * count, gain * count)
@@ -210,10 +211,10 @@ class GoodputController(LengthChooser):
         cost = self._describe_verification(outlook.batch)
         each = self._probes.find_loss(cost.per_token, self._value_step(outlook, cost, 1))
         count = int(np.count_nonzero(drafted))
-        width = self._probes.find_width(count, cost.fixed, 0.0, each, self.acceptance.hope)
+        width = self._probes.find_width(count, cost.fixed, cost.once, each, self.acceptance.hope)
         if not width:
             return np.zeros(len(drafted), np.int64)
-        self._probes.pay(each * width, width)
+        self._probes.pay(cost.once + each * width, width)
         return self._take_turns(drafted, width)
 
     def _take_turns(self, drafted: np.ndarray, width: int) -> np.ndarray:
@@ -225,22 +226,12 @@ class GoodputController(LengthChooser):
         lengths[rows] = 1
         return lengths
 
-    def _find_choice(self, batch: Batch) -> tuple[Outlook, Choice]:
-        """What the next step should draft."""
-        if self._prepared is not None:
-            outlook, choice = self._prepared
-            # The same array: the same requests, of whom nothing was learned since.
-            if outlook.survival is self._predict(batch) and outlook.batch[1:] == batch[1:]:
-                return outlook, choice
-        outlook = self._look_ahead(batch)
-        return outlook, self._choose(outlook)
-
-    def _explore(self, outlook: Outlook, choice: Choice) -> Decision:
+    def _explore(self, outlook: Outlook, choice: Choice, steps: int) -> Decision:
         """The choice, or now and then one with other lengths."""
-        self._steps += 1
+        before, self._steps = self._steps, self._steps + steps
         every = EXPLORE_EVERY if self._steps < EXPLORE_AT_FIRST else EXPLORE_SELDOM
-        if self._steps % every:
-            return Decision(*choice, False)
+        if self._steps // every == before // every:
+            return Decision(*choice, False, not self._is_cut)
         lengths, change = choice.lengths, 1 if (self._steps // every) % 2 else -1
         if self._uniform is None:
             # Those that draft nothing go on so.

@@ -3,7 +3,7 @@
 
     maximize  sum_i weight_i * log(tokens_i(k_i))  -  sum_i weight_i * log(time(k))
     tokens_i(k) = 1 + sum_{j <= k} survival[i, j]
-    time(k)     = fixed + per_token * sum_i k_i + per_pass * passes(max_i k_i)
+    time(k)     = fixed + per_token * sum_i k_i + per_pass * passes(max_i k_i) + once * [any k_i > 0]
 
 survival[i, j], the chance that the first j drafts of request i are all accepted, falls along j, so taking every draft
 worth more than a price takes a prefix of each request's draft.
@@ -37,11 +37,13 @@ def load_compiled() -> ModuleType:
 
 
 class DraftCost(NamedTuple):
-    """Milliseconds of a step: without drafts or drafting, for each draft, and for each forward pass of the drafter."""
+    """Milliseconds of a step: without drafts or drafting, for each draft, for each forward pass of the drafter, and for
+    any drafts at all."""
 
     fixed: float
     per_token: float
     per_pass: float = 0.0
+    once: float = 0.0
 
 
 class Choice(NamedTuple):
@@ -147,17 +149,20 @@ def _choose(
     ladder: np.ndarray,
     padding: float,
 ) -> Choice:
-    if not cost.fixed > 0 or cost.per_token < 0 or cost.per_pass < 0:
+    fixed, per_token, per_pass, once = cost
+    if not fixed > 0 or min(per_token, per_pass, once) < 0:
         raise ValueError(f"times must be positive, got {cost}")
     num_requests, k_max = survival.shape
     total = float(num_requests if weights is None else np.add.reduce(weights))
     if values is None:
         values = value_drafts(survival, weights)
-    counts = np.arange(k_max + 1) if passes is None else np.array(passes, np.int64)
+    extra = np.arange(k_max + 1.0) if passes is None else np.array(passes, np.float64)
+    extra *= per_pass
+    extra[1:] += once
     limits = np.array([caps], np.int64) if isinstance(caps, int) else np.ascontiguousarray(caps, np.int64)
     return Choice(
         *load_compiled().choose_lengths(
-            _order(survival), values, limits, total, *map(float, cost), counts, base_tokens, ladder, float(padding)
+            _order(survival), values, limits, total, float(fixed), float(per_token), extra, base_tokens, ladder, padding
         )
     )
 

@@ -34,20 +34,28 @@ class ProbeBudget:
         self._idle = self._awaited = 0
         self._last_width = 0
 
-    def earn(self, milliseconds: float, cheapest: float) -> None:
-        """A step takes that long. Nothing is saved beyond the next probe; cheapest: milliseconds of the least one."""
+    def earn(self, milliseconds: float, cheapest: float, steps: int = 1) -> None:
+        """So many steps take that long each. Nothing is saved beyond the next probe.
+
+        cheapest: milliseconds of the least one.
+        """
         most = max(PROBE_SHARE * PROBE_WANTED * milliseconds, cheapest)
-        self._credit = min(self._credit + PROBE_SHARE * milliseconds, most)
+        self._credit = min(self._credit + PROBE_SHARE * milliseconds * steps, most)
 
     def rest(self) -> None:
         """A step that speculates: nothing is to be found out."""
         self._idle = self._awaited = 0
         self._interval = self._every
 
-    def wait(self) -> None:
-        """A step that does not speculate."""
-        self._idle += 1
-        self._awaited = max(0, self._awaited - 1)
+    def wait(self, steps: int = 1) -> None:
+        """So many steps that do not speculate."""
+        self._idle += steps
+        self._awaited = max(0, self._awaited - steps)
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether the outcome of the last probe has yet to arrive."""
+        return self._awaited > 0
 
     @staticmethod
     def find_loss(milliseconds: float, gain: float) -> float:

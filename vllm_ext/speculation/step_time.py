@@ -21,6 +21,8 @@ WARMUP_STEPS = 8
 FIRST_FIT = 8
 #: Milliseconds that no step is shorter than.
 SHORTEST = 1e-3
+#: Once the window is full, one refit in so many, unless steps have changed.
+REFIT_SELDOM = 4
 #: Stands for nothing where it is divided by.
 TINY = 1e-12
 #: A step this many times longer than predicted is a spike (a compilation, a pause of the machine) ...
@@ -54,10 +56,12 @@ class StepFeatures(NamedTuple):
     passes: int  # of the drafter, where it is a model
     #: Positions that the drafter works on: requests times passes where it is a model, drafts asked for where it is not.
     drafted: int
+    #: 1 where any draft is verified: sampling then takes another path, whatever their number.
+    verifies: int = 0
 
 
 #: Sizes that make the features comparable: coefficients are then milliseconds of a typical step.
-_SCALES = np.array([1.0, 16.0, 4096.0, 8.0, 4.0, 16.0])
+_SCALES = np.array([1.0, 16.0, 4096.0, 8.0, 4.0, 16.0, 1.0])
 
 
 class StepTimeModel:
@@ -90,8 +94,8 @@ class StepTimeModel:
             raise ValueError(f"step times {values} must be non-negative milliseconds by {', '.join(COEFFICIENTS)}")
         self._prior = np.array([values[name] for name in COEFFICIENTS]) * _SCALES
         self._scaled = self._prior
-        #: Milliseconds per unit, in plain numbers: every step asks for a few, and arrays of six cost more to begin than
-        #: to compute.
+        #: Milliseconds per unit, in plain numbers: every step asks for a few, and arrays of seven cost more to begin
+        #: than to compute.
         self._plain: list[float] = (self._scaled / _SCALES).tolist()
         self._window, self._refit_every = window, refit_every
         self._ridge = ridge if ridge is not None else GUESS_RIDGE if prior is None else RIDGE
@@ -132,14 +136,14 @@ class StepTimeModel:
 
         has_passes: whether the drafter is a model, each pass of which works on all requests.
         """
-        _, token, _, _, each_pass, draft = self._plain
+        _, token, _, _, each_pass, draft, once = self._plain
         if has_passes:
-            return DraftCost(self.predict(features), token, each_pass + draft * features.requests)
-        return DraftCost(self.predict(features), token + draft)
+            return DraftCost(self.predict(features), token, each_pass + draft * features.requests, once)
+        return DraftCost(self.predict(features), token + draft, 0.0, once)
 
     def describe_verification(self, features: StepFeatures) -> DraftCost:
         """As `describe_cost` where the drafts are made already and only the forward pass is still to be paid."""
-        return DraftCost(self.predict(features), self._plain[1])
+        return DraftCost(self.predict(features), self._plain[1], 0.0, self._plain[6])
 
     def observe(self, features: StepFeatures, milliseconds: float) -> None:
         """Learn from one measured step; spikes and the first steps are left out."""
@@ -162,11 +166,14 @@ class StepTimeModel:
         self._ratios.append(ratio)
         self._count += 1
         if self._count % self._refit_every == 0 or self._count == FIRST_FIT:
-            self._fit()
+            # A few steps more hardly move a fit to a full window, and a fit takes as long as all else in fifty steps.
+            is_full = self._count >= self._window
+            if not is_full or self._count % (REFIT_SELDOM * self._refit_every) == 0 or self._has_changed():
+                self._fit()
 
     def _keep_rare(self, index: int) -> None:
         """Move a row of the window, about to be overwritten, to the rare ones if it is one."""
-        _, tokens, _, requests, _, drafted = self._rows[index].tolist()
+        _, tokens, _, requests, _, drafted, _ = self._rows[index].tolist()
         usual_tokens, usual_drafted = self._usual
         if abs(tokens / requests - usual_tokens) > RARE or abs(drafted / requests - usual_drafted) > RARE:
             place = self._window + self._num_rare % RARE_STEPS
@@ -174,8 +181,11 @@ class StepTimeModel:
             self._numbers[place] = self._numbers[index]
             self._num_rare += 1
 
+    def _has_changed(self) -> bool:
+        return not 1 / CHANGE < statistics.median(self._ratios) < CHANGE
+
     def _fit(self) -> None:
-        if not 1 / CHANGE < statistics.median(self._ratios) < CHANGE:
+        if self._has_changed():
             self._first = max(self._first, self._count - RECENT_STEPS)
         used = self._numbers >= self._first
         rows, times = self._rows[used] / _SCALES, self._times[used]
@@ -216,7 +226,7 @@ class StepTimeModel:
         pull = np.sqrt(self._ridge) / np.maximum(prior, SMALLEST_SHARE * typical)
         matrix = np.concatenate([rows, np.diag(pull)])
         target = np.concatenate([times, pull * prior])
-        # The same minimum from the normal equations' Cholesky factor: six rows instead of a window of them.
+        # The same minimum from the normal equations' Cholesky factor: seven rows instead of a window of them.
         factor = np.linalg.cholesky(matrix.T @ matrix + 1e-12 * np.eye(len(COEFFICIENTS)))
         return nnls(factor.T, np.linalg.solve(factor, matrix.T @ target))[0]
 
@@ -237,4 +247,5 @@ DEFAULT_PRIOR: Mapping[str, float] = {
     "requests": 0.02,
     "passes": 0.2,
     "drafted": 0.01,
+    "verifies": 0.1,
 }

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans that stand for several steps: nothing trimmed, and every outcome learned before the next plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.scheduling.real_scheduler import add_request, build_scheduler, run_model
+from tests.scheduling.test_goodput_accounting import record_observed, run_step
+from vllm_ext import observability
+from vllm_ext.speculation.controller import Batch, Decision
+from vllm_ext.speculation.pace import Pace
+
+K, HOLD = 4, 5
+
+
+class Script:
+    """A controller's plans, one after another, and when it was asked for them."""
+
+    def __init__(self, scheduler: Any, length: int = 2) -> None:
+        self.length, self.is_probe, self.may_stand = length, False, True
+        #: Step at which each plan was made, and steps that there were since the one before.
+        self.asked: list[tuple[int, int]] = []
+        self.trimmed: list[int] = []
+        self.learned: list[int] = []
+        self.step = -1
+        controller = scheduler._controller
+        controller.plan_drafts, controller.trim_drafts = self.plan, self.trim
+        observe = controller.observe
+
+        def note(*arguments: Any) -> None:
+            self.learned.append(self.step)
+            observe(*arguments)
+
+        controller.observe = note
+
+    def plan(self, batch: Batch, steps: int) -> Decision:
+        self.asked.append((self.step, steps))
+        lengths = np.full(len(batch.request_ids), self.length, np.int64)
+        return Decision(lengths, 1.0, 1.0, self.is_probe, self.may_stand)
+
+    def trim(self, batch: Batch, drafted: np.ndarray, is_probe: bool) -> np.ndarray:
+        self.trimmed.append(self.step)
+        return drafted
+
+    def run(self, scheduler: Any, steps: int) -> list[Any]:
+        outputs = []
+        for _ in range(steps):
+            self.step += 1
+            outputs.append(run_step(scheduler, accepted=1))
+        return outputs
+
+
+class Steady(Pace):
+    """As many steps for a plan as it may stand."""
+
+    @property
+    def steps(self) -> int:
+        return HOLD
+
+
+def build(tmp_path: Path, **settings: Any) -> tuple[Any, Script]:
+    scheduler = build_scheduler(K, tmp_path, hold_steps=HOLD, **settings)
+    scheduler._pace = Steady()
+    return scheduler, Script(scheduler)
+
+
+def test_a_plan_stands_for_its_steps(tmp_path: Path) -> None:
+    scheduler, script = build(tmp_path)
+    seen = record_observed(scheduler)
+    add_request(scheduler, "a")
+    add_request(scheduler, "b")
+    outputs = script.run(scheduler, 12)
+    # The prompts' step has its own; the next plan stands for five, and so does the one after.
+    assert script.asked == [(0, 1), (1, 1), (6, 5), (11, 5)]
+    assert script.trimmed == [1, 6, 11]
+    assert all(output.draft_lengths == {"a": 2, "b": 2} for output in outputs)
+    assert all(output.num_spec_tokens_to_schedule == 2 for output in outputs)
+    # Nothing of what was learned is lost: each decoding step verified two drafts of each and accepted one.
+    assert script.learned == [0, *[5] * 5, *[10] * 5]
+    assert [told["drafted"] for told in seen] == [[0, 0], *[[2, 2]] * 10]
+    assert [told["accepted"] for told in seen] == [[0, 0], *[[1, 1]] * 10]
+    assert [told["features"].context_tokens for told in seen[1:]] == [16 + 4 * step for step in range(10)]
+    assert all((told["features"].tokens, told["features"].drafted) == (6, 4) for told in seen[1:])
+
+
+def test_a_request_that_comes_or_goes_ends_it(tmp_path: Path) -> None:
+    scheduler, script = build(tmp_path)
+    add_request(scheduler, "a")
+    script.run(scheduler, 3)
+    assert [step for step, _ in script.asked] == [0, 1]
+    # A prompt, and then the first step of both.
+    add_request(scheduler, "b", max_tokens=5)
+    script.run(scheduler, 1)
+    assert script.asked[2:] == [(3, 2)]
+    # What the two steps before drafted was learned before this plan.
+    assert script.learned == [0, 3, 3, 3]
+    script.run(scheduler, 1)
+    assert script.asked[3:] == [(4, 1)]
+    # Two tokens a step after the first: "b" is done with its third.
+    script.run(scheduler, 2)
+    assert "b" not in scheduler.requests
+    assert script.asked[3:] == [(4, 1), (6, 2)]
+
+
+def test_trials_do_not_stand(tmp_path: Path) -> None:
+    scheduler, script = build(tmp_path)
+    script.may_stand = False
+    add_request(scheduler, "a")
+    script.run(scheduler, 6)
+    assert [step for step, _ in script.asked] == list(range(6))
+    assert script.learned == list(range(6))
+
+
+def test_no_drafts_stand_as_well(tmp_path: Path) -> None:
+    scheduler, script = build(tmp_path)
+    script.length = 0
+    add_request(scheduler, "a")
+    outputs = script.run(scheduler, 7)
+    assert script.asked == [(0, 1), (1, 1), (6, 5)]
+    assert all(output.num_spec_tokens_to_schedule == 0 for output in outputs)
+
+
+def test_what_is_left_is_learned_when_nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: dict[str, float] = {}
+
+    def count(name: str, value: float, engine_index: int) -> None:
+        counted[name] = counted.get(name, 0) + value
+
+    monkeypatch.setattr(observability, "add", count)
+    scheduler, script = build(tmp_path)
+    add_request(scheduler, "a", max_tokens=7)
+    script.run(scheduler, 4)
+    assert not scheduler.running
+    assert script.learned == [0, 3, 3, 3]
+    assert counted["vllm_ext:smartspec_verified_tokens_total"] == counted["vllm_ext:smartspec_planned_tokens_total"] - 2
+    assert counted["vllm_ext:smartspec_accepted_tokens_total"] == 3
+    assert not scheduler._controller.acceptance._slots
+
+
+def test_a_model_that_drafts_too_much_is_trimmed_at_every_step(tmp_path: Path) -> None:
+    scheduler, script = build(tmp_path)
+    scheduler._has_passes = True
+    scheduler._controller.trim_drafts = lambda batch, drafted, is_probe: np.minimum(drafted, 1)
+    add_request(scheduler, "a")
+    script.run(scheduler, 6)
+    # The second step verifies the prompt step's drafts: they are cut from then on.
+    assert [step for step, _ in script.asked] == list(range(6))
+
+
+def test_asynchronous_steps_share_plans(tmp_path: Path) -> None:
+    """Two steps in flight: outcomes come after the next plan, and all of them come."""
+    scheduler = build_scheduler(K, tmp_path, base="AsyncScheduler", method="ngram_gpu", hold_steps=HOLD)
+    scheduler._plan = scheduler._plan._replace(plans_drafts=True)
+    scheduler._pace = Steady()
+    script = Script(scheduler)
+    seen = record_observed(scheduler)
+    add_request(scheduler, "a")
+    flying: list[Any] = []
+    for _ in range(16):
+        script.step += 1
+        flying.append(scheduler.schedule())
+        if len(flying) == 2:
+            output = flying.pop(0)
+            scheduler.update_from_output(output, run_model(output, lambda rid, tokens: [*tokens[:1], 9]))
+    gaps = [steps for _, steps in script.asked]
+    assert max(gaps) == HOLD
+    # Of fifteen finished steps those since the last plan are still to be learned from.
+    assert len(seen) + len(scheduler._outcomes) == 15
+    assert all(told["drafted"] == [2] for told in seen[2:])
+
+
+def test_the_pace_follows_what_was_measured(tmp_path: Path) -> None:
+    """Steps without a model take next to nothing: control is most of them, and plans stand as long as they may."""
+    scheduler = build_scheduler(K, tmp_path, hold_steps=3)
+    script = Script(scheduler)
+    add_request(scheduler, "a")
+    script.run(scheduler, 20)
+    assert [steps for _, steps in script.asked][-4:] == [3, 3, 3, 3]
+    # A forward pass of a second leaves room for a plan at every step.
+    for _ in range(200):
+        scheduler._pace.observe(0.1, 1000.0)
+    script.asked.clear()
+    script.run(scheduler, 6)
+    assert [steps for _, steps in script.asked][1:] == [1] * (len(script.asked) - 1)

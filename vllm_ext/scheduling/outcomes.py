@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What became of the drafts of a step: read from what the model runner returned, taught to the controller later.
+
+Steps that share one plan are learned from together, before the next plan: what that takes is mostly the time until
+code and data are in the processor's caches again, and it is the same for one step as for eight.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from vllm.v1.request import RequestStatus
+
+from vllm_ext import observability
+from vllm_ext.speculation.controller import GoodputController
+from vllm_ext.speculation.draft_source import count_trials
+from vllm_ext.speculation.step_time import StepFeatures
+
+
+class StepNotes(NamedTuple):
+    """What the mixin keeps of a scheduled step until its output arrives."""
+
+    started: float  # seconds of time.perf_counter, at the start of schedule()
+    #: Requests that had drafts of a drafter. What else vLLM schedules as drafts is padding.
+    proposed: frozenset[str]
+    #: Of these, how many at the front were certain, by request: no trials of the drafter.
+    certain: Mapping[str, int]
+    #: None for a step with prompt tokens in it, whose time says little about drafts.
+    features: StepFeatures | None
+    #: Whether the drafts that this step verifies come from a plan that was a probe. Plans made since are another's.
+    is_probe: bool
+    #: Seconds of the step in which lengths were chosen and outcomes learned; 0 for one under an earlier step's plan.
+    control: float
+
+
+class Trials(NamedTuple):
+    """The requests of a step whose output counts, and of each: verified drafts, accepted drafts, tokens put out."""
+
+    request_ids: list[str]
+    drafted: list[int]
+    accepted: list[int]
+    num_sampled: list[int]
+
+
+class Outcome(NamedTuple):
+    """A finished step. Milliseconds of all of it, and of control if its time was in these."""
+
+    trials: Trials
+    features: StepFeatures | None
+    milliseconds: float
+    control: float
+    is_probe: bool
+
+
+def read_trials(
+    requests: Mapping[str, Any], scheduler_output: Any, model_runner_output: Any, notes: StepNotes
+) -> Trials:
+    """What a step verified and accepted. To be read before vLLM's `update_from_output` drops requests that finish.
+
+    requests: the scheduler's, by id.
+    """
+    sampled, index = model_runner_output.sampled_token_ids, model_runner_output.req_id_to_index
+    if not sampled:
+        return Trials([], [], [], [])
+    drafts, running = scheduler_output.scheduled_spec_decode_tokens, RequestStatus.RUNNING
+    ids = list(scheduler_output.num_scheduled_tokens)
+    # Over maps of bound methods: 256 requests are many for the body of a loop.
+    num_sampled = list(map(len, map(sampled.__getitem__, map(index.__getitem__, ids))))
+    if not drafts:
+        drafted = [0] * len(ids)
+    else:
+        if not drafts.keys() <= notes.proposed:
+            drafts = {rid: tokens for rid, tokens in drafts.items() if rid in notes.proposed}
+        drafted = list(map(len, map(drafts.get, ids, itertools.repeat(()))))
+    # Output of before a preemption is counted twice once the request runs again.
+    counts = [
+        request is not None
+        and request.num_stale_output_tokens == 0
+        and (request.status is running or not request.is_finished())
+        for request in map(requests.get, ids)
+    ]
+    if not all(counts) or 0 in num_sampled:
+        counts = [count > 0 and is_current for count, is_current in zip(num_sampled, counts, strict=True)]
+        ids, drafted, num_sampled = (list(itertools.compress(column, counts)) for column in (ids, drafted, num_sampled))
+    if invalid := scheduler_output.num_invalid_spec_tokens:
+        # vLLM pads new rows with drafts of -1 and drafts that the grammar forbids with -1: no trials of ours.
+        drafted = [max(count - invalid.get(rid, 0), 0) for rid, count in zip(ids, drafted, strict=True)]
+    accepted = [min(count - 1, most) for count, most in zip(num_sampled, drafted, strict=True)]
+    if notes.certain:
+        rows = zip(ids, drafted, accepted, strict=True)
+        pairs = [count_trials(count, passed, notes.certain.get(rid, 0)) for rid, count, passed in rows]
+        drafted, accepted = [count for count, _ in pairs], [passed for _, passed in pairs]
+    return Trials(ids, drafted, accepted, num_sampled)
+
+
+def teach(controller: GoodputController, outcomes: Sequence[Outcome]) -> None:
+    """Have a controller learn from finished steps, in their order."""
+    for (ids, drafted, accepted, _), features, milliseconds, control, is_probe in outcomes:
+        # Drafters may make more than they are asked for: V1's make the full number near the end of the context.
+        tried, passed = (np.minimum(np.array(counts, np.int64), controller.k_max) for counts in (drafted, accepted))
+        # What a step takes for control it takes whatever it drafts, and only where it had a plan of its own.
+        controller.observe(ids, tried, passed, features if ids else None, milliseconds - control, is_probe)
+
+
+def report_outcomes(outcomes: Iterable[Outcome], predicted: float | None, engine_index: int) -> None:
+    """Count finished steps. predicted: milliseconds of the last one without prompts, by the model that planned it."""
+    verified = accepted = tokens = 0
+    decoding = last = 0.0
+    for trials, features, milliseconds, _, _ in outcomes:
+        verified += sum(trials.drafted)
+        accepted += sum(trials.accepted)
+        if features is not None and trials.request_ids:
+            tokens += sum(trials.num_sampled)
+            decoding += milliseconds
+            last = milliseconds
+    add, set_gauge = observability.add, observability.set_gauge
+    add("vllm_ext:smartspec_verified_tokens_total", verified, engine_index)
+    add("vllm_ext:smartspec_accepted_tokens_total", accepted, engine_index)
+    if last and predicted is not None:
+        set_gauge("vllm_ext:smartspec_predicted_step_seconds", predicted / 1e3, engine_index)
+        set_gauge("vllm_ext:smartspec_measured_step_seconds", last / 1e3, engine_index)
+        add("vllm_ext:smartspec_decoded_tokens_total", tokens, engine_index)
+        add("vllm_ext:smartspec_decode_seconds_total", decoding / 1e3, engine_index)
