@@ -294,7 +294,7 @@ def _parse_workload(content: Any, mode: Mode) -> Workload:
     )
     if mode == "offline":
         refused = [key for key in ("goodput", "extra_body", "client_args") if given.get(key)]
-        refused += [f"options.{key}" for key in ARRIVAL_FLAGS if key in options]
+        refused += [f"options.{key}" for key in ("request_rate", "burstiness") if key in options]
         if has_times or name in ("prefix_repetition", "tool_calls", "json_schema"):
             # The last two are about the structured body of a request, which an offline run does not have.
             refused = [f"name {name!r}"]

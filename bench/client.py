@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -50,12 +51,14 @@ class RunFailed(RuntimeError):  # noqa: N818 - reads as what happened
 
 @dataclass(frozen=True)
 class Load:
-    """A workload at one seed: the client's options, or with `requests` those of an offline engine."""
+    """A workload at one seed: the client's options, or with `requests` those of an offline engine, all at once or at
+    most `max_concurrency` at a time."""
 
     num_requests: int
     args: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     requests: Sequence[Mapping[str, Any]] = ()
+    max_concurrency: int | None = None
 
 
 def prepare_load(workload: Workload, tokenizer: str, seed: int, folder: Path) -> Load:
@@ -93,14 +96,15 @@ def prepare_load(workload: Workload, tokenizer: str, seed: int, folder: Path) ->
 
 def prepare_requests(workload: Workload, tokenizer: str, seed: int, folder: Path) -> Load:
     """What an offline engine needs for a run of `workload` at `seed`. Raises RunFailed."""
-    options = workload.options
+    options = dict(workload.options)
+    most = options.pop("max_concurrency", None)
     if workload.name == "random":
         one = {"input_len": int(options.get("input_len", 1024)), "output_tokens": int(options.get("output_len", 128))}
-        return Load(workload.num_requests, requests=[one] * workload.num_requests)
+        return Load(workload.num_requests, requests=[one] * workload.num_requests, max_concurrency=most)
     if workload.name == "custom":
         path = Path(_find_file(options["path"]))
     else:
-        path = _prepare_file(workload, tokenizer, seed, folder).path
+        path = _prepare_file(dataclasses.replace(workload, options=options), tokenizer, seed, folder).path
     asked = int(options.get("output_len", -1)) if workload.name == "custom" else -1
     contents = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if len(contents) < workload.num_requests:
@@ -111,6 +115,7 @@ def prepare_requests(workload: Workload, tokenizer: str, seed: int, folder: Path
             {"prompt": one["prompt"], "output_tokens": int(one["output_tokens"]) if asked < 0 else asked}
             for one in contents[: workload.num_requests]
         ],
+        max_concurrency=most,
     )
 
 
@@ -190,7 +195,8 @@ def run_client(
 
 def run_offline(server: VllmServer, load: Load, seed: int, limit: float) -> dict[str, Any]:
     """Send a load to an offline engine. Raises RunFailed when it refuses, fails or takes longer than `limit` s."""
-    body = json.dumps({"requests": list(load.requests), "seed": seed}).encode()
+    asked = {"requests": list(load.requests), "seed": seed, "max_concurrency": load.max_concurrency}
+    body = json.dumps(asked).encode()
     request = urllib.request.Request(f"{server.base_url}/run", data=body, method="POST")
     try:
         with _opener.open(request, timeout=limit) as response:

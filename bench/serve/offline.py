@@ -5,16 +5,20 @@
 
 `VllmServer` starts and stops it like a server: GET /health, /v1/models and /metrics, and POST /run, one at a time:
 
-    {"requests": [{"prompt": text} or {"input_len": n}, each with "output_tokens"], "seed": s}
+    {"requests": [{"prompt": text} or {"input_len": n}, each with "output_tokens"], "seed": s, "max_concurrency": c}
 
-where `input_len` asks for so many random tokens. It answers with the fields that `vllm bench serve` gives for a run.
+where `input_len` asks for so many random tokens, and `max_concurrency` for a client that has so many requests in
+flight and sends the next one when one is answered; null sends all at once. It answers with the fields that
+`vllm bench serve` gives for a run.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
+import uuid
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +28,10 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 
-def run_requests(engine: LLM, requests: list[dict[str, Any]], seed: int) -> dict[str, Any]:
-    """Generate for all requests at once, greedily and to the asked length; the result as the client's fields."""
+def run_requests(
+    engine: LLM, requests: list[dict[str, Any]], seed: int, max_concurrency: int | None = None
+) -> dict[str, Any]:
+    """Generate for requests, greedily and to the asked length; the result as the client's fields."""
     from vllm import SamplingParams
 
     generator = np.random.default_rng(seed)
@@ -39,7 +45,10 @@ def run_requests(engine: LLM, requests: list[dict[str, Any]], seed: int) -> dict
             prompts.append(request["prompt"])
         parameters.append(SamplingParams(temperature=0, max_tokens=request["output_tokens"], ignore_eos=True))
     began = time.perf_counter()
-    outputs = engine.generate(prompts, parameters, use_tqdm=False)
+    if max_concurrency is None:
+        outputs = engine.generate(prompts, parameters, use_tqdm=False)
+    else:
+        outputs = _generate_in_turn(engine.llm_engine, prompts, parameters, max_concurrency)
     duration = time.perf_counter() - began
     total_input = sum(len(output.prompt_token_ids or ()) for output in outputs)
     total_output = sum(len(output.outputs[0].token_ids) for output in outputs)
@@ -53,6 +62,22 @@ def run_requests(engine: LLM, requests: list[dict[str, Any]], seed: int) -> dict
         "output_throughput": total_output / duration,
         "total_token_throughput": (total_input + total_output) / duration,
     }
+
+
+def _generate_in_turn(engine: Any, prompts: list[Any], parameters: list[Any], max_concurrency: int) -> list[Any]:
+    """Outputs in the order in which requests end."""
+    waiting = iter(zip(prompts, parameters, strict=True))
+    outputs: list[Any] = []
+    in_flight = 0
+    while True:
+        for prompt, asked in itertools.islice(waiting, max_concurrency - in_flight):
+            engine.add_request(uuid.uuid4().hex, prompt, asked)
+            in_flight += 1
+        if not in_flight:
+            return outputs
+        ended = [output for output in engine.step() if output.finished]
+        in_flight -= len(ended)
+        outputs += ended
 
 
 def make_handler(engine: LLM, name: str) -> type[BaseHTTPRequestHandler]:
@@ -74,7 +99,7 @@ def make_handler(engine: LLM, name: str) -> type[BaseHTTPRequestHandler]:
                 return
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             try:
-                result = run_requests(engine, asked["requests"], asked["seed"])
+                result = run_requests(engine, asked["requests"], asked["seed"], asked.get("max_concurrency"))
             except ValueError as error:
                 # A request that the engine refuses, for example one longer than its context; the engine lives on.
                 self._answer(400, json.dumps({"error": str(error)}).encode())

@@ -242,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results")
     parser.add_argument("--quick", action="store_true", help="one scale of costs and two batch sizes")
     parser.add_argument("--dry", action="store_true", help="print the figures and write nothing")
-    parser.add_argument("--hold", type=int, default=1, help="steps of the same requests that a plan stands for")
+    parser.add_argument("--hold", type=int, default=1, help="steps that a plan stands for")
     options = parser.parse_args(argv)
     if options.hold < 1:
         parser.error(f"--hold must be at least 1 step, got {options.hold}")

@@ -124,36 +124,34 @@ class Ours:
 
     def __init__(self, cost: TrueCost, prior: Mapping[str, float] | None, hold: int = 1) -> None:
         """cost: for the sizes of graphs and the drafter's kind, which the engine's configuration says. prior: of a
-        sweep (`measure_prior`); None for none. hold: steps of the same requests that a plan stands for."""
+        sweep (`measure_prior`); None for none. hold: steps that a plan stands for."""
         self.controller = GoodputController(
             K_MAX, step_time=StepTimeModel(prior), passes=PASSES[cost.drafter], graph_sizes=cost.graph_sizes
         )
         self._hold, self._stood = hold, 1
-        self._standing: np.ndarray | None = None
+        self._standing: dict[Hashable, int] | None = None
         self._ids: list[Hashable] = []
         self._has_passes = PASSES[cost.drafter][-1] > 0
-        self._has_trimmed = False
         self._seen: list[Observation] = []
 
     def trim(self, batch: Batch, given: np.ndarray, is_probe: bool, truth: Truth) -> np.ndarray:
         """The controller's choice among the drafts; all of them under a plan that stands."""
         if self._stands(batch):
             return given
-        kept = self.controller.trim_drafts(batch, given, is_probe)
-        self._has_trimmed = bool((kept < given).any())
-        return kept
+        return self.controller.trim_drafts(batch, given, is_probe)
 
     def plan(self, batch: Batch, truth: Truth) -> Plan:
-        """The controller's lengths."""
+        """The controller's lengths, or those of a plan that stands; its average for requests that came later."""
         if self._stands(batch):
             assert self._standing is not None
             self._stood += 1
-            return Plan(self._standing)
+            usual = round(sum(self._standing.values()) / len(self._standing))
+            return Plan(np.array([self._standing.get(rid, usual) for rid in batch.request_ids], np.int64))
         decision = self.controller.plan_drafts(batch, self._stood)
         self._stood, self._ids = 1, list(batch.request_ids)
-        if decision.may_stand and not (self._has_passes and self._has_trimmed):
-            self._standing = decision.lengths
-        self._has_trimmed = False
+        has_surplus = self._has_passes and decision.lengths.min() < decision.lengths.max()
+        if decision.may_stand and not has_surplus:
+            self._standing = dict(zip(self._ids, decision.lengths.tolist(), strict=True))
         return Plan(decision.lengths, decision.is_probe)
 
     def observe(self, observation: Observation) -> None:
@@ -163,7 +161,7 @@ class Ours:
             self._learn()
 
     def _stands(self, batch: Batch) -> bool:
-        if self._standing is not None and self._stood < self._hold and self._ids == list(batch.request_ids):
+        if self._standing is not None and self._stood < self._hold:
             return True
         self._standing = None
         self._learn()

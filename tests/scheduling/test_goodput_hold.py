@@ -23,6 +23,8 @@ class Script:
 
     def __init__(self, scheduler: Any, length: int = 2) -> None:
         self.length, self.is_probe, self.may_stand = length, False, True
+        #: Of each request, where these differ.
+        self.lengths: list[int] | None = None
         #: Step at which each plan was made, and steps that there were since the one before.
         self.asked: list[tuple[int, int]] = []
         self.trimmed: list[int] = []
@@ -41,6 +43,8 @@ class Script:
     def plan(self, batch: Batch, steps: int) -> Decision:
         self.asked.append((self.step, steps))
         lengths = np.full(len(batch.request_ids), self.length, np.int64)
+        if self.lengths is not None:
+            lengths = np.array(self.lengths)
         return Decision(lengths, 1.0, 1.0, self.is_probe, self.may_stand)
 
     def trim(self, batch: Batch, drafted: np.ndarray, is_probe: bool) -> np.ndarray:
@@ -75,36 +79,55 @@ def test_a_plan_stands_for_its_steps(tmp_path: Path) -> None:
     add_request(scheduler, "a")
     add_request(scheduler, "b")
     outputs = script.run(scheduler, 12)
-    # The prompts' step has its own; the next plan stands for five, and so does the one after.
-    assert script.asked == [(0, 1), (1, 1), (6, 5), (11, 5)]
-    assert script.trimmed == [1, 6, 11]
+    assert script.asked == [(0, 1), (5, 5), (10, 5)]
+    assert script.trimmed == [5, 10]
     assert all(output.draft_lengths == {"a": 2, "b": 2} for output in outputs)
     assert all(output.num_spec_tokens_to_schedule == 2 for output in outputs)
     # Nothing of what was learned is lost: each decoding step verified two drafts of each and accepted one.
-    assert script.learned == [0, *[5] * 5, *[10] * 5]
-    assert [told["drafted"] for told in seen] == [[0, 0], *[[2, 2]] * 10]
-    assert [told["accepted"] for told in seen] == [[0, 0], *[[1, 1]] * 10]
-    assert [told["features"].context_tokens for told in seen[1:]] == [16 + 4 * step for step in range(10)]
+    assert script.learned == [*[4] * 5, *[9] * 5]
+    assert [told["drafted"] for told in seen] == [[0, 0], *[[2, 2]] * 9]
+    assert [told["accepted"] for told in seen] == [[0, 0], *[[1, 1]] * 9]
+    assert seen[0]["features"] is None
+    assert [told["features"].context_tokens for told in seen[1:]] == [16 + 4 * step for step in range(9)]
     assert all((told["features"].tokens, told["features"].drafted) == (6, 4) for told in seen[1:])
 
 
-def test_a_request_that_comes_or_goes_ends_it(tmp_path: Path) -> None:
+def test_requests_come_and_go_under_a_plan(tmp_path: Path) -> None:
+    """A newcomer gets what the others have on average; a batch of another size gets a plan of its own."""
+    scheduler, script = build(tmp_path)
+    script.lengths = [1, 3, 3, 3]
+    for rid in "abcd":
+        add_request(scheduler, rid, max_tokens=4 if rid == "a" else 1000)
+    script.run(scheduler, 3)
+    assert "a" not in scheduler.requests
+    add_request(scheduler, "e")
+    # With its prompt in it, and after that.
+    outputs = script.run(scheduler, 2)
+    assert [output.draft_lengths for output in outputs] == [{"b": 3, "c": 3, "d": 3, "e": 2}] * 2
+    assert outputs[0].num_spec_tokens_to_schedule == 3
+    assert [step for step, _ in script.asked] == [0]
+    # Outcomes of those that have gone are learned too.
+    assert script.learned == [4] * 5
+    assert set(scheduler._controller.acceptance._slots) == set("bcde")
+    script.run(scheduler, 1)
+    assert [step for step, _ in script.asked] == [0, 5]
+    script.lengths = None
+    add_request(scheduler, "f")
+    add_request(scheduler, "g")
+    # Six where four were planned for: their prompts are under the old plan, their first drafts not.
+    script.run(scheduler, 2)
+    assert script.asked[2:] == [(7, 2)]
+
+
+def test_a_prompt_that_goes_on_ends_it(tmp_path: Path) -> None:
     scheduler, script = build(tmp_path)
     add_request(scheduler, "a")
-    script.run(scheduler, 3)
-    assert [step for step, _ in script.asked] == [0, 1]
-    # A prompt, and then the first step of both.
-    add_request(scheduler, "b", max_tokens=5)
-    script.run(scheduler, 1)
-    assert script.asked[2:] == [(3, 2)]
-    # What the two steps before drafted was learned before this plan.
-    assert script.learned == [0, 3, 3, 3]
-    script.run(scheduler, 1)
-    assert script.asked[3:] == [(4, 1)]
-    # Two tokens a step after the first: "b" is done with its third.
     script.run(scheduler, 2)
-    assert "b" not in scheduler.requests
-    assert script.asked[3:] == [(4, 1), (6, 2)]
+    scheduler.max_num_scheduled_tokens = 50
+    add_request(scheduler, "long", 120)
+    script.run(scheduler, 4)
+    # Two chunks leave some of it; the plan of the last one stands again.
+    assert [step for step, _ in script.asked] == [0, 2, 3, 4]
 
 
 def test_trials_do_not_stand(tmp_path: Path) -> None:
@@ -121,7 +144,7 @@ def test_no_drafts_stand_as_well(tmp_path: Path) -> None:
     script.length = 0
     add_request(scheduler, "a")
     outputs = script.run(scheduler, 7)
-    assert script.asked == [(0, 1), (1, 1), (6, 5)]
+    assert script.asked == [(0, 1), (5, 5)]
     assert all(output.num_spec_tokens_to_schedule == 0 for output in outputs)
 
 
@@ -136,20 +159,24 @@ def test_what_is_left_is_learned_when_nothing_runs(tmp_path: Path, monkeypatch: 
     add_request(scheduler, "a", max_tokens=7)
     script.run(scheduler, 4)
     assert not scheduler.running
-    assert script.learned == [0, 3, 3, 3]
+    assert script.learned == [3, 3, 3, 3]
     assert counted["vllm_ext:smartspec_verified_tokens_total"] == counted["vllm_ext:smartspec_planned_tokens_total"] - 2
     assert counted["vllm_ext:smartspec_accepted_tokens_total"] == 3
     assert not scheduler._controller.acceptance._slots
 
 
-def test_a_model_that_drafts_too_much_is_trimmed_at_every_step(tmp_path: Path) -> None:
+def test_a_model_that_drafts_more_than_asked_is_trimmed_at_every_step(tmp_path: Path) -> None:
+    """It makes the longest number for all, so what a shorter length asks for is up to the trim."""
     scheduler, script = build(tmp_path)
     scheduler._has_passes = True
-    scheduler._controller.trim_drafts = lambda batch, drafted, is_probe: np.minimum(drafted, 1)
+    script.lengths = [1, 2]
     add_request(scheduler, "a")
-    script.run(scheduler, 6)
-    # The second step verifies the prompt step's drafts: they are cut from then on.
-    assert [step for step, _ in script.asked] == list(range(6))
+    add_request(scheduler, "b")
+    script.run(scheduler, 4)
+    assert [step for step, _ in script.asked] == [0, 1, 2, 3]
+    script.lengths = [2, 2]
+    script.run(scheduler, 4)
+    assert [step for step, _ in script.asked][4:] == [4]
 
 
 def test_asynchronous_steps_share_plans(tmp_path: Path) -> None:

@@ -18,16 +18,31 @@ from vllm_ext.speculation.controller import Batch, Decision
 from vllm_ext.speculation.pace import Pace
 from vllm_ext.speculation.step_time import StepFeatures
 
+#: A plan stands while the number of running requests is within this part of what it was made for.
+BATCH_CHANGE = 0.25
+
 
 class Standing(NamedTuple):
-    """A plan that steps of the same requests after the one it was made in may have too (`pace.Pace`)."""
+    """A plan that the steps after the one it was made in may have too (`pace.Pace`)."""
 
-    request_ids: list[str]
-    proposed: frozenset[str]
     steps: int
+    #: Requests that it was made for, and what those get that came later: as much as these on average.
+    num_requests: int
+    usual: int
+    request_ids: list[str]
     lengths: dict[str, int]
     longest: int
     total: int
+
+    def follow(self, ids: list[str]) -> Standing:
+        """The same for the requests of another step."""
+        if ids == self.request_ids:
+            return self
+        known, usual = self.lengths, self.usual
+        lengths = {rid: known.get(rid, usual) for rid in ids}
+        return self._replace(
+            request_ids=ids, lengths=lengths, longest=max(lengths.values()), total=sum(lengths.values())
+        )
 
 
 class GoodputMixin:
@@ -79,9 +94,8 @@ class GoodputMixin:
         #: Finished steps that nothing was learned from yet, and drafts planned that were not counted yet.
         self._outcomes: list[Outcome] = []
         self._planned = 0
-        #: Seconds that this step has taken for control so far, and whether it had to trim anything.
+        #: Seconds that this step has taken for control so far.
         self._control = 0.0
-        self._has_trimmed = False
         #: Whether the V1 runner's drafter had no room for the longest request of the last step. It then drafts for
         #: none, and hands back tokens of 0 in place of drafts.
         self._is_drafter_full = False
@@ -99,16 +113,15 @@ class GoodputMixin:
         # Of the newest plan, asynchronously too: its placeholders are what is verified next.
         self._is_probe = self._decision is not None and self._decision.is_probe
         self._control, standing = 0.0, self._standing
-        if standing and self._stood < standing.steps and standing.request_ids == self._ids and not self.certain_drafts:
-            self._proposed = standing.proposed
-        else:
-            self._standing, self._has_trimmed = None, False
+        drafted = list(map(len, [request.spec_token_ids for request in running]))
+        stands = standing is not None and self._stood < standing.steps and not self.certain_drafts
+        if standing is None or not stands or abs(len(running) / standing.num_requests - 1) > BATCH_CHANGE:
+            self._standing = None
             self._learn()
-            drafted = list(map(len, [request.spec_token_ids for request in running]))
             if self._plan.trims and any(drafted):
                 drafted = self._trim(running, np.array(drafted, np.int64)).tolist()
-            self._proposed = frozenset(itertools.compress(self._ids, drafted))
             self._control = time.perf_counter() - self._started
+        self._proposed = frozenset(itertools.compress(self._ids, drafted))
         return super().schedule(*args, **kwargs)  # type: ignore[misc]
 
     def _trim(self, running: Sequence[Any], given: np.ndarray) -> np.ndarray:
@@ -127,9 +140,7 @@ class GoodputMixin:
         batch = Batch(self._ids, tokens, self._context)
         most = 0 if self._is_drafter_full else self._plan.k_max
         kept = certain + self._controller.trim_drafts(batch, np.minimum(free, most), self._is_probe)
-        cut = np.flatnonzero(kept < given).tolist()
-        self._has_trimmed = bool(cut)
-        for row in cut:
+        for row in np.flatnonzero(kept < given).tolist():
             # A new list: asynchronous scheduling gives all requests the same one.
             running[row].spec_token_ids = running[row].spec_token_ids[: kept[row]]
         return kept
@@ -161,16 +172,18 @@ class GoodputMixin:
             verified = sum(map(len, scheduler_output.scheduled_spec_decode_tokens.values()))
             # Every request has one token and its drafts, or tokens of its prompt.
             has_prompts = scheduler_output.total_num_scheduled_tokens - verified > len(ids)
+            # Of the next step, without drafts: more than one for each where prompts go on.
+            tokens = self._look_ahead(scheduled) if has_prompts else len(ids)
             standing = self._standing
-            if standing and (has_prompts or self._is_drafter_full or ids != standing.request_ids):
-                standing = self._standing = None
-            if standing:
+            if standing is not None and tokens == len(ids) and not self._is_drafter_full:
                 self._stood += 1
+                standing = self._standing = standing.follow(ids)
                 longest, planned = standing.longest, standing.total
                 scheduler_output.num_spec_tokens_to_schedule = longest
                 scheduler_output.draft_lengths = standing.lengths
             elif self._plan.plans_drafts:
-                planned = self._plan_drafts(scheduler_output, ids, context, has_prompts)
+                self._standing = None
+                planned = self._plan_drafts(scheduler_output, Batch(ids, tokens, context))
                 longest = scheduler_output.num_spec_tokens_to_schedule
             else:
                 longest = scheduler_output.num_spec_tokens_to_schedule
@@ -187,24 +200,23 @@ class GoodputMixin:
             )
         super()._update_after_schedule(scheduler_output)  # type: ignore[misc]
 
-    def _plan_drafts(self, scheduler_output: Any, ids: list[str], context: int, has_prompts: bool) -> int:
+    def _plan_drafts(self, scheduler_output: Any, batch: Batch) -> int:
         """Ask the controller how much to draft; returns the sum of all lengths."""
         began = time.perf_counter()
-        # Requests have come or gone since the step began, and a plan that stood does so no longer.
+        # Prompts go on, say, and a plan that stood when the step began does so no longer.
         self._learn()
-        tokens = self._look_ahead(scheduler_output.num_scheduled_tokens) if has_prompts else len(ids)
-        decision = self._decision = self._controller.plan_drafts(Batch(ids, tokens, context), self._stood)
-        self._stood = 1
+        decision = self._decision = self._controller.plan_drafts(batch, self._stood)
+        self._stood, ids = 1, list(scheduler_output.num_scheduled_tokens)
         lengths = [0] * len(ids) if self._is_drafter_full else decision.lengths.tolist()
         longest, planned = max(lengths), sum(lengths)
         scheduler_output.num_spec_tokens_to_schedule = longest
         scheduler_output.draft_lengths = dict(zip(ids, lengths, strict=True))
         self._report_plan(decision, planned)
         # A model drafts as much for all, and what it drafts beyond a request's own length is cut at every step.
-        has_surplus = self._has_passes and self._has_trimmed
-        if decision.may_stand and not (has_prompts or self._is_drafter_full or has_surplus):
-            draft_lengths = scheduler_output.draft_lengths
-            self._standing = Standing(ids, frozenset(ids), self._pace.steps, draft_lengths, longest, planned)
+        has_surplus = self._has_passes and longest * len(ids) > planned
+        if decision.may_stand and batch.tokens == len(ids) and not (self._is_drafter_full or has_surplus):
+            usual, given = round(planned / len(ids)), scheduler_output.draft_lengths
+            self._standing = Standing(self._pace.steps, len(ids), usual, ids, given, longest, planned)
         self._control += time.perf_counter() - began
         return planned
 

@@ -45,7 +45,7 @@ class AcceptanceModel:
         *,
         initial: float = 0.6,
         shared_strength: float = 0.8,
-        request_memory: float = 0.9,
+        request_memory: float = 0.8,
         shared_memory: float = 0.985,
         idle_memory: float = 0.97,
         untried_memory: float = 0.995,

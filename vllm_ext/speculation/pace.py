@@ -8,8 +8,8 @@ import math
 #: What choosing and learning may take, as a share of the steps' time.
 SHARE = 0.01
 #: Steps that one choice stands for at most: longer, and changes of the text would be followed late. Simulated, with
-#: control for nothing, 16 cost 0.1 % of the goodput against 1.
-HOLD_STEPS = 16
+#: control for nothing, these cost 0.1 % of the goodput against 1.
+HOLD_STEPS = 8
 #: What the newest of measured times counts for.
 RATE = 0.1
 

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draft lengths from goodput against every setting of stock, on whole engines that take turns.
+
+    python -m bench.speculation.engines [CASE ...] [--draws 3] [--repetitions 2] [--model DIR] [--out DIR] [--work DIR]
+
+CASE is a file of bench/cases, `smartspec_chat`, or one of its numbers of concurrent requests, `smartspec_chat_c4`; all
+of speculation without any. An engine for each of the file's stock settings, one for none, and the pack's: all are up at
+once, in processes of their own without a server, and answer the same requests one after another, the other way round
+every other time. Two processes of one program differ by a tenth on a small machine, so all engines are started anew for
+every draw. Written is one record for each case, engine and repetition, in the case `engine_CASE`; printed is how the
+pack compares with the best of stock's. With --resume, draws whose records are there are not measured again.
+Exit codes: 0 ok, 1 failed, 2 bad usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bench.arms import EngineArm, find_model
+from bench.case import Case, find_cases
+from bench.client import RunFailed
+from bench.comparison import compare_arms, list_arms
+from bench.measures import MEASURES
+from bench.records import RESULTS, Record, describe_environment, load_records, record_path, write_record
+from bench.run import leave_on_signals
+from bench.serve.server import ServerFailed
+from bench.strict import CaseError
+
+FILES = ("smartspec_chat", "smartspec_repetitive", "smartspec_changing")
+METRICS = ("output_throughput", "wall_per_step", "cpu_per_token")
+OFF, OURS = "off", "smartspec"
+#: Engines that start at the same time.
+STARTS = 2
+
+
+def name_setting(arguments: Sequence[str]) -> str:
+    """The arm of a setting of stock: off, k3, table8_3_1. Raises ValueError for one that is none of these."""
+    if not arguments:
+        return OFF
+    if len(arguments) != 2 or arguments[0] != "--speculative-config":
+        raise ValueError(f"a stock setting here is one --speculative-config, got {' '.join(arguments)}")
+    speculative = json.loads(arguments[1])
+    table = speculative.get("num_speculative_tokens_per_batch_size")
+    if table is None:
+        return f"k{speculative['num_speculative_tokens']}"
+    return "table" + "_".join(str(length) for _, _, length in table)
+
+
+def read_cases(texts: Sequence[str], model: str | None) -> list[Case]:
+    """The cases, without their servers. Raises CaseError, and ValueError where they do not share their engines."""
+    cases = [case for text in texts for case in find_cases(text)]
+    for name in ("args", "env", "tune", "stock", "pack", "model", "make_model"):
+        if any(getattr(case, name) != getattr(cases[0], name) for case in cases):
+            raise ValueError(f"cases that are measured together share their engines, and {name} differs among theirs")
+    metrics = {name: MEASURES[name] for name in METRICS}
+    # One process for each engine: with two, how their waiting falls together is part of what is measured.
+    changed: dict[str, Any] = {"env": {**cases[0].env, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}}
+    if model is not None:
+        changed["model"] = model
+    return [replace(case, mode="offline", metrics=metrics, tune_metric="", **changed) for case in cases]
+
+
+def make_engines(case: Case, work: Path) -> dict[str, EngineArm]:
+    """{arm: its engine, not started}, no speculation first and the pack last. Raises ValueError and RunFailed."""
+    engines = {}
+    for setting in ((), *case.tune, None):
+        name, side = (OURS, "pack") if setting is None else (name_setting(setting), "stock")
+        folder = work / name
+        folder.mkdir(parents=True, exist_ok=True)
+        engines[name] = EngineArm(case, side, find_model(case, side, work), folder, extra_args=setting or ())
+    return engines
+
+
+@contextlib.contextmanager
+def start_engines(engines: Mapping[str, EngineArm]) -> Iterator[None]:
+    """Within this they run. Raises ServerFailed."""
+    with contextlib.ExitStack() as stack:
+        for engine in engines.values():
+            stack.callback(engine.stop)
+        with ThreadPoolExecutor(STARTS) as threads:
+            list(threads.map(lambda engine: engine.start(), engines.values()))
+        yield
+
+
+def measure_draw(
+    cases: Sequence[Case],
+    engines: Mapping[str, EngineArm],
+    repetitions: Sequence[int],
+    environment: Mapping[str, Any],
+    out: Path,
+) -> None:
+    """All cases on engines that have just started; writes their records. Raises RunFailed."""
+    for case in cases:
+        settings = {
+            "kind": "engine",
+            "stock_arm": OFF,
+            "concurrency": case.workload.options["max_concurrency"],
+            "requests": case.workload.num_requests,
+            "workload": case.workload.name,
+            "started_for_repetition": repetitions[0],
+        }
+        for engine in engines.values():
+            engine.case = case
+            # What is compiled or cached at the first request of a kind is nobody's speed.
+            engine.run(1_000_000 + repetitions[0])
+        for repetition in repetitions:
+            order = list(engines) if repetition % 2 == 0 else list(engines)[::-1]
+            for name in order:
+                result = engines[name].run(case.seed + repetition)
+                described = {**settings, "args": engines[name].args}
+                write_record(
+                    out,
+                    Record(
+                        f"engine_{case.name}",
+                        name,
+                        repetition,
+                        result.metrics,
+                        features=result.features,
+                        seed=case.seed + repetition,
+                        settings=described,
+                        **environment,
+                    ),
+                )
+        print(f"engine_{case.name}: repetitions {[one + 1 for one in repetitions]}", file=sys.stderr, flush=True)
+
+
+def is_measured(
+    cases: Sequence[Case], engines: Mapping[str, EngineArm], repetitions: Sequence[int], out: Path, code: str
+) -> bool:
+    """Whether this draw's records of this code are all there."""
+    found = {record_path(out, one.case, one.arm, one.repetition) for one in load_records(out) if one.git_hash == code}
+    return all(
+        record_path(out, f"engine_{case.name}", name, repetition) in found
+        for case in cases
+        for name in engines
+        for repetition in repetitions
+    )
+
+
+def print_comparison(cases: Sequence[Case], out: Path) -> None:
+    """The pack against the best setting of stock, chosen afterwards by the same runs."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("case", "best of stock", "tokens/s", "smartspec", "ratio", "90 %", "verdict")
+    every = load_records(out)
+    for case in cases:
+        records = [record for record in every if record.case == f"engine_{case.name}"]
+        metric, stock = METRICS[0], [name for name in list_arms(records) if name != OURS]
+        # The one that ours looks worst beside.
+        found = min((compare_arms(records, metric, name, OURS) for name in stock), key=lambda one: one.ratio)
+        best = next(name for name in stock if compare_arms(records, metric, name, OURS) == found)
+        table.add_row(
+            *(case.name, best, f"{found.median_stock:.0f}", f"{found.median_pack:.0f}", f"{found.ratio:.3f}"),
+            *(f"{found.low:.3f} to {found.high:.3f}", found.verdict),
+        )
+    Console().print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.speculation.engines", description="Draft lengths on whole engines."
+    )
+    parser.add_argument("cases", nargs="*", default=FILES, metavar="CASE")
+    parser.add_argument("--draws", type=int, default=3, metavar="N", help="times that all engines are started")
+    parser.add_argument("--repetitions", type=int, default=2, metavar="N", help="of each case in each draw")
+    parser.add_argument("--model", metavar="DIR", help="instead of the cases' own")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="folder of the records")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="keep logs here")
+    parser.add_argument("--resume", action="store_true", help="do not measure again what is there")
+    options = parser.parse_args(argv)
+    if min(options.draws, options.repetitions) < 1:
+        parser.error("--draws and --repetitions must be at least 1")
+    try:
+        cases = read_cases(options.cases, options.model)
+    except (CaseError, ValueError) as error:
+        parser.error(str(error))
+    leave_on_signals()
+    environment, out = describe_environment(), options.out.resolve()
+    with tempfile.TemporaryDirectory(prefix="vllm-ext-speculation-") as folder:
+        try:
+            engines = make_engines(cases[0], options.work or Path(folder))
+            for draw in range(options.draws):
+                repetitions = [draw * options.repetitions + number for number in range(options.repetitions)]
+                if options.resume and is_measured(cases, engines, repetitions, out, environment["git_hash"]):
+                    continue
+                print(f"draw {draw + 1} of {options.draws}: start {len(engines)} engines", file=sys.stderr, flush=True)
+                with start_engines(engines):
+                    measure_draw(cases, engines, repetitions, environment, out)
+        except (ServerFailed, RunFailed, ValueError) as error:
+            print(f"speculation.engines: {error}", file=sys.stderr)
+            return 1
+    print_comparison(cases, out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
