@@ -65,19 +65,24 @@ def run_requests(
 
 
 def _generate_in_turn(engine: Any, prompts: list[Any], parameters: list[Any], max_concurrency: int) -> list[Any]:
-    """Outputs in the order in which requests end."""
+    """Outputs in the order in which requests end; none is left behind in the engine where one is refused."""
     waiting = iter(zip(prompts, parameters, strict=True))
     outputs: list[Any] = []
-    in_flight = 0
-    while True:
-        for prompt, asked in itertools.islice(waiting, max_concurrency - in_flight):
-            engine.add_request(uuid.uuid4().hex, prompt, asked)
-            in_flight += 1
-        if not in_flight:
-            return outputs
-        ended = [output for output in engine.step() if output.finished]
-        in_flight -= len(ended)
-        outputs += ended
+    in_flight: set[str] = set()
+    try:
+        while True:
+            for prompt, asked in itertools.islice(waiting, max_concurrency - len(in_flight)):
+                request_id = uuid.uuid4().hex
+                engine.add_request(request_id, prompt, asked)
+                in_flight.add(request_id)
+            if not in_flight:
+                return outputs
+            ended = [output for output in engine.step() if output.finished and output.request_id in in_flight]
+            in_flight.difference_update(output.request_id for output in ended)
+            outputs += ended
+    finally:
+        if in_flight:
+            engine.abort_request(list(in_flight))
 
 
 def make_handler(engine: LLM, name: str) -> type[BaseHTTPRequestHandler]:

@@ -8,7 +8,8 @@ of speculation without any. An engine for each of the file's stock settings, one
 once, in processes of their own without a server, and answer the same requests one after another, the other way round
 every other time. Two processes of one program differ by a tenth on a small machine, so all engines are started anew for
 every draw. Written is one record for each case, engine and repetition, in the case `engine_CASE`; printed is how the
-pack compares with the best of stock's. With --resume, draws whose records are there are not measured again.
+pack compares with the best of stock's, where a draw counts once. With --resume, draws whose records are there are not
+measured again.
 Exit codes: 0 ok, 1 failed, 2 bad usage.
 """
 
@@ -17,22 +18,25 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from bench.arms import EngineArm, find_model
 from bench.case import Case, find_cases
 from bench.client import RunFailed
-from bench.comparison import compare_arms, list_arms
 from bench.measures import MEASURES
-from bench.records import RESULTS, Record, describe_environment, load_records, record_path, write_record
+from bench.records import RESULTS, Record, describe_environment, hide_paths, load_records, write_record
 from bench.run import leave_on_signals
 from bench.serve.server import ServerFailed
+from bench.statistics import bound_mean
 from bench.strict import CaseError
 
 FILES = ("smartspec_chat", "smartspec_repetitive", "smartspec_changing")
@@ -40,6 +44,8 @@ METRICS = ("output_throughput", "wall_per_step", "cpu_per_token")
 OFF, OURS = "off", "smartspec"
 #: Engines that start at the same time.
 STARTS = 2
+#: Of the interval that is printed; few draws say no more.
+CONFIDENCE = 0.9
 
 
 def name_setting(arguments: Sequence[str]) -> str:
@@ -74,6 +80,8 @@ def make_engines(case: Case, work: Path) -> dict[str, EngineArm]:
     engines = {}
     for setting in ((), *case.tune, None):
         name, side = (OURS, "pack") if setting is None else (name_setting(setting), "stock")
+        if name in engines:
+            raise ValueError(f"two settings of stock would be the arm {name}: {' '.join(setting or ())}")
         folder = work / name
         folder.mkdir(parents=True, exist_ok=True)
         engines[name] = EngineArm(case, side, find_model(case, side, work), folder, extra_args=setting or ())
@@ -106,6 +114,7 @@ def measure_draw(
             "concurrency": case.workload.options["max_concurrency"],
             "requests": case.workload.num_requests,
             "workload": case.workload.name,
+            "model": hide_paths(case.model),
             "started_for_repetition": repetitions[0],
         }
         for engine in engines.values():
@@ -133,35 +142,67 @@ def measure_draw(
         print(f"engine_{case.name}: repetitions {[one + 1 for one in repetitions]}", file=sys.stderr, flush=True)
 
 
+def find_records(out: Path, case: Case, code: str) -> list[Record]:
+    """Of a case, of this code and this model. Older ones, of which there may have been more, are no part of a run."""
+    model = hide_paths(case.model)
+    return [
+        record
+        for record in load_records(out)
+        if record.case == f"engine_{case.name}" and record.git_hash == code and record.settings["model"] == model
+    ]
+
+
 def is_measured(
     cases: Sequence[Case], engines: Mapping[str, EngineArm], repetitions: Sequence[int], out: Path, code: str
 ) -> bool:
-    """Whether this draw's records of this code are all there."""
-    found = {record_path(out, one.case, one.arm, one.repetition) for one in load_records(out) if one.git_hash == code}
-    return all(
-        record_path(out, f"engine_{case.name}", name, repetition) in found
-        for case in cases
-        for name in engines
-        for repetition in repetitions
-    )
+    """Whether this draw's records are all there."""
+    wanted = {(name, repetition) for name in engines for repetition in repetitions}
+    return all(wanted <= {(one.arm, one.repetition) for one in find_records(out, case, code)} for case in cases)
 
 
-def print_comparison(cases: Sequence[Case], out: Path) -> None:
+class Beside(NamedTuple):
+    """Ours beside an arm of stock: ratio of the metric, and its interval over the draws."""
+
+    arm: str
+    stock: float
+    ours: float
+    ratio: float
+    low: float
+    high: float
+
+
+def compare_draws(records: Sequence[Record], arm: str) -> Beside:
+    """Runs of one draw share their processes, so that a draw counts once, with the geometric mean of its pairs."""
+    values: dict[str, dict[int, float]] = {arm: {}, OURS: {}}
+    for record in records:
+        value = record.metrics[METRICS[0]].value
+        if record.arm in values and value is not None:
+            values[record.arm][record.repetition] = value
+    draws: dict[int, list[float]] = {}
+    for record in records:
+        if record.arm == OURS and record.repetition in values[arm]:
+            log = math.log(values[OURS][record.repetition] / values[arm][record.repetition])
+            draws.setdefault(record.settings["started_for_repetition"], []).append(log)
+    logs = np.array([np.mean(each) for each in draws.values()])
+    low, high = bound_mean(logs, CONFIDENCE)
+    stock, ours = (float(np.median(list(each.values()))) for each in (values[arm], values[OURS]))
+    return Beside(arm, stock, ours, float(np.exp(logs.mean())), float(np.exp(low)), float(np.exp(high)))
+
+
+def print_comparison(cases: Sequence[Case], out: Path, code: str) -> None:
     """The pack against the best setting of stock, chosen afterwards by the same runs."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("case", "best of stock", "tokens/s", "smartspec", "ratio", "90 %", "verdict")
-    every = load_records(out)
+    table = Table("case", "best of stock", "tokens/s", "smartspec", "ratio", f"{CONFIDENCE:.0%} over draws")
     for case in cases:
-        records = [record for record in every if record.case == f"engine_{case.name}"]
-        metric, stock = METRICS[0], [name for name in list_arms(records) if name != OURS]
+        records = find_records(out, case, code)
+        stock = sorted({record.arm for record in records} - {OURS})
         # The one that ours looks worst beside.
-        found = min((compare_arms(records, metric, name, OURS) for name in stock), key=lambda one: one.ratio)
-        best = next(name for name in stock if compare_arms(records, metric, name, OURS) == found)
+        best = min((compare_draws(records, arm) for arm in stock), key=lambda beside: beside.ratio)
         table.add_row(
-            *(case.name, best, f"{found.median_stock:.0f}", f"{found.median_pack:.0f}", f"{found.ratio:.3f}"),
-            *(f"{found.low:.3f} to {found.high:.3f}", found.verdict),
+            *(case.name, best.arm, f"{best.stock:.0f}", f"{best.ours:.0f}", f"{best.ratio:.3f}"),
+            f"{best.low:.3f} to {best.high:.3f}",
         )
     Console().print(table)
 
@@ -200,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (ServerFailed, RunFailed, ValueError) as error:
             print(f"speculation.engines: {error}", file=sys.stderr)
             return 1
-    print_comparison(cases, out)
+    print_comparison(cases, out, environment["git_hash"])
     return 0
 
 

@@ -130,7 +130,6 @@ class Ours:
         )
         self._hold, self._stood = hold, 1
         self._standing: dict[Hashable, int] | None = None
-        self._ids: list[Hashable] = []
         self._has_passes = PASSES[cost.drafter][-1] > 0
         self._seen: list[Observation] = []
 
@@ -148,10 +147,11 @@ class Ours:
             usual = round(sum(self._standing.values()) / len(self._standing))
             return Plan(np.array([self._standing.get(rid, usual) for rid in batch.request_ids], np.int64))
         decision = self.controller.plan_drafts(batch, self._stood)
-        self._stood, self._ids = 1, list(batch.request_ids)
+        self._stood = 1
+        # What a model makes beyond a request's own length is for a trim to cut.
         has_surplus = self._has_passes and decision.lengths.min() < decision.lengths.max()
         if decision.may_stand and not has_surplus:
-            self._standing = dict(zip(self._ids, decision.lengths.tolist(), strict=True))
+            self._standing = dict(zip(batch.request_ids, decision.lengths.tolist(), strict=True))
         return Plan(decision.lengths, decision.is_probe)
 
     def observe(self, observation: Observation) -> None:

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from bench.records import load_records
-from bench.speculation.engines import FILES, OFF, OURS, main, make_engines, name_setting, read_cases
+from bench.records import Metric, Record, describe_environment, load_records
+from bench.speculation.engines import FILES, OFF, OURS, compare_draws, main, make_engines, name_setting, read_cases
 
 
 def test_arms_are_named_by_their_lengths(tmp_path: Path) -> None:
@@ -27,6 +28,31 @@ def test_settings_that_are_none_of_speculation(arguments: list[str]) -> None:
 def test_cases_that_do_not_share_engines() -> None:
     with pytest.raises(ValueError, match="share their engines, and args differs"):
         read_cases(["smartspec_chat", "idle_offline"], None)
+
+
+def make_record(arm: str, repetition: int, value: float) -> Record:
+    metrics = {"output_throughput": Metric(value, "tokens/s", "higher")}
+    settings = {"started_for_repetition": repetition // 2 * 2}
+    return Record("engine_a", arm, repetition, metrics, **describe_environment(), settings=settings)
+
+
+def test_a_draw_counts_once() -> None:
+    """Two pairs of one draw that agree are one witness, not two."""
+    ratios = (1.0, 1.0, 2.0, 2.0)
+    records = [make_record("k3", number, 100.0) for number in range(4)]
+    records += [make_record(OURS, number, 100.0 * ratio) for number, ratio in enumerate(ratios)]
+    found = compare_draws(records, "k3")
+    assert found.ratio == pytest.approx(2**0.5)
+    assert (found.stock, found.ours) == (100.0, 150.0)
+    # Student's t of two values, far wider than that of four.
+    assert found.low < 0.2
+    assert found.high > 10
+
+
+def test_settings_of_one_name_are_refused(tmp_path: Path) -> None:
+    [case] = read_cases(["smartspec_chat_c4"], None)
+    with pytest.raises(ValueError, match="two settings of stock would be the arm k1"):
+        make_engines(replace(case, tune=(*case.tune, case.tune[0])), tmp_path)
 
 
 @pytest.mark.parametrize("arguments", [["--draws", "0"], ["no_such_case"], ["smartspec_chat", "idle"]])

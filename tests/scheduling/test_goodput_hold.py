@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from vllm.v1.request import RequestStatus
 
 from tests.scheduling.real_scheduler import add_request, build_scheduler, run_model
 from tests.scheduling.test_goodput_accounting import record_observed, run_step
@@ -51,11 +52,12 @@ class Script:
         self.trimmed.append(self.step)
         return drafted
 
-    def run(self, scheduler: Any, steps: int) -> list[Any]:
+    def run(self, scheduler: Any, steps: int, drafts: dict[str, int] | None = None) -> list[Any]:
+        """Steps in which one draft of each request passes; drafts: how many are made, None for as many as asked for."""
         outputs = []
         for _ in range(steps):
             self.step += 1
-            outputs.append(run_step(scheduler, accepted=1))
+            outputs.append(run_step(scheduler, drafts, accepted=1))
         return outputs
 
 
@@ -114,9 +116,9 @@ def test_requests_come_and_go_under_a_plan(tmp_path: Path) -> None:
     script.lengths = None
     add_request(scheduler, "f")
     add_request(scheduler, "g")
-    # Six where four were planned for: their prompts are under the old plan, their first drafts not.
+    # Six where four were planned for.
     script.run(scheduler, 2)
-    assert script.asked[2:] == [(7, 2)]
+    assert script.asked[2:] == [(6, 1)]
 
 
 def test_a_prompt_that_goes_on_ends_it(tmp_path: Path) -> None:
@@ -168,14 +170,14 @@ def test_what_is_left_is_learned_when_nothing_runs(tmp_path: Path, monkeypatch: 
 def test_a_model_that_drafts_more_than_asked_is_trimmed_at_every_step(tmp_path: Path) -> None:
     """It makes the longest number for all, so what a shorter length asks for is up to the trim."""
     scheduler, script = build(tmp_path)
-    scheduler._has_passes = True
     script.lengths = [1, 2]
     add_request(scheduler, "a")
     add_request(scheduler, "b")
-    script.run(scheduler, 4)
+    script.run(scheduler, 4, {"a": 2, "b": 2})
+    assert script.trimmed == [1, 2, 3]
     assert [step for step, _ in script.asked] == [0, 1, 2, 3]
     script.lengths = [2, 2]
-    script.run(scheduler, 4)
+    script.run(scheduler, 4, {"a": 2, "b": 2})
     assert [step for step, _ in script.asked][4:] == [4]
 
 
@@ -214,3 +216,36 @@ def test_the_pace_follows_what_was_measured(tmp_path: Path) -> None:
     script.asked.clear()
     script.run(scheduler, 6)
     assert [steps for _, steps in script.asked][1:] == [1] * (len(script.asked) - 1)
+
+
+def test_a_burst_ends_it_at_once(tmp_path: Path) -> None:
+    """Prompts that are admitted while a plan stands: as many drafts for all of them was not what was chosen."""
+    scheduler, script = build(tmp_path)
+    add_request(scheduler, "a")
+    script.run(scheduler, 2)
+    for rid in "bcdef":
+        add_request(scheduler, rid)
+    script.run(scheduler, 1)
+    assert [step for step, _ in script.asked] == [0, 2]
+
+
+def test_drafts_of_others_are_trimmed(tmp_path: Path) -> None:
+    """More drafts than the plan asked for, from whatever source, are not verified because a plan stands."""
+    scheduler, script = build(tmp_path)
+    add_request(scheduler, "a")
+    script.run(scheduler, 2)
+    scheduler.requests["a"].spec_token_ids = [7] * 4
+    script.run(scheduler, 1)
+    assert script.trimmed == [2]
+
+
+def test_aborted_requests_are_learned_from(tmp_path: Path) -> None:
+    scheduler, script = build(tmp_path)
+    add_request(scheduler, "a")
+    add_request(scheduler, "b")
+    script.run(scheduler, 3)
+    scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
+    assert script.learned == []
+    scheduler.finish_requests("b", RequestStatus.FINISHED_ABORTED)
+    assert script.learned == [2, 2, 2]
+    assert not scheduler._controller.acceptance._slots

@@ -26,9 +26,9 @@ from vllm_ext.speculation.goodput import DraftCost, choose_lengths
 pytestmark = pytest.mark.slow
 
 REQUESTS, K, STEPS, WARMUP = 256, 8, 160, 20
-#: Seconds of a step that the mixin may take, by policy: what it took, and a fifth of that. The goal is 300 us, which is
-#: missed; docs/smartspec.md says so.
-MIXIN_LIMITS = {"equal": 600e-6, "priority+deadline": 950e-6}
+#: Seconds of a step that the mixin may take, by policy and by steps that a plan stands for: what it took, and a fifth
+#: of that. The goal is 300 us, which steps with a plan of their own miss; docs/smartspec.md says so.
+MIXIN_LIMITS = {("equal", 1): 600e-6, ("priority+deadline", 1): 950e-6, ("equal", 8): 400e-6}
 #: Seconds of the choice alone.
 CHOICE_LIMIT = 50e-6
 #: Of the time of vLLM's scheduler in the same steps.
@@ -91,10 +91,12 @@ def compose_timed(watch: Stopwatch) -> Callable[[str], type]:
     return compose
 
 
-@pytest.mark.parametrize("policy", MIXIN_LIMITS)
-def test_the_mixin_at_256_requests(policy: str, tmp_path: Path, benchmark: Any) -> None:
+@pytest.mark.parametrize(("policy", "hold_steps"), MIXIN_LIMITS)
+def test_the_mixin_at_256_requests(policy: str, hold_steps: int, tmp_path: Path, benchmark: Any) -> None:
+    """Steps without a model are short, so plans stand as long as they may: as beside a step of a few milliseconds."""
     watch = Stopwatch()
-    scheduler = build_scheduler(K, tmp_path, num_seqs=REQUESTS, compose=compose_timed(watch), policy=policy)
+    timed = compose_timed(watch)
+    scheduler = build_scheduler(K, tmp_path, num_seqs=REQUESTS, compose=timed, policy=policy, hold_steps=hold_steps)
     random = np.random.default_rng(0)
     skill = random.uniform(0.2, 0.95, REQUESTS)
     for number in range(REQUESTS):
@@ -123,11 +125,13 @@ def test_the_mixin_at_256_requests(policy: str, tmp_path: Path, benchmark: Any) 
 
     benchmark.pedantic(step, setup=set_up, rounds=STEPS, warmup_rounds=WARMUP)
     assert sum(state["lengths"].values()) > REQUESTS // 4
-    typical = statistics.median(take_block_minima(seconds[-STEPS:]))
-    share = typical / statistics.median(take_block_minima(stock[-STEPS:]))
+    # Of as many steps as share a plan, with the one that made it.
+    mixin, scheduling = (np.array(each[-STEPS:]).reshape(-1, hold_steps).mean(axis=1) for each in (seconds, stock))
+    typical = statistics.median(take_block_minima(mixin.tolist()))
+    share = typical / statistics.median(take_block_minima(scheduling.tolist()))
     benchmark.extra_info["share_of_stock"] = share
     assert share < MIXIN_SHARE
-    judge(benchmark, seconds[-STEPS:], MIXIN_LIMITS[policy], meter)
+    judge(benchmark, mixin.tolist(), MIXIN_LIMITS[policy, hold_steps], meter)
 
 
 def test_the_choice_for_256_requests(benchmark: Any) -> None:

@@ -7,42 +7,17 @@ import itertools
 import time
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from vllm_ext import observability
 from vllm_ext.scheduling import goodput_setup
 from vllm_ext.scheduling.outcomes import Outcome, StepNotes, read_trials, report_outcomes, teach
+from vllm_ext.scheduling.standing import Standing
 from vllm_ext.speculation.controller import Batch, Decision
 from vllm_ext.speculation.pace import Pace
 from vllm_ext.speculation.step_time import StepFeatures
-
-#: A plan stands while the number of running requests is within this part of what it was made for.
-BATCH_CHANGE = 0.25
-
-
-class Standing(NamedTuple):
-    """A plan that the steps after the one it was made in may have too (`pace.Pace`)."""
-
-    steps: int
-    #: Requests that it was made for, and what those get that came later: as much as these on average.
-    num_requests: int
-    usual: int
-    request_ids: list[str]
-    lengths: dict[str, int]
-    longest: int
-    total: int
-
-    def follow(self, ids: list[str]) -> Standing:
-        """The same for the requests of another step."""
-        if ids == self.request_ids:
-            return self
-        known, usual = self.lengths, self.usual
-        lengths = {rid: known.get(rid, usual) for rid in ids}
-        return self._replace(
-            request_ids=ids, lengths=lengths, longest=max(lengths.values()), total=sum(lengths.values())
-        )
 
 
 class GoodputMixin:
@@ -53,8 +28,9 @@ class GoodputMixin:
                             read, and `draft_lengths` by request, which the V1 runner's patch reads
     update_from_output      accepted drafts by request, and the time of the step
 
-    Where control would take more than a hundredth of a step, a plan stands for a few steps of the same requests
-    (`pace.Pace`). These trim nothing and learn nothing; the next step with a plan of its own learns from all of them.
+    Where control would take more than a hundredth of a step, a plan stands for a few steps (`pace.Pace`). These trim
+    nothing and learn nothing; the next step with a plan of its own learns from all of them. Asynchronous steps have a
+    plan each: while one is computed the next is planned, and what that takes is not seen.
 
     Lengths depend on finished steps only, never on the drafts they cut: the output distribution stays that of the
     target model.
@@ -112,10 +88,9 @@ class GoodputMixin:
         self._context, self._longest = sum(computed), max(computed, default=0)
         # Of the newest plan, asynchronously too: its placeholders are what is verified next.
         self._is_probe = self._decision is not None and self._decision.is_probe
-        self._control, standing = 0.0, self._standing
+        self._control = 0.0
         drafted = list(map(len, [request.spec_token_ids for request in running]))
-        stands = standing is not None and self._stood < standing.steps and not self.certain_drafts
-        if standing is None or not stands or abs(len(running) / standing.num_requests - 1) > BATCH_CHANGE:
+        if not self._is_covered(drafted):
             self._standing = None
             self._learn()
             if self._plan.trims and any(drafted):
@@ -123,6 +98,13 @@ class GoodputMixin:
             self._control = time.perf_counter() - self._started
         self._proposed = frozenset(itertools.compress(self._ids, drafted))
         return super().schedule(*args, **kwargs)  # type: ignore[misc]
+
+    def _is_covered(self, drafted: list[int]) -> bool:
+        """Whether the plan of an earlier step is the running requests' too."""
+        standing = self._standing
+        if standing is None or self._stood >= standing.steps or self.certain_drafts:
+            return False
+        return standing.covers(len(drafted)) and standing.allows(self._ids, drafted)
 
     def _trim(self, running: Sequence[Any], given: np.ndarray) -> np.ndarray:
         """Cut the drafts of running requests, `given` of each; returns how many are left."""
@@ -175,7 +157,7 @@ class GoodputMixin:
             # Of the next step, without drafts: more than one for each where prompts go on.
             tokens = self._look_ahead(scheduled) if has_prompts else len(ids)
             standing = self._standing
-            if standing is not None and tokens == len(ids) and not self._is_drafter_full:
+            if standing is not None and standing.covers(len(ids)) and tokens == len(ids) and not self._is_drafter_full:
                 self._stood += 1
                 standing = self._standing = standing.follow(ids)
                 longest, planned = standing.longest, standing.total
@@ -212,9 +194,7 @@ class GoodputMixin:
         scheduler_output.num_spec_tokens_to_schedule = longest
         scheduler_output.draft_lengths = dict(zip(ids, lengths, strict=True))
         self._report_plan(decision, planned)
-        # A model drafts as much for all, and what it drafts beyond a request's own length is cut at every step.
-        has_surplus = self._has_passes and longest * len(ids) > planned
-        if decision.may_stand and batch.tokens == len(ids) and not (self._is_drafter_full or has_surplus):
+        if decision.may_stand and batch.tokens == len(ids) and not self._is_drafter_full:
             usual, given = round(planned / len(ids)), scheduler_output.draft_lengths
             self._standing = Standing(self._pace.steps, len(ids), usual, ids, given, longest, planned)
         self._control += time.perf_counter() - began
@@ -246,6 +226,13 @@ class GoodputMixin:
             self._learn()
         return outputs
 
+    def finish_requests(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's; after the last request is aborted no output comes that would have it learned from."""
+        finished = super().finish_requests(*args, **kwargs)  # type: ignore[misc]
+        if not self.running:  # type: ignore[attr-defined]
+            self._learn()
+        return finished
+
     def _learn(self) -> None:
         """Teach the controller what became of the steps since it was asked last, and count them."""
         outcomes = self._outcomes
@@ -253,11 +240,9 @@ class GoodputMixin:
             return
         began = time.perf_counter()
         controller, self._outcomes = self._controller, []
-        decoding = [outcome.features for outcome in outcomes if outcome.features is not None]
-        predicted = controller.predict(decoding[-1]) if decoding else None
+        report_outcomes(outcomes, controller.predict, self._engine_index)
         teach(controller, outcomes)
         controller.forget(self.requests)  # type: ignore[attr-defined]
-        report_outcomes(outcomes, predicted, self._engine_index)
         observability.add("vllm_ext:smartspec_planned_tokens_total", self._planned, self._engine_index)
         self._planned = 0
         learning = (time.perf_counter() - began) * 1e3

@@ -8,7 +8,7 @@ code and data are in the processor's caches again, and it is the same for one st
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -105,22 +105,23 @@ def teach(controller: GoodputController, outcomes: Sequence[Outcome]) -> None:
         controller.observe(ids, tried, passed, features if ids else None, milliseconds - control, is_probe)
 
 
-def report_outcomes(outcomes: Iterable[Outcome], predicted: float | None, engine_index: int) -> None:
-    """Count finished steps. predicted: milliseconds of the last one without prompts, by the model that planned it."""
+def report_outcomes(outcomes: Iterable[Outcome], predict: Callable[[StepFeatures], float], engine_index: int) -> None:
+    """Count finished steps. predict: milliseconds of a step without control, by what was known when it ran."""
     verified = accepted = tokens = 0
-    decoding = last = 0.0
-    for trials, features, milliseconds, _, _ in outcomes:
+    decoding, last = 0.0, None
+    for outcome in outcomes:
+        trials = outcome.trials
         verified += sum(trials.drafted)
         accepted += sum(trials.accepted)
-        if features is not None and trials.request_ids:
+        if outcome.features is not None and trials.request_ids:
             tokens += sum(trials.num_sampled)
-            decoding += milliseconds
-            last = milliseconds
+            decoding += outcome.milliseconds
+            last = outcome
     add, set_gauge = observability.add, observability.set_gauge
     add("vllm_ext:smartspec_verified_tokens_total", verified, engine_index)
     add("vllm_ext:smartspec_accepted_tokens_total", accepted, engine_index)
-    if last and predicted is not None:
-        set_gauge("vllm_ext:smartspec_predicted_step_seconds", predicted / 1e3, engine_index)
-        set_gauge("vllm_ext:smartspec_measured_step_seconds", last / 1e3, engine_index)
+    if last is not None and last.features is not None:
+        set_gauge("vllm_ext:smartspec_predicted_step_seconds", predict(last.features) / 1e3, engine_index)
+        set_gauge("vllm_ext:smartspec_measured_step_seconds", (last.milliseconds - last.control) / 1e3, engine_index)
         add("vllm_ext:smartspec_decoded_tokens_total", tokens, engine_index)
         add("vllm_ext:smartspec_decode_seconds_total", decoding / 1e3, engine_index)

@@ -57,7 +57,7 @@ class Decision(NamedTuple):
     expected_tokens: float
     expected_milliseconds: float
     is_probe: bool
-    #: Whether steps of the same requests that follow may have these lengths too: not those of a trial.
+    #: Whether steps that follow may have these lengths too: not those of a trial.
     may_stand: bool = False
 
 

@@ -19,6 +19,9 @@ __all__ = ["PROBE_EVERY", "Batch", "Decision", "GoodputController", "Policy"]
 #: a draft costs. Often at first, then seldom.
 EXPLORE_EVERY, EXPLORE_SELDOM, EXPLORE_AT_FIRST = 12, 96, 300
 
+#: What must be left, when a lookup's probe is offered, beyond what it is believed to cost.
+OFFER_SPARE = 0.25
+
 
 class GoodputController(LengthChooser):
     """Draft lengths from measured acceptance and measured step time.
@@ -73,7 +76,7 @@ class GoodputController(LengthChooser):
         self._probes = ProbeBudget(probe_every)
         #: Where in the batch the last probe ended: the next one asks those behind.
         self._turn = 0
-        self._steps = 0
+        self._steps = self._explored = 0
         if not plans_drafts:
             # Whoever plans them asks for all.
             self._drafting = (self._passes[-1], 0)
@@ -143,7 +146,7 @@ class GoodputController(LengthChooser):
             (common, each), width = self._offered, int(np.count_nonzero(drafted))
             self._probes.pay(common + each * width, width)
             self._offered = None
-        if is_probe or (self._is_cut and drafted.any()):
+        if is_probe or (self._probes.is_awaited and drafted.any()):
             self._probes.hear()
         self.acceptance.observe(self.acceptance.find_slots(request_ids), drafted, accepted)
         if features is not None and milliseconds is not None:
@@ -167,15 +170,20 @@ class GoodputController(LengthChooser):
                 self._probes.rest()
             self._probes.earn(choice.milliseconds, 0.0, steps)
             return self._explore(outlook, choice, steps)
+        self._is_cut = False
         width, common, each = self._describe_probe(outlook)
-        self._probes.earn(choice.milliseconds, common + each, steps)
+        # A drafter that is no model is asked by all, most of whom may find nothing. What is then tried is paid for in
+        # the next step, whose estimates are a little different.
+        is_offered, asking = self._uniform is None and not self._has_passes, 0.0
+        if is_offered:
+            asking = self.step_time.coefficients["drafted"] * len(choice.lengths) + OFFER_SPARE * (common + each)
+        self._probes.earn(choice.milliseconds, asking + common + each, steps)
         self._probes.wait(steps)
         hope = self.acceptance.hope
-        width = self._probes.find_width(width, choice.milliseconds, common, each, hope)
+        width = self._probes.find_width(width, choice.milliseconds, asking + common, each, hope)
         if not width:
             # What the last probe found, and what looks like a change for the better, is followed at once.
-            may_stand = not (self._is_cut or self._probes.is_awaited or hope > HOPE)
-            return Decision(*choice, False, may_stand)
+            return Decision(*choice, False, not (self._probes.is_awaited or hope > HOPE))
         if self._uniform is not None:
             lengths = np.full(len(choice.lengths), self._uniform[1], np.int64)
         elif self._has_passes:
@@ -183,11 +191,11 @@ class GoodputController(LengthChooser):
         else:
             # Few may have drafts: all are asked, and trim_drafts tries as many as the budget has.
             lengths = np.ones(len(choice.lengths), np.int64)
-        if self._uniform is not None or self._has_passes:
-            self._probes.pay(common + each * width, width)
-        else:
-            self._probes.offer(self.step_time.coefficients["drafted"] * len(lengths))
+        if is_offered:
+            self._probes.offer(asking - OFFER_SPARE * (common + each))
             self._offered = common, each
+        else:
+            self._probes.pay(common + each * width, width)
         return self._describe_decision(outlook, lengths, True)
 
     def _describe_probe(self, outlook: Outlook) -> tuple[int, float, float]:
@@ -232,7 +240,9 @@ class GoodputController(LengthChooser):
         every = EXPLORE_EVERY if self._steps < EXPLORE_AT_FIRST else EXPLORE_SELDOM
         if self._steps // every == before // every:
             return Decision(*choice, False, not self._is_cut)
-        lengths, change = choice.lengths, 1 if (self._steps // every) % 2 else -1
+        # Not by the number of steps, of which a plan that stands takes several at once.
+        self._explored += 1
+        lengths, change = choice.lengths, 1 if self._explored % 2 else -1
         if self._uniform is None:
             # Those that draft nothing go on so.
             lengths = np.where(lengths > 0, np.clip(lengths + change, 0, self._limit_unknown()), 0)

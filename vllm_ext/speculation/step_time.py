@@ -167,7 +167,7 @@ class StepTimeModel:
         self._count += 1
         if self._count % self._refit_every == 0 or self._count == FIRST_FIT:
             # A few steps more hardly move a fit to a full window, and a fit takes as long as all else in fifty steps.
-            is_full = self._count >= self._window
+            is_full = self._count - self._first >= self._window
             if not is_full or self._count % (REFIT_SELDOM * self._refit_every) == 0 or self._has_changed():
                 self._fit()
 

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan of draft lengths that several steps share: what of it is another step's too."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from typing import NamedTuple
+
+#: A plan stands while the number of running requests is within this part of what it was made for.
+BATCH_CHANGE = 0.25
+
+
+class Standing(NamedTuple):
+    """A plan that the steps after the one it was made in may have too (`pace.Pace`)."""
+
+    steps: int
+    #: Requests that it was made for, and what those get that came later: as much as these on average.
+    num_requests: int
+    usual: int
+    request_ids: list[str]
+    lengths: dict[str, int]
+    longest: int
+    total: int
+
+    def covers(self, num_requests: int) -> bool:
+        """Whether a batch is about as large as the one that this was made for."""
+        return abs(num_requests / self.num_requests - 1) <= BATCH_CHANGE
+
+    def allows(self, ids: list[str], drafted: list[int]) -> bool:
+        """Whether no request has more drafts than it was to get: of a model, which makes as many for all, or of
+        another source."""
+        return not any(map(operator.gt, drafted, map(self.lengths.get, ids, itertools.repeat(self.usual))))
+
+    def follow(self, ids: list[str]) -> Standing:
+        """The same for the requests of another step."""
+        if ids == self.request_ids:
+            return self
+        known, usual = self.lengths, self.usual
+        lengths = {rid: known.get(rid, usual) for rid in ids}
+        return self._replace(
+            request_ids=ids, lengths=lengths, longest=max(lengths.values()), total=sum(lengths.values())
+        )
