@@ -5,9 +5,9 @@
 
 Every cell is one cost model (with its per-token and drafting costs also 30 % lower and higher), one number of
 concurrent requests and one regime of acceptance; outcomes, noise and the measured prior are drawn several times, and
-the worst draw counts. Written are one record, case `smartspec_simulated`, whose metrics are the cells, and a plot.
-Simulated: no engine runs, and control takes no time. What is lost where a plan stands for more than one step, as it
-does where control would take too much of a short step, is the arm `ours_held_STEPS` of --hold.
+the worst draw counts. Written are one record, case `smartspec_simulated`, with the worst draw of every cell, and a
+plot. Simulated: no engine runs, and control takes no time. What is lost where a plan stands for more than one step, as
+it does where control would take too much of a short step, is the arm `ours_held_STEPS` of --hold.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -201,16 +201,26 @@ def summarize(cells: Mapping[str, Sequence[Cell]]) -> dict[str, Metric]:
 
 
 def make_record(cells: Mapping[str, Sequence[Cell]], quick: bool, hold: int = 1) -> Record:
-    """One record: the figures that count, then the worst draw of every cell."""
-    metrics = summarize(cells)
-    for name, each in cells.items():
-        metrics[f"{name}:vs_oracle"] = Metric(min(cell.vs_oracle for cell in each), "ratio", "higher")
-        metrics[f"{name}:vs_best_fixed"] = Metric(min(cell.vs_fixed for cell in each), "ratio", "higher")
-        metrics[f"{name}:vs_stock_table"] = Metric(min(cell.vs_table for cell in each), "ratio", "higher")
-        metrics[f"{name}:vs_published"] = Metric(min(cell.vs_published for cell in each), "ratio", "higher")
-    settings = {"simulated": True, "tokens_per_request_slot": TOKENS, "draws": SEEDS, "quick": quick, "hold": hold}
+    """One record: the figures that count, and beside them the worst draw of every cell, as ratios."""
+    samples = {
+        name: {
+            "vs_oracle": min(cell.vs_oracle for cell in each),
+            "vs_best_fixed": min(cell.vs_fixed for cell in each),
+            "vs_stock_table": min(cell.vs_table for cell in each),
+            "vs_published": min(cell.vs_published for cell in each),
+        }
+        for name, each in cells.items()
+    }
+    settings: dict[str, Any] = {
+        "simulated": True,
+        "tokens_per_request_slot": TOKENS,
+        "draws": SEEDS,
+        "quick": quick,
+        "hold": hold,
+    }
+    settings["samples"] = samples
     arm = "ours" if hold == 1 else f"ours_held_{hold}"
-    return Record(CASE, arm, 0, metrics, **describe_environment(), settings=settings)
+    return Record(CASE, arm, 0, summarize(cells), **describe_environment(), settings=settings)
 
 
 def draw(cells: Mapping[str, Sequence[Cell]], path: Path) -> None:
