@@ -81,9 +81,13 @@ def test_auto_mixes_and_tokens_are_those_of_stock(
     for period in (3, 10):
         before = (counts.mixed, counts.batches[Lane.PREFILL], counts.overlapping)
         turns = count_turns(scheduler, period)
-        assert run_fresh(ours, *requests) == expected
+        # How many there are of each depends on how many turns the prompts last: on a busy machine one run has too few.
+        for _ in range(5):
+            assert run_fresh(ours, *requests) == expected
+            after = (counts.mixed, counts.batches[Lane.PREFILL], counts.overlapping)
+            if all(now > then for now, then in zip(after, before, strict=True)):
+                break
         scheduler.schedule = schedule
-        # How many depends on how many turns the prompts last.
         assert counts.mixed > before[0]
         assert counts.batches[Lane.PREFILL] > before[1]
         assert counts.overlapping > before[2]
