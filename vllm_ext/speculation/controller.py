@@ -174,13 +174,14 @@ class GoodputController(LengthChooser):
         width, common, each = self._describe_probe(outlook)
         # A drafter that is no model is asked by all, most of whom may find nothing. What is then tried is paid for in
         # the next step, whose estimates are a little different.
-        is_offered, asking = self._uniform is None and not self._has_passes, 0.0
+        is_offered, asking, spare = self._uniform is None and not self._has_passes, 0.0, 0.0
         if is_offered:
-            asking = self.step_time.coefficients["drafted"] * len(choice.lengths) + OFFER_SPARE * (common + each)
-        self._probes.earn(choice.milliseconds, asking + common + each, steps)
+            asking = self.step_time.coefficients["drafted"] * len(choice.lengths)
+            spare = OFFER_SPARE * (common + each)
+        self._probes.earn(choice.milliseconds, asking + spare + common + each, steps)
         self._probes.wait(steps)
         hope = self.acceptance.hope
-        width = self._probes.find_width(width, choice.milliseconds, asking + common, each, hope)
+        width = self._probes.find_width(width, choice.milliseconds, asking + spare + common, each, hope)
         if not width:
             # What the last probe found, and what looks like a change for the better, is followed at once.
             return Decision(*choice, False, not (self._probes.is_awaited or hope > HOPE))
@@ -192,7 +193,7 @@ class GoodputController(LengthChooser):
             # Few may have drafts: all are asked, and trim_drafts tries as many as the budget has.
             lengths = np.ones(len(choice.lengths), np.int64)
         if is_offered:
-            self._probes.offer(asking - OFFER_SPARE * (common + each))
+            self._probes.offer(asking)
             self._offered = common, each
         else:
             self._probes.pay(common + each * width, width)
