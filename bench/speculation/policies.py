@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
 from bench.speculation.simulator import K_MAX, NOISE, PASSES, Observation, Plan, TrueCost, Truth
+from vllm_ext.speculation.acceptance import USUAL_RATE
 from vllm_ext.speculation.controller import Batch, GoodputController
-from vllm_ext.speculation.goodput import Choice, DraftCost, choose_lengths, choose_padded
+from vllm_ext.speculation.goodput import Choice, DraftCost, choose_lengths, choose_padded, value_drafts
 from vllm_ext.speculation.prior import fit_prior
 from vllm_ext.speculation.step_time import StepFeatures, StepTimeModel
 
@@ -85,8 +86,16 @@ class Published(FixedLength):
 class Oracle:
     """The best lengths of each step for the true chances and the true cost: told the rates, not the outcomes.
 
-    It looks no further than the step, by the objective that ours has: no bound of what is possible, but close to it.
+    It looks no further than the step, by the objective that ours has (`goodput`), and averages what its own steps are
+    expected to make: no bound of what is possible, but close to it.
     """
+
+    def __init__(self) -> None:
+        self._survival = np.zeros((0, K_MAX))
+        #: Expected tokens of a step on average: by request, in the order they come, and of all.
+        self._usual, self._shared = np.zeros(0), 1.0
+        self._stretch, self._steps = 1.0, 0
+        self._cost: TrueCost | None = None
 
     def trim(self, batch: Batch, given: np.ndarray, is_probe: bool, truth: Truth) -> np.ndarray:
         """The drafts that are worth a place in the forward pass; a model's were chosen for the same requests."""
@@ -96,12 +105,33 @@ class Oracle:
 
     def plan(self, batch: Batch, truth: Truth) -> Plan:
         """The exact answer."""
+        self._survival, self._cost = np.cumprod(truth.hazards, axis=1), truth.cost
         return Plan(self._choose(batch, K_MAX, truth, False).lengths)
+
+    def observe(self, observation: Observation) -> None:
+        """Averages what was expected of the step; its outcomes are not looked at."""
+        assert self._cost is not None
+        ids, features = self._find(observation.request_ids), observation.features
+        made = 1 + (self._survival * (np.arange(K_MAX) < observation.drafted[:, None])).sum(axis=1)
+        self._steps += 1
+        rate = max(USUAL_RATE, 1 / self._steps)
+        self._usual[ids] += rate * (made - self._usual[ids])
+        self._shared += rate * (float(made.mean()) - self._shared)
+        plain = features._replace(tokens=features.requests, passes=0, drafted=0, verifies=0)
+        self._stretch += rate * (self._cost.measure(features) / self._cost.measure(plain) - self._stretch)
+
+    def _find(self, request_ids: Sequence[Hashable]) -> np.ndarray:
+        """Request ids as places in the averages, which begin at that of all."""
+        ids = np.array(request_ids, np.int64)
+        more = int(ids.max()) + 1 - len(self._usual)
+        self._usual = np.concatenate([self._usual, np.full(max(0, more), self._shared)])
+        return ids
 
     def _choose(self, batch: Batch, caps: np.ndarray | int, truth: Truth, is_made: bool) -> Choice:
         survival = np.cumprod(truth.hazards, axis=1)
         count, names, passes = len(survival), truth.cost.coefficients, PASSES[truth.cost.drafter]
-        plain = TrueCost(names).measure(StepFeatures(batch.tokens, batch.context_tokens, count, 0, 0))
+        features = StepFeatures(batch.tokens, batch.context_tokens, count, 0, 0)
+        plain = TrueCost(names).measure(features)
         if is_made:
             cost = DraftCost(plain, names["tokens"])
         elif passes[-1]:
@@ -109,13 +139,13 @@ class Oracle:
         else:
             cost = DraftCost(plain, names["tokens"] + names["drafted"])
         cost = cost._replace(once=names["verifies"])
+        ids = self._find(batch.request_ids)
+        values = value_drafts(survival, self._usual[ids], USUAL_RATE)
+        price = count / (self._stretch * truth.cost.measure(features))
         if truth.cost.graph_sizes:
             sizes = truth.cost.graph_sizes
-            return choose_padded(survival, caps, cost, names["tokens"], batch.tokens, sizes, passes=passes)
-        return choose_lengths(survival, caps, cost, passes=passes)
-
-    def observe(self, observation: Observation) -> None:
-        """Nothing is learned."""
+            return choose_padded(survival, values, caps, cost, price, names["tokens"], batch.tokens, sizes, passes)
+        return choose_lengths(survival, values, caps, cost, price, passes)
 
 
 class Ours:

@@ -21,7 +21,7 @@ import pytest
 from bench.kernels.baselines import BUSY_LIMIT, BusyMeter, take_block_minima
 from tests.scheduling.real_scheduler import add_request, build_scheduler, hand_drafts, run_model
 from vllm_ext.scheduling import factory
-from vllm_ext.speculation.goodput import DraftCost, choose_lengths
+from vllm_ext.speculation.goodput import DraftCost, choose_lengths, value_drafts
 
 pytestmark = pytest.mark.slow
 
@@ -137,12 +137,12 @@ def test_the_mixin_at_256_requests(policy: str, hold_steps: int, tmp_path: Path,
 def test_the_choice_for_256_requests(benchmark: Any) -> None:
     random = np.random.default_rng(0)
     survival = np.cumprod(random.uniform(0.3, 0.95, (REQUESTS, K)), axis=1)
-    caps, cost, seconds = np.full(REQUESTS, K), DraftCost(20.0, 0.05), []
+    caps, usual, cost, seconds = np.full(REQUESTS, K), np.full(REQUESTS, 2.0), DraftCost(20.0, 0.02), []
     meter = BusyMeter()
 
     def choose() -> None:
         began = time.perf_counter()
-        choice = choose_lengths(survival, caps, cost)
+        choice = choose_lengths(survival, value_drafts(survival, usual, 0.05), caps, cost, REQUESTS / 25.0)
         seconds.append(time.perf_counter() - began)
         assert 0 < choice.lengths.mean() < K
 

@@ -42,11 +42,14 @@ def test_good_drafts_are_long_and_bad_ones_stop() -> None:
 def test_probes_keep_to_their_share_whatever_is_accepted(count: int, token: float, chance: float) -> None:
     """What the drafts of a server that should not speculate take, less what they bring."""
     cost = {**COMPUTE_BOUND, "tokens": token}
-    server = Server(GoodputController(8, step_time=StepTimeModel(cost)), cost, count)
-    steps = server.serve(chance, 800)[200:]
-    assert any(step.verified.any() for step in steps), "nothing is tried any more"
-    plain = count / steps[0].plain
-    assert measure_goodput(steps) / plain > 1 - 2 * PROBE_SHARE
+    shares = []
+    # One server alone may be lucky in what it tries, and then pays for believing it.
+    for seed in range(12):
+        server = Server(GoodputController(8, step_time=StepTimeModel(cost)), cost, count, seed=seed)
+        steps = server.serve(chance, 800)[200:]
+        assert any(step.verified.any() for step in steps), "nothing is tried any more"
+        shares.append(measure_goodput(steps) / (count / steps[0].plain))
+    assert np.mean(shares) > 1 - 1.5 * PROBE_SHARE
 
 
 def test_probes_take_turns() -> None:
@@ -54,7 +57,8 @@ def test_probes_take_turns() -> None:
     for passes in (None, PASSES):
         controller = GoodputController(6, step_time=StepTimeModel(cost), passes=passes)
         steps = Server(controller, {**cost, "passes": 0.0}, 4, passes=passes).serve(0.02, 600)[100:]
-        probes = [step.verified for step in steps if step.verified.any()]
+        probes = [step.verified for step in steps if step.is_probe and step.verified.any()]
+        assert len(probes) > 10
         assert all(verified.max() == 1 for verified in probes)
         assert min(np.sum(probes, axis=0)) > 0.5 * max(np.sum(probes, axis=0))
 
@@ -155,19 +159,25 @@ def test_uniform_lengths_learn_what_no_drafts_cost() -> None:
     controller = GoodputController(5, step_time=StepTimeModel(prior), uniform_lengths=(0, 5), passes=passes)
     server = Server(controller, cost, 32, passes=passes, trims=False)
     lengths = find_planned(server.serve(0.5, 1500))
-    assert (lengths[:20] == 5).mean() > 0.9
+    assert (lengths[:8] == 5).all()
     assert (lengths[-300:] == 5).mean() < 0.1
 
 
-def test_prompts_make_drafts_cheap() -> None:
-    """Beside 512 tokens of a prompt a draft adds little to the step."""
+def test_prompts_change_no_draft() -> None:
+    """The time of 512 tokens of a prompt passes whatever is drafted, and a draft beside them takes as long as ever."""
     controller = GoodputController(8, step_time=StepTimeModel(COMPUTE_BOUND))
-    Server(controller, COMPUTE_BOUND, 8).serve(0.6, 150)
+    Server(controller, COMPUTE_BOUND, 8).serve(0.85, 150)
     ids = list(range(8))
-    alone, beside = (controller.plan_drafts(Batch(ids, 8 + more, 8000)).lengths.mean() for more in (0, 512))
-    assert beside > alone + 2
-    kept = [controller.trim_drafts(Batch(ids, 8 + more, 8000), np.full(8, 8)).mean() for more in (0, 512)]
-    assert kept[1] > kept[0] + 2
+    alone, beside = (controller.plan_drafts(Batch(ids, 8 + more, 8000)).lengths.tolist() for more in (0, 512))
+    assert alone == beside
+    assert any(alone)
+    kept = [controller.trim_drafts(Batch(ids, 8 + more, 8000), np.full(8, 8)).tolist() for more in (0, 512)]
+    assert kept[1] == kept[0]
+    # Nor do steps with prompts count for what a usual step takes.
+    features = StepFeatures(8 + 512, 8000, 8, 0, 0)
+    for _ in range(30):
+        controller.observe(ids, np.zeros(8, np.int64), np.zeros(8, np.int64), features, 3 + 0.9 * 520)
+    assert controller._stretch == pytest.approx(1.0, abs=0.2)
 
 
 def test_steps_are_filled_up_to_the_size_of_a_graph() -> None:

@@ -59,6 +59,8 @@ class GoodputMixin:
         self._decision: Decision | None = None
         self._is_probe = False
         self._started = self._finished = 0.0
+        #: Whether anything ran on when the last step was finished.
+        self._goes_on = False
         #: Running requests when schedule() began, and what they have in the KV cache.
         self._ids: list[str] = []
         self._proposed: frozenset[str] = frozenset()
@@ -113,8 +115,8 @@ class GoodputMixin:
         if self.certain_drafts:
             certain = np.minimum([self.certain_drafts.get(rid, 0) for rid in self._ids], given)
             free = given - certain
-        # Requests without drafts count too: time that the drafts of others take is time that they wait. So do prompts
-        # that go on beside them: the longer a step takes anyway, the less a draft adds to it.
+        # Requests without drafts count too: time that the drafts of others take is time that they wait. Tokens of
+        # prompts that go on beside them do where steps are padded to the sizes of graphs.
         tokens = len(running) + int(np.sum(certain))
         if prompts := [request for request in running if request.is_prefill_chunk]:
             left = [request.num_tokens - request.num_computed_tokens for request in prompts]
@@ -218,8 +220,11 @@ class GoodputMixin:
         # Asynchronous steps overlap: a step's share begins when the one before it was done, and control takes none of
         # it where the step before was still being computed.
         control = notes.control * 1e3 if notes.started >= self._finished else 0.0
-        milliseconds = (now - max(notes.started, self._finished)) * 1e3
-        self._finished = now
+        # While anything runs the engine goes on at once: what it does between two steps, such as the text of an offline
+        # engine's outputs, is the later one's time too.
+        began = self._finished if self._goes_on else max(notes.started, self._finished)
+        milliseconds = (now - began) * 1e3
+        self._finished, self._goes_on = now, bool(self.running)  # type: ignore[attr-defined]
         self._outcomes.append(Outcome(trials, notes.features, milliseconds, control, notes.is_probe))
         standing = self._standing
         if standing is None or self._stood >= standing.steps or not self.running:  # type: ignore[attr-defined]

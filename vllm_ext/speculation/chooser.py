@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vllm_ext.speculation.acceptance import AcceptanceModel
+from vllm_ext.speculation.acceptance import USUAL_RATE, AcceptanceModel
 from vllm_ext.speculation.goodput import (
     Choice,
     DraftCost,
@@ -41,13 +41,13 @@ class Batch(NamedTuple):
 
 
 class Outlook(NamedTuple):
-    """What is believed of a batch's drafts: chances [n, k_max], the policy's weights, and `value_drafts` of both (None
-    where all lengths are the same)."""
+    """What is believed of a batch's drafts: chances [n, k_max], what they are worth (`value_drafts`), and what a
+    millisecond is."""
 
     batch: Batch
     survival: np.ndarray
-    weights: np.ndarray | None
-    values: np.ndarray | None
+    values: np.ndarray
+    price: float
 
 
 class Decision(NamedTuple):
@@ -97,6 +97,10 @@ class LengthChooser:
         self._last_outlook: Outlook | None = None
         #: Passes and positions of the drafter that the last plan asked for: they are part of a step's time.
         self._drafting = (passes[0], 0)
+        #: How much longer a step usually takes than it would without drafts and prompts.
+        self._stretch = 1.0
+        #: Steps that the last plan stood for, and the next one is likely to.
+        self._stood = 1
 
     def predict(self, features: StepFeatures) -> float:
         """Milliseconds of a step, tokens without padding."""
@@ -114,9 +118,16 @@ class LengthChooser:
             # The same array: the same requests, of whom nothing was learned since they were looked at for trimming.
             return last._replace(batch=batch)
         weights = None if self._policy is None else self._policy(batch.request_ids)
-        values = value_drafts(survival, weights) if self._uniform is None else None
-        self._last_outlook = Outlook(batch, survival, weights, values)
+        usual = self.acceptance.find_usual(self.acceptance.find_slots(batch.request_ids))
+        total = float(len(usual) if weights is None else np.add.reduce(weights))
+        price = total / (self._stretch * self._predict_plain(len(usual), batch.context_tokens))
+        share = 1 - (1 - USUAL_RATE) ** self._stood
+        self._last_outlook = Outlook(batch, survival, value_drafts(survival, usual, share, weights), price)
         return self._last_outlook
+
+    def _predict_plain(self, num_requests: int, context_tokens: int) -> float:
+        """Milliseconds of a step without drafts, drafting and prompts."""
+        return self.predict(StepFeatures(num_requests, context_tokens, num_requests, 0, 0))
 
     def _predict(self, batch: Batch) -> np.ndarray:
         return self.acceptance.predict_survival(self.acceptance.find_slots(batch.request_ids))
@@ -154,18 +165,16 @@ class LengthChooser:
             time / HYSTERESIS if length == self._last_length else time
             for length, time in zip(allowed, times, strict=True)
         ]
-        choice = choose_uniform(outlook.survival, allowed, costs, outlook.weights)
+        choice = choose_uniform(outlook.survival, outlook.values, allowed, costs, outlook.price)
         self._last_length = int(choice.lengths.max(initial=0))
         return choice._replace(milliseconds=times[allowed.index(self._last_length)])
 
     def _choose_each(self, outlook: Outlook, caps: np.ndarray | int, cost: DraftCost) -> Choice:
-        batch, survival, weights, values = outlook
+        batch, survival, values, price = outlook
         if self._graph_sizes:
             padding, sizes = self.step_time.coefficients["tokens"], self._graph_sizes
-            return choose_padded(
-                survival, caps, cost, padding, batch.tokens, sizes, weights, values, passes=self._passes
-            )
-        return choose_lengths(survival, caps, cost, weights, values, self._passes)
+            return choose_padded(survival, values, caps, cost, price, padding, batch.tokens, sizes, self._passes)
+        return choose_lengths(survival, values, caps, cost, price, self._passes)
 
     def _describe_decision(self, outlook: Outlook, lengths: np.ndarray, is_probe: bool) -> Decision:
         """Lengths that are not those of a choice, with what is expected of them."""

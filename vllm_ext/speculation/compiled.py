@@ -34,18 +34,21 @@ def _compile(function: _Function) -> _Function:
 def learn_outcomes(
     counts: np.ndarray,
     shared_counts: np.ndarray,
+    usual: np.ndarray,
     slots: np.ndarray,
     drafted: np.ndarray,
     accepted: np.ndarray,
+    usual_rate: float,
     request_memory: float,
     idle_memory: float,
     shared_memory: float,
     untried_memory: float,
 ) -> bool:
-    """Add one step's outcomes to the discounted counts, in place; whether any first draft was tried.
+    """Add one step's outcomes to the discounted counts and to the tokens of usual steps, in place; whether any first
+    draft was tried.
 
-    counts: float64 [slots, k_max, 2], successes and trials; shared_counts: float64 [k_max, 2]; slots, drafted,
-    accepted: int64 [n].
+    counts: float64 [slots, k_max, 2], successes and trials; shared_counts: float64 [k_max, 2]; usual: float64 [slots];
+    slots, drafted, accepted: int64 [n].
     """
     num_requests, k_max = len(slots), counts.shape[1]
     successes, trials = np.zeros(k_max), np.zeros(k_max)
@@ -54,6 +57,7 @@ def learn_outcomes(
         # Censored: nothing is known of what is behind the first failure.
         tried = min(right + 1, given)
         memory = request_memory if given > 0 else idle_memory
+        usual[slots[row]] += usual_rate * (1 + right - usual[slots[row]])
         known = counts[slots[row]]
         for place in range(k_max):
             known[place, 0] *= memory
@@ -160,32 +164,19 @@ def measure_spread(counts: np.ndarray, slots: np.ndarray, shared: np.ndarray, me
 
 
 @_compile
-def value_drafts(survival: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """log of expected tokens that each draft adds to its request's, times the request's weight: float64 [n, k_max].
-
-    weights: float64 [n], or [0] for 1.
-    """
+def value_drafts(survival: np.ndarray, usual: np.ndarray, share: float, weights: np.ndarray) -> np.ndarray:
+    """What each draft adds to log(usual + share * (tokens - usual)) / share, times the request's weight: float64
+    [n, k_max]. usual: float64 [n]; weights: float64 [n], or [0] for 1."""
     num_requests, k_max = survival.shape
     values = np.empty((num_requests, k_max))
     for row in range(num_requests):
         weight = weights[row] if len(weights) else 1.0
-        made = 1.0
+        average = usual[row] + share * (1.0 - usual[row])
         for place in range(k_max):
-            values[row, place] = weight * math.log1p(survival[row, place] / made)
-            made += survival[row, place]
+            more = share * survival[row, place]
+            values[row, place] = weight * math.log1p(more / average) / share
+            average += more
     return values
-
-
-@_compile
-def _measure(
-    drafts: int, fixed: float, per_token: float, base_tokens: int, ladder: np.ndarray, padding: float
-) -> float:
-    if not len(ladder):
-        return fixed + per_token * drafts
-    tokens = base_tokens + drafts
-    place = np.searchsorted(ladder, tokens)
-    padded = ladder[place] if place < len(ladder) else tokens
-    return fixed + padding * (padded - base_tokens) + (per_token - padding) * drafts
 
 
 @_compile
@@ -193,7 +184,49 @@ def choose_lengths(
     survival: np.ndarray,
     values: np.ndarray,
     caps: np.ndarray,
-    total: float,
+    price: float,
+    fixed: float,
+    per_token: float,
+    extra: np.ndarray,
+) -> tuple[np.ndarray, float, float]:
+    """(lengths int64 [n], expected tokens, milliseconds): the best prefix of every draft, exactly.
+
+    values: `value_drafts`; caps: int64 [n], or [1] for all; price: of a millisecond; extra: float64 [k_max + 1], what a
+    step takes more where that is its longest draft.
+    """
+    num_requests, k_max = survival.shape
+    least = price * per_token
+    # By position: what drafts there are worth, less their time.
+    gains = np.zeros(k_max + 1)
+    for row in range(num_requests):
+        for place in range(min(k_max, caps[row if len(caps) > 1 else 0])):
+            # They fall along a draft.
+            if values[row, place] <= least:
+                break
+            gains[place + 1] += values[row, place] - least
+    gained, best, longest = 0.0, 0.0, 0
+    for place in range(1, k_max + 1):
+        gained += gains[place]
+        objective = gained - price * (extra[place] - extra[0])
+        if objective > best:
+            best, longest = objective, place
+    lengths, tokens, count = np.zeros(num_requests, np.int64), float(num_requests), 0
+    for row in range(num_requests):
+        for place in range(min(longest, caps[row if len(caps) > 1 else 0])):
+            if values[row, place] <= least:
+                break
+            lengths[row] += 1
+            tokens += survival[row, place]
+            count += 1
+    return lengths, tokens, fixed + extra[longest] + per_token * count
+
+
+@_compile
+def choose_padded(
+    survival: np.ndarray,
+    values: np.ndarray,
+    caps: np.ndarray,
+    price: float,
     fixed: float,
     per_token: float,
     extra: np.ndarray,
@@ -201,31 +234,25 @@ def choose_lengths(
     ladder: np.ndarray,
     padding: float,
 ) -> tuple[np.ndarray, float, float]:
-    """(lengths int64 [n], expected tokens, milliseconds): the best prefix of every draft, exactly.
-
-    values: `value_drafts`; caps: int64 [n], or [1] for all; total: sum of weights; extra: float64 [k_max + 1], what a
-    step takes more where that is its longest draft; ladder: int64, sizes that a forward pass is padded to, or [0], and
-    padding the milliseconds of a token that is only padding.
+    """As `choose_lengths` where forward passes are padded to the next size of `ladder`, int64, and a token that is only
+    padding takes `padding` milliseconds.
 
     For each longest draft, the drafts worth most are taken in order of their worth, and every number of them is tried.
     """
     num_requests, k_max = survival.shape
-    # Of s milliseconds in t the logarithm of time grows by s / t or more: what is worth less is never taken.
-    slope = max(per_token - padding, 0.0) if len(ladder) else per_token
-    least = _measure(0, fixed + extra[0], per_token, base_tokens, ladder, padding)
-    best, best_count, best_longest, threshold, best_time = -total * math.log(least), 0, 0, 0.0, least
+    # A draft takes at least so long: what is worth less is never taken.
+    least = price * max(per_token - padding, 0.0)
+    best_time = _measure(0, fixed + extra[0], per_token, base_tokens, ladder, padding)
+    best, best_count, best_longest, threshold = -price * best_time, 0, 0, 0.0
     worth = np.empty(num_requests * k_max)
     for longest in range(1, k_max + 1):
         # Where more positions take no more time, to choose from them is never worse.
         if longest < k_max and extra[longest] == extra[longest + 1]:
             continue
-        base = fixed + extra[longest]
-        slowest = _measure(num_requests * longest, base, per_token, base_tokens, ladder, padding)
-        price, found = total * slope / slowest, 0
+        found = 0
         for row in range(num_requests):
             for place in range(min(longest, caps[row if len(caps) > 1 else 0])):
-                # They fall along a draft.
-                if values[row, place] <= price:
+                if values[row, place] <= least:
                     break
                 worth[found] = values[row, place]
                 found += 1
@@ -234,8 +261,8 @@ def choose_lengths(
         for count in range(1, found + 1):
             value = order[found - count]
             progress += value
-            time = _measure(count, base, per_token, base_tokens, ladder, padding)
-            objective = progress - total * math.log(time)
+            time = _measure(count, fixed + extra[longest], per_token, base_tokens, ladder, padding)
+            objective = progress - price * time
             if objective > best:
                 best, best_count, best_longest, threshold, best_time = objective, count, longest, value, time
     lengths, tokens, left = np.zeros(num_requests, np.int64), float(num_requests), best_count
@@ -254,3 +281,13 @@ def choose_lengths(
                 tokens += survival[row, place]
                 left -= 1
     return lengths, tokens, best_time
+
+
+@_compile
+def _measure(
+    drafts: int, fixed: float, per_token: float, base_tokens: int, ladder: np.ndarray, padding: float
+) -> float:
+    tokens = base_tokens + drafts
+    place = np.searchsorted(ladder, tokens)
+    padded = ladder[place] if place < len(ladder) else tokens
+    return fixed + padding * (padded - base_tokens) + (per_token - padding) * drafts

@@ -7,9 +7,9 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
-from vllm_ext.speculation.acceptance import AcceptanceModel
+from vllm_ext.speculation.acceptance import USUAL_RATE, AcceptanceModel
 from vllm_ext.speculation.chooser import Batch, Decision, LengthChooser, Outlook, Policy
-from vllm_ext.speculation.goodput import Choice, DraftCost, choose_lengths
+from vllm_ext.speculation.goodput import Choice, DraftCost, choose_lengths, choose_padded, value_drafts
 from vllm_ext.speculation.probing import HOPE, PROBE_EVERY, ProbeBudget
 from vllm_ext.speculation.step_time import StepFeatures, StepTimeModel
 
@@ -34,7 +34,7 @@ class GoodputController(LengthChooser):
     for a fixed small part of the time (`ProbeBudget`). Lengths depend on past outcomes only, never on the drafts
     themselves, so the tokens that come out are those of the target model.
 
-    A step of prompts counts as any other: its time is what its requests wait for, and drafts are cheap beside it.
+    Beside a prompt a draft is worth and takes what it does in any step: the prompt's own time passes whatever is drafted.
     What progress with a prompt is worth is not modelled.
 
     Source: SmartSpec (arXiv:2406.14066), sections 4.1 to 4.4; per-request lengths, hazards by position, the online
@@ -76,7 +76,7 @@ class GoodputController(LengthChooser):
         self._probes = ProbeBudget(probe_every)
         #: Where in the batch the last probe ended: the next one asks those behind.
         self._turn = 0
-        self._steps = self._explored = 0
+        self._steps = self._explored = self._num_steps_timed = 0
         if not plans_drafts:
             # Whoever plans them asks for all.
             self._drafting = (self._passes[-1], 0)
@@ -92,6 +92,7 @@ class GoodputController(LengthChooser):
         steps: how many there were since the last plan, with this one. A plan that `may_stand` is good for more than one
         (`pace.Pace`); what they drafted and accepted is to be observed before the next plan.
         """
+        self._stood = steps
         outlook, self._last_outlook = self._look_ahead(batch), None
         decision = self._plan(outlook, self._choose(outlook), steps)
         features = self.describe_step(batch, 0, decision.lengths)
@@ -150,6 +151,7 @@ class GoodputController(LengthChooser):
             self._probes.hear()
         self.acceptance.observe(self.acceptance.find_slots(request_ids), drafted, accepted)
         if features is not None and milliseconds is not None:
+            self._learn_stretch(features, int(np.add.reduce(drafted)))
             self.step_time.observe(self._pad(features), milliseconds)
 
     def forget(self, running: Mapping[Hashable, object]) -> None:
@@ -162,7 +164,19 @@ class GoodputController(LengthChooser):
         slots = model.find_slots([0])
         model.observe(slots, np.array([self.k_max]), np.array([1]))
         if self._uniform is None:
-            choose_lengths(model.predict_survival(slots), self.k_max, DraftCost(1.0, 1e-3))
+            survival, cost = model.predict_survival(slots), DraftCost(1.0, 1e-3)
+            values = value_drafts(survival, model.find_usual(slots), 1.0)
+            if self._graph_sizes:
+                choose_padded(survival, values, self.k_max, cost, 1.0, 1e-3, 1, self._graph_sizes)
+            choose_lengths(survival, values, self.k_max, cost, 1.0)
+
+    def _learn_stretch(self, features: StepFeatures, verified: int) -> None:
+        """Predicted, not measured: a spike says nothing. Without prompts: their time passes whatever is drafted."""
+        requests, context_tokens = features.requests, features.context_tokens
+        time = self.predict(features._replace(tokens=requests + verified))
+        self._num_steps_timed += 1
+        rate = max(USUAL_RATE, 1 / self._num_steps_timed)
+        self._stretch += rate * (time / self._predict_plain(requests, context_tokens) - self._stretch)
 
     def _plan(self, outlook: Outlook, choice: Choice, steps: int) -> Decision:
         if choice.lengths.any():
