@@ -34,7 +34,7 @@ class GoodputController(LengthChooser):
     for a fixed small part of the time (`ProbeBudget`). Lengths depend on past outcomes only, never on the drafts
     themselves, so the tokens that come out are those of the target model.
 
-    Beside a prompt a draft is worth and takes what it does in any step: the prompt's own time passes whatever is drafted.
+    Beside a prompt a draft is worth, and takes, what it does in any step: the prompt's own time passes anyway.
     What progress with a prompt is worth is not modelled.
 
     Source: SmartSpec (arXiv:2406.14066), sections 4.1 to 4.4; per-request lengths, hazards by position, the online
