@@ -145,7 +145,7 @@ class EngineArm:
             self.model,
             log_path=self.folder / f"{self.name}-{self._starts}.log",
             args=["--served-model-name", self._served_name, *self.args],
-            env=self._environment(),
+            env={**make_environment(self.case, self.name), **self.environment},
             start_timeout=self.case.start_limit,
             on_progress=self.on_progress,
             command=self.command,
@@ -160,13 +160,6 @@ class EngineArm:
         if self._served_name not in found:
             self.stop()
             raise PortTaken(f"another server answers on our port: {found}", log_path, None)
-
-    def _environment(self) -> dict[str, str | None]:
-        environment: dict[str, str | None] = {"VLLM_PLUGINS": PLUGINS[self.name]}
-        # GiB; the default takes a share of the machine's memory, and two engines are up at once.
-        for name, value in (("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_NO_USAGE_STATS", "1"), ("HF_HUB_OFFLINE", "1")):
-            environment[name] = os.environ.get(name, value)
-        return {**environment, **self.case.env, **self.case.arm(self.name).env, **self.environment}
 
     def _prepare(self, seed: int) -> Load:
         prepare = prepare_requests if self.case.mode == "offline" else prepare_load
@@ -191,6 +184,15 @@ class EngineArm:
             on_edge=lambda: readings.append(read_cpu(group)),
         )
         return result, readings[-1].seconds_since(readings[0])
+
+
+def make_environment(case: Case, name: str) -> dict[str, str | None]:
+    """Environment variables of an arm's engine, beside those of this process."""
+    environment: dict[str, str | None] = {"VLLM_PLUGINS": PLUGINS[name]}
+    # GiB; the default takes a share of the machine's memory, and two engines are up at once.
+    for variable, value in (("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_NO_USAGE_STATS", "1"), ("HF_HUB_OFFLINE", "1")):
+        environment[variable] = os.environ.get(variable, value)
+    return {**environment, **case.env, **case.arm(name).env}
 
 
 def find_model(case: Case, name: str, folder: Path) -> str:

@@ -25,7 +25,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    import argparse
+
     from vllm import LLM
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 
 def run_requests(
@@ -124,9 +127,9 @@ def make_handler(engine: LLM, name: str) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-def main() -> None:
-    """Start the engine, then listen: whoever gets an answer gets it from a ready engine."""
-    from vllm import LLM, EngineArgs
+def make_parser() -> FlexibleArgumentParser:
+    """Of MODEL and the engine options of vllm serve."""
+    from vllm import EngineArgs
     from vllm.plugins import load_general_plugins
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -134,16 +137,28 @@ def main() -> None:
     load_general_plugins()
     parser = FlexibleArgumentParser(prog="python -m bench.serve.offline")
     parser.add_argument("model_directory", metavar="MODEL")
-    parser.add_argument("--host", required=True)
-    parser.add_argument("--port", type=int, required=True)
-    EngineArgs.add_cli_args(parser)
-    options = parser.parse_args(sys.argv[1:])
+    return EngineArgs.add_cli_args(parser)
+
+
+def make_engine(options: argparse.Namespace) -> LLM:
+    """The engine of what `make_parser` read."""
+    from vllm import LLM, EngineArgs
+
     options.model = options.model_directory
     engine_args = EngineArgs.from_cli_args(options)
     # Counters of steps and tokens come from the engine's own statistics, which LLM leaves off by default.
     engine_args.disable_log_stats = False
+    return LLM.from_engine_args(engine_args)
+
+
+def main() -> None:
+    """Start the engine, then listen: whoever gets an answer gets it from a ready engine."""
+    parser = make_parser()
+    parser.add_argument("--host", required=True)
+    parser.add_argument("--port", type=int, required=True)
+    options = parser.parse_args(sys.argv[1:])
     name = options.served_model_name
-    engine = LLM.from_engine_args(engine_args)
+    engine = make_engine(options)
     handler = make_handler(engine, name[0] if isinstance(name, list) else str(name or options.model))
     with HTTPServer((options.host, options.port), handler) as server:
         server.serve_forever()

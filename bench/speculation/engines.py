@@ -142,13 +142,13 @@ def measure_draw(
         print(f"engine_{case.name}: repetitions {[one + 1 for one in repetitions]}", file=sys.stderr, flush=True)
 
 
-def find_records(out: Path, case: Case, code: str) -> list[Record]:
+def find_records(out: Path, case: Case, code: str, prefix: str = "engine") -> list[Record]:
     """Of a case, of this code and this model. Older ones, of which there may have been more, are no part of a run."""
     model = hide_paths(case.model)
     return [
         record
         for record in load_records(out)
-        if record.case == f"engine_{case.name}" and record.git_hash == code and record.settings["model"] == model
+        if record.case == f"{prefix}_{case.name}" and record.git_hash == code and record.settings["model"] == model
     ]
 
 
@@ -189,14 +189,14 @@ def compare_draws(records: Sequence[Record], arm: str) -> Beside:
     return Beside(arm, stock, ours, float(np.exp(logs.mean())), float(np.exp(low)), float(np.exp(high)))
 
 
-def print_comparison(cases: Sequence[Case], out: Path, code: str) -> None:
+def print_comparison(cases: Sequence[Case], out: Path, code: str, prefix: str = "engine") -> None:
     """The pack against the best setting of stock, chosen afterwards by the same runs."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table("case", "best of stock", "tokens/s", "smartspec", "ratio", f"{CONFIDENCE:.0%} over draws")
     for case in cases:
-        records = find_records(out, case, code)
+        records = find_records(out, case, code, prefix)
         stock = sorted({record.arm for record in records} - {OURS})
         # The one that ours looks worst beside.
         best = min((compare_draws(records, arm) for arm in stock), key=lambda beside: beside.ratio)

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draft lengths from goodput against every setting of stock, within one engine.
+
+    python -m bench.speculation.switched [CASE ...] [--repetitions 15] [--model DIR] [--out DIR] [--resume]
+
+CASE as in `bench.speculation.engines`, which has an engine for every setting. Here one engine, the pack's, answers the
+same requests once with smartspec and once with each of stock's settings: for these vLLM's own scheduler runs, and the
+number of drafts that it asks for is the setting's. That leaves out what two processes of one program differ by, which
+on a small machine is more than what is to be found out, and also what differs between their settings before any draft
+is made: no speculation at all is here an engine with a drafter that is asked for nothing. Runs are short and many,
+because a small machine's speed drifts; a table by batch size that asks for one number at a case's concurrency is left
+out, being one of the other settings.
+Written is one record for each case, setting and repetition, in the case `switched_CASE`; printed is how smartspec
+compares with the best setting. With --resume, cases whose records are there are not measured again.
+Exit codes: 0 ok, 1 failed, 2 bad usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.arms import make_environment
+from bench.case import Case, resolve_model
+from bench.client import RunFailed, prepare_requests
+from bench.records import RESULTS, Metric, Record, describe_environment, hide_paths, write_record
+from bench.run import leave_on_signals
+from bench.speculation.engines import FILES, OFF, OURS, find_records, name_setting, print_comparison, read_cases
+from bench.strict import CaseError
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+PREFIX = "switched"
+#: Of the goodput mixin, the methods that are also vLLM's.
+BYPASSED = ("schedule", "_update_after_schedule", "update_from_output", "finish_requests")
+#: Requests of a run for each that runs at once, and at least.
+REQUESTS_PER_SLOT, FEWEST_REQUESTS = 3, 4
+#: Seeds of runs that warm up, beyond those of measured ones.
+WARMUP_SEED = 1_000_000
+
+
+def read_lengths(arguments: Sequence[str], most: int, max_num_seqs: int) -> list[int]:
+    """Drafts that a setting of stock asks for by the number of running requests, 0 to max_num_seqs.
+
+    most: what the engine's drafter makes at most. Raises ValueError for a setting that asks for more, and for one that
+    is none of speculation.
+    """
+    if name_setting(arguments) == OFF:
+        return [0] * (max_num_seqs + 1)
+    speculative = json.loads(arguments[1])
+    table = speculative.get("num_speculative_tokens_per_batch_size")
+    rows = table or [[1, max_num_seqs, speculative["num_speculative_tokens"]]]
+    lengths = [0] * (max_num_seqs + 1)
+    for first, last, length in rows:
+        if length > most:
+            raise ValueError(f"a setting of stock asks for {length} drafts, and the engine's drafter makes {most}")
+        lengths[first : last + 1] = [length] * len(lengths[first : last + 1])
+    return lengths
+
+
+class Switch:
+    """Whether the goodput mixin of a live scheduler is in charge, or vLLM's own code with a table of lengths."""
+
+    def __init__(self, scheduler: Any) -> None:
+        """scheduler: one made of the goodput mixin and vLLM's; nothing is running."""
+        self._scheduler = scheduler
+        self._table = scheduler.dynamic_sd_lookup
+        self._stock = next(cls for cls in type(scheduler).__mro__ if cls.__module__.startswith("vllm."))
+
+    def use_stock(self, lengths: Sequence[int]) -> None:
+        """Until `use_pack`: lengths by the number of running requests."""
+        self._scheduler.dynamic_sd_lookup = list(lengths)
+        for name in BYPASSED:
+            setattr(self._scheduler, name, types.MethodType(getattr(self._stock, name), self._scheduler))
+
+    def use_pack(self) -> None:
+        """As the engine was made."""
+        self._scheduler.dynamic_sd_lookup = self._table
+        for name in BYPASSED:
+            vars(self._scheduler).pop(name, None)
+
+
+class SwitchedEngine:
+    """The pack's engine of a case in this process, with its switch and a count of its steps."""
+
+    def __init__(self, case: Case) -> None:
+        """Starts it; raises what vLLM raises where it cannot."""
+        from bench.serve.offline import make_engine, make_parser
+
+        for variable, value in make_environment(case, "pack").items():
+            if value is None:
+                os.environ.pop(variable, None)
+            else:
+                os.environ[variable] = value
+        options = make_parser().parse_args([resolve_model(case.model), *case.args, *case.pack.args])
+        self.llm: LLM = make_engine(options)
+        # One process, so that its scheduler is at hand.
+        scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
+        self.switch = Switch(scheduler)
+        self.most = scheduler.num_spec_tokens
+        self.max_num_seqs = scheduler.max_num_running_reqs
+        self._steps = 0
+        step = self.llm.llm_engine.step
+
+        def count_step() -> Any:
+            self._steps += 1
+            return step()
+
+        self.llm.llm_engine.step = count_step
+
+    def run(self, case: Case, lengths: Sequence[int] | None, seed: int) -> dict[str, Metric]:
+        """One run of a case's workload; lengths None for smartspec. Raises RunFailed."""
+        from bench.serve.offline import run_requests
+
+        with tempfile.TemporaryDirectory(prefix="vllm-ext-switched-") as folder:
+            load = prepare_requests(case.workload, resolve_model(case.model), seed, Path(folder))
+        if lengths is None:
+            self.switch.use_pack()
+        else:
+            self.switch.use_stock(lengths)
+        self._steps = 0
+        result = run_requests(self.llm, [dict(request) for request in load.requests or ()], seed, load.max_concurrency)
+        if result["failed"]:
+            raise RunFailed(f"{result['failed']} of {case.workload.num_requests} requests failed")
+        return {
+            "output_throughput": Metric(result["output_throughput"], "tokens/s", "higher"),
+            "wall_per_step": Metric(1e3 * result["duration"] / self._steps, "ms", "lower"),
+            "steps": Metric(float(self._steps), "steps", "lower"),
+        }
+
+
+def list_arms(case: Case, most: int, max_num_seqs: int) -> dict[str, list[int] | None]:
+    """{arm: its drafts by running requests}, None for smartspec's. Raises ValueError as `read_lengths`."""
+    arms: dict[str, list[int] | None] = {OURS: None}
+    seen: set[int] = set()
+    for setting in ((), *case.tune):
+        lengths = read_lengths(setting, most, max_num_seqs)
+        used = set(lengths[1 : case.workload.options["max_concurrency"] + 1])
+        if len(used) == 1 and used <= seen:
+            continue
+        seen |= used if len(used) == 1 else set()
+        arms[name_setting(setting)] = lengths
+    return arms
+
+
+def shorten(case: Case) -> Case:
+    """The same case with as many requests as one run has here."""
+    count = max(FEWEST_REQUESTS, REQUESTS_PER_SLOT * case.workload.options["max_concurrency"])
+    return replace(case, workload=replace(case.workload, num_requests=count))
+
+
+def measure_case(
+    engine: SwitchedEngine, case: Case, repetitions: int, environment: Mapping[str, Any], out: Path
+) -> None:
+    """All settings of a case in turn, the other way round every other time; writes their records."""
+    arms = list_arms(case, engine.most, engine.max_num_seqs)
+    settings = {
+        "kind": "engine",
+        "stock_arm": OFF,
+        "concurrency": case.workload.options["max_concurrency"],
+        "requests": case.workload.num_requests,
+        "workload": case.workload.name,
+        "model": hide_paths(case.model),
+        "args": [*case.args, *case.pack.args],
+    }
+    for lengths in arms.values():
+        engine.run(case, lengths, WARMUP_SEED)
+    for repetition in range(repetitions):
+        for name in list(arms) if repetition % 2 == 0 else list(arms)[::-1]:
+            seed = case.seed + repetition
+            metrics = engine.run(case, arms[name], seed)
+            # Repetitions of one process: each is a draw of its own, of all but the process.
+            described = {**settings, "drafts": arms[name], "started_for_repetition": repetition}
+            write_record(
+                out,
+                Record(
+                    f"{PREFIX}_{case.name}", name, repetition, metrics, seed=seed, settings=described, **environment
+                ),
+            )
+    print(f"{PREFIX}_{case.name}: {repetitions} repetitions of {len(arms)} settings", file=sys.stderr, flush=True)
+
+
+def is_measured(case: Case, repetitions: int, out: Path, code: str) -> bool:
+    """Whether a case's records are all there."""
+    arms = {record.arm for record in find_records(out, case, code, PREFIX)} | {OURS}
+    wanted = {(arm, repetition) for arm in arms for repetition in range(repetitions)}
+    return wanted <= {(one.arm, one.repetition) for one in find_records(out, case, code, PREFIX)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.speculation.switched", description="Draft lengths within one engine."
+    )
+    parser.add_argument("cases", nargs="*", default=FILES, metavar="CASE")
+    parser.add_argument("--repetitions", type=int, default=15, metavar="N", help="of each setting")
+    parser.add_argument("--model", metavar="DIR", help="instead of the cases' own")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="folder of the records")
+    parser.add_argument("--resume", action="store_true", help="do not measure again what is there")
+    options = parser.parse_args(argv)
+    if options.repetitions < 1:
+        parser.error("--repetitions must be at least 1")
+    try:
+        cases = [shorten(case) for case in read_cases(options.cases, options.model)]
+        # Before an engine is started for minutes.
+        for setting in ((), *cases[0].tune):
+            name_setting(setting)
+    except (CaseError, ValueError) as error:
+        parser.error(str(error))
+    leave_on_signals()
+    environment, out = describe_environment(), options.out.resolve()
+    code = environment["git_hash"]
+    left = [case for case in cases if not (options.resume and is_measured(case, options.repetitions, out, code))]
+    try:
+        engine = SwitchedEngine(cases[0]) if left else None
+        for case in left:
+            assert engine is not None
+            measure_case(engine, case, options.repetitions, environment, out)
+    except (RunFailed, RuntimeError, ValueError) as error:
+        print(f"speculation.switched: {error}", file=sys.stderr)
+        return 1
+    print_comparison(cases, out, code, PREFIX)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
