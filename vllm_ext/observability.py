@@ -125,11 +125,19 @@ METRICS: tuple[Metric, ...] = (
         "counter",
         "Tokens put out by steps without prompt tokens in them; over decode_seconds_total: measured goodput.",
     ),
-    Metric("vllm_ext:smartspec_decode_seconds_total", "counter", "Time of those steps."),
+    Metric(
+        "vllm_ext:smartspec_decode_seconds_total",
+        "counter",
+        "Time of those steps, with what the engine does between two of them.",
+    ),
     Metric(
         "vllm_ext:smartspec_predicted_step_seconds", "gauge", "Predicted time of the last step that was learned from."
     ),
-    Metric("vllm_ext:smartspec_measured_step_seconds", "gauge", "Measured time of that step, without control."),
+    Metric(
+        "vllm_ext:smartspec_measured_step_seconds",
+        "gauge",
+        "Measured time of that step and of what the engine did before it, without control.",
+    ),
     Metric(
         "vllm_ext:smartspec_planned_tokens_total",
         "counter",

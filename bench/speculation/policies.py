@@ -86,8 +86,8 @@ class Published(FixedLength):
 class Oracle:
     """The best lengths of each step for the true chances and the true cost: told the rates, not the outcomes.
 
-    It looks no further than the step, by the objective that ours has (`goodput`), and averages what its own steps are
-    expected to make: no bound of what is possible, but close to it.
+    By the objective that ours has (`goodput`), step by step, with averages of what its own steps are expected to make:
+    no bound of what is possible, but close to it.
     """
 
     def __init__(self) -> None:

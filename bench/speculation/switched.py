@@ -28,9 +28,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.arms import make_environment
+from bench.arms import WARMUP_SEED, make_environment
 from bench.case import Case, resolve_model
-from bench.client import RunFailed, prepare_requests
+from bench.client import Load, RunFailed, prepare_requests
 from bench.records import RESULTS, Metric, Record, describe_environment, hide_paths, write_record
 from bench.run import leave_on_signals
 from bench.speculation.engines import FILES, OFF, OURS, find_records, name_setting, print_comparison, read_cases
@@ -44,8 +44,6 @@ PREFIX = "switched"
 BYPASSED = ("schedule", "_update_after_schedule", "update_from_output", "finish_requests")
 #: Requests of a run for each that runs at once, and at least.
 REQUESTS_PER_SLOT, FEWEST_REQUESTS = 3, 4
-#: Seeds of runs that warm up, beyond those of measured ones.
-WARMUP_SEED = 1_000_000
 
 
 def read_lengths(arguments: Sequence[str], most: int, max_num_seqs: int) -> list[int]:
@@ -117,20 +115,21 @@ class SwitchedEngine:
 
         self.llm.llm_engine.step = count_step
 
-    def run(self, case: Case, lengths: Sequence[int] | None, seed: int) -> dict[str, Metric]:
-        """One run of a case's workload; lengths None for smartspec. Raises RunFailed."""
+    def run(self, load: Load, lengths: Sequence[int] | None, seed: int) -> dict[str, Metric]:
+        """One run of these requests; lengths None for smartspec. Raises RunFailed."""
         from bench.serve.offline import run_requests
 
-        with tempfile.TemporaryDirectory(prefix="vllm-ext-switched-") as folder:
-            load = prepare_requests(case.workload, resolve_model(case.model), seed, Path(folder))
         if lengths is None:
             self.switch.use_pack()
         else:
             self.switch.use_stock(lengths)
+        # Other settings have sent the same prompts before.
+        if not self.llm.reset_prefix_cache():
+            raise RunFailed("the prefix cache cannot be emptied: requests of an earlier run are still there")
         self._steps = 0
         result = run_requests(self.llm, [dict(request) for request in load.requests or ()], seed, load.max_concurrency)
         if result["failed"]:
-            raise RunFailed(f"{result['failed']} of {case.workload.num_requests} requests failed")
+            raise RunFailed(f"{result['failed']} of {load.num_requests} requests failed")
         return {
             "output_throughput": Metric(result["output_throughput"], "tokens/s", "higher"),
             "wall_per_step": Metric(1e3 * result["duration"] / self._steps, "ms", "lower"),
@@ -158,6 +157,12 @@ def shorten(case: Case) -> Case:
     return replace(case, workload=replace(case.workload, num_requests=count))
 
 
+def prepare(case: Case, seed: int) -> Load:
+    """The requests of one repetition. Raises RunFailed."""
+    with tempfile.TemporaryDirectory(prefix="vllm-ext-switched-") as folder:
+        return prepare_requests(case.workload, resolve_model(case.model), seed, Path(folder))
+
+
 def measure_case(
     engine: SwitchedEngine, case: Case, repetitions: int, environment: Mapping[str, Any], out: Path
 ) -> None:
@@ -172,12 +177,14 @@ def measure_case(
         "model": hide_paths(case.model),
         "args": [*case.args, *case.pack.args],
     }
+    load = prepare(case, WARMUP_SEED)
     for lengths in arms.values():
-        engine.run(case, lengths, WARMUP_SEED)
+        engine.run(load, lengths, WARMUP_SEED)
     for repetition in range(repetitions):
+        seed = case.seed + repetition
+        load = prepare(case, seed)
         for name in list(arms) if repetition % 2 == 0 else list(arms)[::-1]:
-            seed = case.seed + repetition
-            metrics = engine.run(case, arms[name], seed)
+            metrics = engine.run(load, arms[name], seed)
             # Repetitions of one process: each is a draw of its own, of all but the process.
             described = {**settings, "drafts": arms[name], "started_for_repetition": repetition}
             write_record(
@@ -191,7 +198,8 @@ def measure_case(
 
 def is_measured(case: Case, repetitions: int, out: Path, code: str) -> bool:
     """Whether a case's records are all there."""
-    arms = {record.arm for record in find_records(out, case, code, PREFIX)} | {OURS}
+    speculative = json.loads(case.pack.args[case.pack.args.index("--speculative-config") + 1])
+    arms = list_arms(case, speculative["num_speculative_tokens"], case.workload.options["max_concurrency"])
     wanted = {(arm, repetition) for arm in arms for repetition in range(repetitions)}
     return wanted <= {(one.arm, one.repetition) for one in find_records(out, case, code, PREFIX)}
 

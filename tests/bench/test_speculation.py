@@ -135,7 +135,7 @@ def test_costs_that_are_none(text: str, message: str) -> None:
 @pytest.mark.parametrize("regime", ["none", "0.85", "mixed"])
 @pytest.mark.parametrize("kind", ["memory_bound", "compute_bound", "graph_steps", "lookup_compute"])
 def test_no_fixed_length_beats_the_oracle_by_much(kind: str, regime: str) -> None:
-    """The oracle is best for a step; over a workload of unequal requests a fixed length can come out a little ahead."""
+    """The oracle takes one step at a time; over unequal requests a fixed length can come out a little ahead."""
     cost, workload = COST[kind], Workload.draw(1500, 1)
 
     def serve(policy: FixedLength | Oracle) -> float:

@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import itertools
+import types
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from vllm.v1.request import RequestStatus
 
 from tests.scheduling.real_scheduler import add_request, build_scheduler, hand_drafts, run_model
 from vllm_ext import observability
+from vllm_ext.scheduling import goodput
 from vllm_ext.speculation.controller import Batch, Decision, GoodputController
 from vllm_ext.speculation.step_time import COEFFICIENTS, StepTimeModel
 
@@ -43,10 +46,13 @@ def record_observed(scheduler: Any) -> list[dict[str, Any]]:
     seen: list[dict[str, Any]] = []
     observe = scheduler._controller.observe
 
-    def note(ids: Any, drafted: Any, accepted: Any, features: Any, milliseconds: float, is_probe: bool) -> None:
+    def note(
+        ids: Any, drafted: Any, accepted: Any, features: Any, milliseconds: float | None, is_probe: bool, made: Any
+    ) -> None:
         told = {"drafted": drafted.tolist(), "accepted": accepted.tolist(), "features": features, "is_probe": is_probe}
+        told |= {"milliseconds": milliseconds, "made": made.tolist()}
         seen.append(told)
-        observe(ids, drafted, accepted, features, milliseconds, is_probe)
+        observe(ids, drafted, accepted, features, milliseconds, is_probe, made)
 
     scheduler._controller.observe = note
     return seen
@@ -131,7 +137,7 @@ def test_features_are_what_the_drafter_does(method: str, passes: int, drafted: i
     add_request(scheduler, "b")
     run_step(scheduler, {"a": 2})
     run_step(scheduler, {"a": 2})
-    assert seen[0]["features"] is None
+    assert seen[0]["milliseconds"] is None
     features = seen[1]["features"]
     assert (features.tokens, features.requests, features.passes, features.drafted) == (4, 2, passes, drafted)
 
@@ -235,3 +241,49 @@ def test_measured_goodput(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert verified > 0
     assert counted[f"{prefix}decoded_tokens_total"] == 3 + counted[f"{prefix}accepted_tokens_total"]
     assert 0 < counted[f"{prefix}decode_seconds_total"] < 60
+
+
+def test_what_the_engine_does_between_steps_is_the_next_ones_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as it goes on at once: neither a pause nor the time in which nothing ran."""
+    scheduler = build_scheduler(K, tmp_path)
+    clock = types.SimpleNamespace(now=100.0)
+    monkeypatch.setattr(goodput, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
+    seen = record_observed(scheduler)
+
+    def serve(gap: float) -> float | None:
+        clock.now += gap / 1e3
+        output = scheduler.schedule()
+        clock.now += 5e-3
+        scheduler.update_from_output(output, run_model(output, lambda rid, tokens: [9]))
+        return seen[-1]["milliseconds"]
+
+    add_request(scheduler, "a")
+    assert serve(50.0) is None  # A prompt's step.
+    assert serve(2.0) == pytest.approx(7.0)
+    assert serve(0.0) == pytest.approx(5.0)
+    # Paused, asleep, or stepped by hand.
+    assert serve(6000.0) == pytest.approx(5.0)
+    scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
+    clock.now += 60.0
+    add_request(scheduler, "b")
+    serve(0.0)
+    assert serve(3.0) == pytest.approx(8.0)
+
+
+def test_tokens_that_were_certain_are_progress_too(tmp_path: Path) -> None:
+    """They are no trials, but a request that gets them is not a slow one."""
+    scheduler = build_scheduler(K, tmp_path)
+    seen = record_observed(scheduler)
+    for rid in "ab":
+        add_request(scheduler, rid)
+    run_step(scheduler, dict.fromkeys("ab", K))
+    scheduler.certain_drafts = {"a": 2}
+    scheduler._controller.step_time = freeze_step_time(0.001)
+    run_step(scheduler, {}, accepted=2)
+    assert seen[-1]["accepted"] == [0, 2]
+    assert seen[-1]["made"] == [3, 3]
+    acceptance = scheduler._controller.acceptance
+    usual = acceptance.find_usual(acceptance.find_slots(["a", "b"]))
+    assert usual[0] == usual[1] > 1

@@ -89,7 +89,7 @@ def test_a_plan_stands_for_its_steps(tmp_path: Path) -> None:
     assert script.learned == [*[4] * 5, *[9] * 5]
     assert [told["drafted"] for told in seen] == [[0, 0], *[[2, 2]] * 9]
     assert [told["accepted"] for told in seen] == [[0, 0], *[[1, 1]] * 9]
-    assert seen[0]["features"] is None
+    assert seen[0]["milliseconds"] is None
     assert [told["features"].context_tokens for told in seen[1:]] == [16 + 4 * step for step in range(9)]
     assert all((told["features"].tokens, told["features"].drafted) == (6, 4) for told in seen[1:])
 

@@ -177,9 +177,11 @@ def test_asynchronous_steps_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     timed: list[float] = []
     observe = scheduler._controller.observe
 
-    def note(ids: Any, drafted: Any, accepted: Any, features: Any, milliseconds: float, is_probe: bool) -> None:
+    def note(
+        ids: Any, drafted: Any, accepted: Any, features: Any, milliseconds: float, is_probe: bool, made: Any
+    ) -> None:
         timed.append(milliseconds)
-        observe(ids, drafted, accepted, features, milliseconds, is_probe)
+        observe(ids, drafted, accepted, features, milliseconds, is_probe, made)
 
     scheduler._controller.observe = note
     requests = {rid: add_request(scheduler, rid, max_tokens=60) for rid in "abc"}

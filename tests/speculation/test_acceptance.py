@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ext.speculation.acceptance import HIGHEST, AcceptanceModel
+from vllm_ext.speculation.acceptance import HIGHEST, USUAL_RATE, AcceptanceModel
 
 
 def draw_accepted(rng: np.random.Generator, hazards: np.ndarray, drafted: np.ndarray) -> np.ndarray:
@@ -198,3 +198,27 @@ def test_short_requests_that_are_alike_do_not_seem_to_differ() -> None:
         model.keep_only(dict.fromkeys(ids))
         spreads.append(model._spread)
     assert np.mean(spreads[50:]) < 0.004
+
+
+def test_tokens_of_a_usual_step() -> None:
+    """A running average by request; one that has just come begins at that of all, also in a slot that was another's."""
+    model = AcceptanceModel(4)
+    slots = model.find_slots(["good", "bad"])
+    assert model.find_usual(slots).tolist() == [1.0, 1.0]
+    for _ in range(200):
+        model.observe(slots, np.array([4, 4]), np.array([4, 0]))
+    assert model.find_usual(slots) == pytest.approx(np.array([5.0, 1.0]), abs=0.01)
+    model.observe(slots, np.array([4, 4]), np.array([0, 0]))
+    assert model.find_usual(slots)[0] == pytest.approx(5 - USUAL_RATE * 4, abs=0.01)
+    model.observe(slots, np.array([0, 0]), np.array([0, 0]), np.array([1, 9]))
+    assert model.find_usual(slots)[1] == pytest.approx(1 + USUAL_RATE * 8, abs=0.01)
+    model.remove("good")
+    assert model.find_usual(model.find_slots(["new"]))[0] == pytest.approx(3.0, abs=0.2)
+
+
+def test_the_first_steps_count_for_more() -> None:
+    model = AcceptanceModel(4)
+    slots = model.find_slots(["a"])
+    for accepted in (4, 2):
+        model.observe(slots, np.array([4]), np.array([accepted]))
+    assert model.find_usual(slots).tolist() == [4.0]

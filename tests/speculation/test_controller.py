@@ -2,12 +2,14 @@
 """The controller: it stops speculating where that costs, comes back where it pays, and keeps to what is allowed."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.speculation.server import COMPUTE_BOUND, Server, Step, find_recovery, measure_goodput
 from vllm_ext.speculation.controller import Batch, GoodputController
+from vllm_ext.speculation.goodput import load_compiled
 from vllm_ext.speculation.probing import PROBE_SHARE
 from vllm_ext.speculation.step_time import COEFFICIENTS, StepFeatures, StepTimeModel
 
@@ -173,11 +175,35 @@ def test_prompts_change_no_draft() -> None:
     assert any(alone)
     kept = [controller.trim_drafts(Batch(ids, 8 + more, 8000), np.full(8, 8)).tolist() for more in (0, 512)]
     assert kept[1] == kept[0]
-    # Nor do steps with prompts count for what a usual step takes.
-    features = StepFeatures(8 + 512, 8000, 8, 0, 0)
-    for _ in range(30):
-        controller.observe(ids, np.zeros(8, np.int64), np.zeros(8, np.int64), features, 3 + 0.9 * 520)
-    assert controller._stretch == pytest.approx(1.0, abs=0.2)
+
+
+def test_one_length_for_all_changes_beside_a_prompt_as_without_it() -> None:
+    cost = {**COMPUTE_BOUND, "step": 20.0, "tokens": 0.1}
+    lengths = []
+    for prompt in (0, 4000):
+        controller = GoodputController(4, step_time=StepTimeModel(cost), uniform_lengths=(0, 2, 4))
+        ids = list(range(4))
+        for _ in range(60):
+            controller.observe(ids, np.full(4, 4), np.full(4, 4), StepFeatures(20, 4000, 4, 0, 16, 1), 22.0)
+            lengths.append(int(controller.plan_drafts(Batch(ids, 4 + prompt, 4000)).lengths.max()))
+    assert lengths[:60] == lengths[60:]
+    # Now and then the next one is tried.
+    assert lengths[-10:].count(4) >= 8
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"uniform_lengths": (0, 2, 4)}, {"graph_sizes": (4, 8, 16)}], ids=["each", "uniform", "padded"]
+)
+def test_nothing_is_compiled_once_requests_run(arguments: dict[str, Any]) -> None:
+    controller = GoodputController(4, **arguments)
+    functions = [function for function in vars(load_compiled()).values() if hasattr(function, "signatures")]
+    # Those of other tests are no witnesses.
+    for function in functions:
+        function.overloads.clear()
+    controller.warm_up()
+    known = {function.__name__: len(function.overloads) for function in functions}
+    Server(controller, COMPUTE_BOUND, 3, trims="uniform_lengths" not in arguments).serve(0.9, 30)
+    assert {function.__name__: len(function.overloads) for function in functions} == known
 
 
 def test_steps_are_filled_up_to_the_size_of_a_graph() -> None:

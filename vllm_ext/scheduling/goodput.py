@@ -174,13 +174,11 @@ class GoodputMixin:
                 planned = longest * len(ids)
             if self._plan.plans_drafts:
                 self._planned += planned
-            features = None
-            if not has_prompts:
-                passes = self._plan.passes[longest]
-                drafted = len(ids) * passes if self._has_passes else planned
-                features = StepFeatures(len(ids) + verified, context, len(ids), passes, drafted, int(verified > 0))
+            passes = self._plan.passes[longest]
+            drafted = len(ids) * passes if self._has_passes else planned
+            features = StepFeatures(len(ids) + verified, context, len(ids), passes, drafted, int(verified > 0))
             self._notes[id(scheduler_output)] = StepNotes(
-                self._started, self._proposed, self.certain_drafts, features, self._is_probe, self._control
+                self._started, self._proposed, self.certain_drafts, features, has_prompts, self._is_probe, self._control
             )
         super()._update_after_schedule(scheduler_output)  # type: ignore[misc]
 
@@ -221,14 +219,19 @@ class GoodputMixin:
         # it where the step before was still being computed.
         control = notes.control * 1e3 if notes.started >= self._finished else 0.0
         # While anything runs the engine goes on at once: what it does between two steps, such as the text of an offline
-        # engine's outputs, is the later one's time too.
-        began = self._finished if self._goes_on else max(notes.started, self._finished)
-        milliseconds = (now - began) * 1e3
-        self._finished, self._goes_on = now, bool(self.running)  # type: ignore[attr-defined]
-        self._outcomes.append(Outcome(trials, notes.features, milliseconds, control, notes.is_probe))
+        # engine's outputs, is the later one's time too. A pause is none of it: longer than a step it is no step's.
+        gap = max(notes.started - self._finished, 0.0)
+        spent = now - max(notes.started, self._finished)
+        milliseconds = (spent + gap if self._goes_on and gap < spent else spent) * 1e3
+        self._goes_on = bool(self.running)  # type: ignore[attr-defined]
+        is_timed = not notes.has_prompts and bool(trials.request_ids)
+        self._outcomes.append(Outcome(trials, notes.features, milliseconds, control, notes.is_probe, is_timed))
+        self._finished = now
         standing = self._standing
         if standing is None or self._stood >= standing.steps or not self.running:  # type: ignore[attr-defined]
             self._learn()
+            # What was learned just now is control, and no time of the next step.
+            self._finished = time.perf_counter()
         return outputs
 
     def finish_requests(self, *args: Any, **kwargs: Any) -> Any:
@@ -252,7 +255,7 @@ class GoodputMixin:
         self._planned = 0
         learning = (time.perf_counter() - began) * 1e3
         for outcome in outcomes:
-            if outcome.control and outcome.features is not None:
+            if outcome.control and outcome.is_timed:
                 self._pace.observe(learning + outcome.control, outcome.milliseconds - outcome.control)
 
     def _report_plan(self, decision: Decision, planned: int) -> None:

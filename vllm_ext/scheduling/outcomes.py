@@ -28,8 +28,10 @@ class StepNotes(NamedTuple):
     proposed: frozenset[str]
     #: Of these, how many at the front were certain, by request: no trials of the drafter.
     certain: Mapping[str, int]
-    #: None for a step with prompt tokens in it, whose time says little about drafts.
-    features: StepFeatures | None
+    #: Of the step without what it had of prompts.
+    features: StepFeatures
+    #: A step with prompt tokens in it: its time says little about drafts.
+    has_prompts: bool
     #: Whether the drafts that this step verifies come from a plan that was a probe. Plans made since are another's.
     is_probe: bool
     #: Seconds of the step in which lengths were chosen and outcomes learned; 0 for one under an earlier step's plan.
@@ -46,13 +48,15 @@ class Trials(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """A finished step. Milliseconds of all of it, and of control if its time was in these."""
+    """A finished step. Milliseconds of all of it, and of control if its time was in these; is_timed: whether they say
+    anything about drafts."""
 
     trials: Trials
-    features: StepFeatures | None
+    features: StepFeatures
     milliseconds: float
     control: float
     is_probe: bool
+    is_timed: bool
 
 
 def read_trials(
@@ -98,11 +102,13 @@ def read_trials(
 
 def teach(controller: GoodputController, outcomes: Sequence[Outcome]) -> None:
     """Have a controller learn from finished steps, in their order."""
-    for (ids, drafted, accepted, _), features, milliseconds, control, is_probe in outcomes:
+    for (ids, drafted, accepted, sampled), features, milliseconds, control, is_probe, is_timed in outcomes:
         # Drafters may make more than they are asked for: V1's make the full number near the end of the context.
         tried, passed = (np.minimum(np.array(counts, np.int64), controller.k_max) for counts in (drafted, accepted))
         # What a step takes for control it takes whatever it drafts, and only where it had a plan of its own.
-        controller.observe(ids, tried, passed, features if ids else None, milliseconds - control, is_probe)
+        time = milliseconds - control if is_timed else None
+        made = np.array(sampled, np.int64)
+        controller.observe(ids, tried, passed, features if ids else None, time, is_probe, made)
 
 
 def report_outcomes(outcomes: Iterable[Outcome], predict: Callable[[StepFeatures], float], engine_index: int) -> None:
@@ -113,14 +119,14 @@ def report_outcomes(outcomes: Iterable[Outcome], predict: Callable[[StepFeatures
         trials = outcome.trials
         verified += sum(trials.drafted)
         accepted += sum(trials.accepted)
-        if outcome.features is not None and trials.request_ids:
+        if outcome.is_timed:
             tokens += sum(trials.num_sampled)
             decoding += outcome.milliseconds
             last = outcome
     add, set_gauge = observability.add, observability.set_gauge
     add("vllm_ext:smartspec_verified_tokens_total", verified, engine_index)
     add("vllm_ext:smartspec_accepted_tokens_total", accepted, engine_index)
-    if last is not None and last.features is not None:
+    if last is not None:
         set_gauge("vllm_ext:smartspec_predicted_step_seconds", predict(last.features) / 1e3, engine_index)
         set_gauge("vllm_ext:smartspec_measured_step_seconds", (last.milliseconds - last.control) / 1e3, engine_index)
         add("vllm_ext:smartspec_decoded_tokens_total", tokens, engine_index)

@@ -120,10 +120,13 @@ class AcceptanceModel:
         """How far recent outcomes were better than expected: `ChangeDetector.above`."""
         return self._change.above
 
-    def observe(self, slots: np.ndarray, drafted: np.ndarray, accepted: np.ndarray) -> None:
+    def observe(
+        self, slots: np.ndarray, drafted: np.ndarray, accepted: np.ndarray, made: np.ndarray | None = None
+    ) -> None:
         """Learn from one verified step.
 
         slots, drafted, accepted: int [n]; drafts of length 0 teach nothing and let the request drift to the prior.
+        made: int [n], tokens that the step put out; None for accepted + 1.
         Raises ValueError where a request accepted more than it drafted, or drafted more than k_max.
         """
         if not len(slots):
@@ -136,7 +139,8 @@ class AcceptanceModel:
             self._forget_outcomes()
         self._num_steps += 1
         rate = max(USUAL_RATE, 1 / self._num_steps)
-        self._shared_usual += rate * (1 + float(np.add.reduce(accepted)) / len(slots) - self._shared_usual)
+        made = accepted + 1 if made is None else np.ascontiguousarray(made, np.int64)
+        self._shared_usual += rate * (float(np.add.reduce(made)) / len(slots) - self._shared_usual)
         has_trials = self._compiled.learn_outcomes(
             self._counts,
             self._shared_counts,
@@ -144,6 +148,7 @@ class AcceptanceModel:
             slots,
             drafted,
             accepted,
+            made,
             rate,
             self._request_memory,
             self._idle_memory,

@@ -22,8 +22,8 @@ from vllm_ext.speculation.step_time import StepFeatures, StepTimeModel
 
 #: (measured steps, longest draft below so many).
 FIRST_LENGTHS = ((8, 1), (16, 3))
-#: Where all requests have one length, a change of it must promise this much more goodput: noise is not followed.
-HYSTERESIS = 1.01
+#: Where all requests have one length, a change of it must promise this part of a usual step: noise is not followed.
+HYSTERESIS = 0.01
 
 
 #: Weights of requests by id: what progress of each is worth, 1 for most. Deadlines and priorities enter here.
@@ -62,7 +62,7 @@ class Decision(NamedTuple):
 
 
 class LengthChooser:
-    """Lengths with the most goodput: of drafts to make for the next step, and of drafts that are made."""
+    """The best lengths (`goodput`): of drafts to make for the next step, and of drafts that are made."""
 
     def __init__(
         self,
@@ -113,12 +113,13 @@ class LengthChooser:
         return StepFeatures(batch.tokens + verified, batch.context_tokens, count, passes, drafted, int(verified > 0))
 
     def _look_ahead(self, batch: Batch) -> Outlook:
-        survival, last = self._predict(batch), self._last_outlook
+        slots, last = self.acceptance.find_slots(batch.request_ids), self._last_outlook
+        survival = self.acceptance.predict_survival(slots)
         if last is not None and last.survival is survival:
             # The same array: the same requests, of whom nothing was learned since they were looked at for trimming.
             return last._replace(batch=batch)
         weights = None if self._policy is None else self._policy(batch.request_ids)
-        usual = self.acceptance.find_usual(self.acceptance.find_slots(batch.request_ids))
+        usual = self.acceptance.find_usual(slots)
         total = float(len(usual) if weights is None else np.add.reduce(weights))
         price = total / (self._stretch * self._predict_plain(len(usual), batch.context_tokens))
         share = 1 - (1 - USUAL_RATE) ** self._stood
@@ -128,9 +129,6 @@ class LengthChooser:
     def _predict_plain(self, num_requests: int, context_tokens: int) -> float:
         """Milliseconds of a step without drafts, drafting and prompts."""
         return self.predict(StepFeatures(num_requests, context_tokens, num_requests, 0, 0))
-
-    def _predict(self, batch: Batch) -> np.ndarray:
-        return self.acceptance.predict_survival(self.acceptance.find_slots(batch.request_ids))
 
     def _limit_unknown(self) -> int:
         """Short drafts until a few steps have been measured: on a compute-bound machine long ones cost most there."""
@@ -160,10 +158,11 @@ class LengthChooser:
             + (cost.once if length else 0.0)
             for length in allowed
         ]
-        # Graphs make a change of length cheap, but following noise is not free either.
+        # Graphs make a change of length cheap, but following noise is not free either. Of a usual step, since the time
+        # of a prompt passes with any length.
+        bonus = HYSTERESIS * count / outlook.price if count else 0.0
         costs = [
-            time / HYSTERESIS if length == self._last_length else time
-            for length, time in zip(allowed, times, strict=True)
+            time - bonus if length == self._last_length else time for length, time in zip(allowed, times, strict=True)
         ]
         choice = choose_uniform(outlook.survival, outlook.values, allowed, costs, outlook.price)
         self._last_length = int(choice.lengths.max(initial=0))

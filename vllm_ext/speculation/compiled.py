@@ -38,6 +38,7 @@ def learn_outcomes(
     slots: np.ndarray,
     drafted: np.ndarray,
     accepted: np.ndarray,
+    made: np.ndarray,
     usual_rate: float,
     request_memory: float,
     idle_memory: float,
@@ -48,7 +49,7 @@ def learn_outcomes(
     draft was tried.
 
     counts: float64 [slots, k_max, 2], successes and trials; shared_counts: float64 [k_max, 2]; usual: float64 [slots];
-    slots, drafted, accepted: int64 [n].
+    slots, drafted, accepted, made: int64 [n].
     """
     num_requests, k_max = len(slots), counts.shape[1]
     successes, trials = np.zeros(k_max), np.zeros(k_max)
@@ -57,7 +58,7 @@ def learn_outcomes(
         # Censored: nothing is known of what is behind the first failure.
         tried = min(right + 1, given)
         memory = request_memory if given > 0 else idle_memory
-        usual[slots[row]] += usual_rate * (1 + right - usual[slots[row]])
+        usual[slots[row]] += usual_rate * (made[row] - usual[slots[row]])
         known = counts[slots[row]]
         for place in range(k_max):
             known[place, 0] *= memory

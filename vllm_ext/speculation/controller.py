@@ -76,7 +76,7 @@ class GoodputController(LengthChooser):
         self._probes = ProbeBudget(probe_every)
         #: Where in the batch the last probe ended: the next one asks those behind.
         self._turn = 0
-        self._steps = self._explored = self._num_steps_timed = 0
+        self._steps = self._explored = self._num_stretched = 0
         if not plans_drafts:
             # Whoever plans them asks for all.
             self._drafting = (self._passes[-1], 0)
@@ -92,7 +92,9 @@ class GoodputController(LengthChooser):
         steps: how many there were since the last plan, with this one. A plan that `may_stand` is good for more than one
         (`pace.Pace`); what they drafted and accepted is to be observed before the next plan.
         """
-        self._stood = steps
+        if steps != self._stood:
+            # Values are others where lengths stand for longer.
+            self._stood, self._last_outlook = steps, None
         outlook, self._last_outlook = self._look_ahead(batch), None
         decision = self._plan(outlook, self._choose(outlook), steps)
         features = self.describe_step(batch, 0, decision.lengths)
@@ -135,12 +137,15 @@ class GoodputController(LengthChooser):
         features: StepFeatures | None = None,
         milliseconds: float | None = None,
         is_probe: bool = False,
+        made: np.ndarray | None = None,
     ) -> None:
         """Learn from a finished step.
 
-        drafted, accepted: int [n], verified and accepted drafts of each request. features, milliseconds: of the whole
-        step, tokens without padding; None where its time is not known. is_probe: whether the drafts that this step
-        verified come from a plan that was a probe.
+        drafted, accepted: int [n], verified and accepted drafts of each request. features: of the whole step, tokens
+        without padding and without those of prompts; None where they are not known. milliseconds: of the same; None
+        where its time says nothing, as beside prompts. is_probe: whether the drafts that this step verified come from a
+        plan that was a probe. made: int [n], tokens that each request put out, where others were drafted too than those
+        that count here; None for accepted + 1.
         """
         if is_probe and self._offered and drafted.any():
             # Nobody asked trim_drafts: all of it was verified.
@@ -149,9 +154,11 @@ class GoodputController(LengthChooser):
             self._offered = None
         if is_probe or (self._probes.is_awaited and drafted.any()):
             self._probes.hear()
-        self.acceptance.observe(self.acceptance.find_slots(request_ids), drafted, accepted)
-        if features is not None and milliseconds is not None:
-            self._learn_stretch(features, int(np.add.reduce(drafted)))
+        self.acceptance.observe(self.acceptance.find_slots(request_ids), drafted, accepted, made)
+        if features is None:
+            return
+        self._learn_stretch(features)
+        if milliseconds is not None:
             self.step_time.observe(self._pad(features), milliseconds)
 
     def forget(self, running: Mapping[Hashable, object]) -> None:
@@ -163,20 +170,19 @@ class GoodputController(LengthChooser):
         model = AcceptanceModel(self.k_max)
         slots = model.find_slots([0])
         model.observe(slots, np.array([self.k_max]), np.array([1]))
+        survival, cost = model.predict_survival(slots), DraftCost(1.0, 1e-3)
+        values = value_drafts(survival, model.find_usual(slots), 1.0)
         if self._uniform is None:
-            survival, cost = model.predict_survival(slots), DraftCost(1.0, 1e-3)
-            values = value_drafts(survival, model.find_usual(slots), 1.0)
             if self._graph_sizes:
                 choose_padded(survival, values, self.k_max, cost, 1.0, 1e-3, 1, self._graph_sizes)
             choose_lengths(survival, values, self.k_max, cost, 1.0)
 
-    def _learn_stretch(self, features: StepFeatures, verified: int) -> None:
-        """Predicted, not measured: a spike says nothing. Without prompts: their time passes whatever is drafted."""
-        requests, context_tokens = features.requests, features.context_tokens
-        time = self.predict(features._replace(tokens=requests + verified))
-        self._num_steps_timed += 1
-        rate = max(USUAL_RATE, 1 / self._num_steps_timed)
-        self._stretch += rate * (time / self._predict_plain(requests, context_tokens) - self._stretch)
+    def _learn_stretch(self, features: StepFeatures) -> None:
+        """Predicted, not measured: a spike says nothing, and the time of prompts passes whatever is drafted."""
+        plain = self._predict_plain(features.requests, features.context_tokens)
+        self._num_stretched += 1
+        rate = max(USUAL_RATE, 1 / self._num_stretched)
+        self._stretch += rate * (self.predict(features) / plain - self._stretch)
 
     def _plan(self, outlook: Outlook, choice: Choice, steps: int) -> Decision:
         if choice.lengths.any():
@@ -220,19 +226,19 @@ class GoodputController(LengthChooser):
         if not length:
             return 0, 0.0, 0.0
         common = cost.per_pass * (self._passes[length] - self._passes[0]) + cost.once
-        each, gain = cost.per_token * length, self._value_step(outlook, cost, length)
+        each, gain = cost.per_token * length, self._value_step(outlook, length)
         if self._uniform is not None:
             return 1, 0.0, self._probes.find_loss(common + each * count, gain * count)
         return count, common, self._probes.find_loss(each, gain)
 
-    def _value_step(self, outlook: Outlook, cost: DraftCost, length: int) -> float:
+    def _value_step(self, outlook: Outlook, length: int) -> float:
         """Milliseconds of a step that drafts of this length are believed to save, of an average request."""
-        return float(np.add.reduce(outlook.survival[:, :length], axis=None)) / len(outlook.survival) ** 2 * cost.fixed
+        return float(np.add.reduce(outlook.values[:, :length], axis=None)) / len(outlook.values) / outlook.price
 
     def _probe_drafts(self, outlook: Outlook, drafted: np.ndarray) -> np.ndarray:
         """One draft of as many requests that have any as the budget allows: int64 [n]."""
         cost = self._describe_verification(outlook.batch)
-        each = self._probes.find_loss(cost.per_token, self._value_step(outlook, cost, 1))
+        each = self._probes.find_loss(cost.per_token, self._value_step(outlook, 1))
         count = int(np.count_nonzero(drafted))
         width = self._probes.find_width(count, cost.fixed, cost.once, each, self.acceptance.hope)
         if not width:

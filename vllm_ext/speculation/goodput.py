@@ -57,16 +57,11 @@ class DraftCost(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """lengths int64 [n]; expected tokens of the step, its milliseconds, and their ratio."""
+    """lengths int64 [n]; expected tokens of the step and its milliseconds."""
 
     lengths: np.ndarray
     tokens: float
     milliseconds: float
-
-    @property
-    def goodput(self) -> float:
-        """Expected tokens per millisecond of this step."""
-        return self.tokens / self.milliseconds
 
 
 def value_drafts(
