@@ -217,8 +217,8 @@ def make_record(cells: Mapping[str, Sequence[Cell]], quick: bool, hold: int = 1)
         "draws": SEEDS,
         "quick": quick,
         "hold": hold,
+        "samples": samples,
     }
-    settings["samples"] = samples
     arm = "ours" if hold == 1 else f"ours_held_{hold}"
     return Record(CASE, arm, 0, summarize(cells), **describe_environment(), settings=settings)
 

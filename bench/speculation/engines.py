@@ -21,7 +21,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.arms import EngineArm, find_model
+from bench.arms import WARMUP_SEED, EngineArm, find_model
 from bench.case import Case, find_cases
 from bench.client import RunFailed
 from bench.measures import MEASURES
@@ -99,6 +99,18 @@ def start_engines(engines: Mapping[str, EngineArm]) -> Iterator[None]:
         yield
 
 
+def describe_case(case: Case) -> dict[str, Any]:
+    """Settings that all records of a case share."""
+    return {
+        "kind": "engine",
+        "stock_arm": OFF,
+        "concurrency": case.workload.options["max_concurrency"],
+        "requests": case.workload.num_requests,
+        "workload": case.workload.name,
+        "model": hide_paths(case.model),
+    }
+
+
 def measure_draw(
     cases: Sequence[Case],
     engines: Mapping[str, EngineArm],
@@ -108,19 +120,11 @@ def measure_draw(
 ) -> None:
     """All cases on engines that have just started; writes their records. Raises RunFailed."""
     for case in cases:
-        settings = {
-            "kind": "engine",
-            "stock_arm": OFF,
-            "concurrency": case.workload.options["max_concurrency"],
-            "requests": case.workload.num_requests,
-            "workload": case.workload.name,
-            "model": hide_paths(case.model),
-            "started_for_repetition": repetitions[0],
-        }
+        settings = {**describe_case(case), "started_for_repetition": repetitions[0]}
         for engine in engines.values():
             engine.case = case
             # What is compiled or cached at the first request of a kind is nobody's speed.
-            engine.run(1_000_000 + repetitions[0])
+            engine.run(WARMUP_SEED + repetitions[0])
         for repetition in repetitions:
             order = list(engines) if repetition % 2 == 0 else list(engines)[::-1]
             for name in order:
@@ -153,11 +157,11 @@ def find_records(out: Path, case: Case, code: str, prefix: str = "engine") -> li
 
 
 def is_measured(
-    cases: Sequence[Case], engines: Mapping[str, EngineArm], repetitions: Sequence[int], out: Path, code: str
+    case: Case, arms: Iterable[str], repetitions: Sequence[int], out: Path, code: str, prefix: str = "engine"
 ) -> bool:
-    """Whether this draw's records are all there."""
-    wanted = {(name, repetition) for name in engines for repetition in repetitions}
-    return all(wanted <= {(one.arm, one.repetition) for one in find_records(out, case, code)} for case in cases)
+    """Whether the records of these arms and repetitions of a case are all there."""
+    wanted = {(arm, repetition) for arm in arms for repetition in repetitions}
+    return wanted <= {(one.arm, one.repetition) for one in find_records(out, case, code, prefix)}
 
 
 class Beside(NamedTuple):
@@ -233,7 +237,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             engines = make_engines(cases[0], options.work or Path(folder))
             for draw in range(options.draws):
                 repetitions = [draw * options.repetitions + number for number in range(options.repetitions)]
-                if options.resume and is_measured(cases, engines, repetitions, out, environment["git_hash"]):
+                code = environment["git_hash"]
+                if options.resume and all(is_measured(case, engines, repetitions, out, code) for case in cases):
                     continue
                 print(f"draw {draw + 1} of {options.draws}: start {len(engines)} engines", file=sys.stderr, flush=True)
                 with start_engines(engines):

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Mapping, Sequence
 import numpy as np
 
 from bench.speculation.simulator import K_MAX, NOISE, PASSES, Observation, Plan, TrueCost, Truth
-from vllm_ext.speculation.acceptance import USUAL_RATE
+from vllm_ext.speculation.acceptance import USUAL_RATE, find_usual_rate
 from vllm_ext.speculation.controller import Batch, GoodputController
 from vllm_ext.speculation.goodput import Choice, DraftCost, choose_lengths, choose_padded, value_drafts
 from vllm_ext.speculation.prior import fit_prior
@@ -114,7 +114,7 @@ class Oracle:
         ids, features = self._find(observation.request_ids), observation.features
         made = 1 + (self._survival * (np.arange(K_MAX) < observation.drafted[:, None])).sum(axis=1)
         self._steps += 1
-        rate = max(USUAL_RATE, 1 / self._steps)
+        rate = find_usual_rate(self._steps)
         self._usual[ids] += rate * (made - self._usual[ids])
         self._shared += rate * (float(made.mean()) - self._shared)
         plain = features._replace(tokens=features.requests, passes=0, drafted=0, verifies=0)

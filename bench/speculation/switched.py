@@ -31,9 +31,18 @@ from typing import TYPE_CHECKING, Any
 from bench.arms import WARMUP_SEED, make_environment
 from bench.case import Case, resolve_model
 from bench.client import Load, RunFailed, prepare_requests
-from bench.records import RESULTS, Metric, Record, describe_environment, hide_paths, write_record
+from bench.records import RESULTS, Metric, Record, describe_environment, write_record
 from bench.run import leave_on_signals
-from bench.speculation.engines import FILES, OFF, OURS, find_records, name_setting, print_comparison, read_cases
+from bench.speculation.engines import (
+    FILES,
+    OFF,
+    OURS,
+    describe_case,
+    is_measured,
+    name_setting,
+    print_comparison,
+    read_cases,
+)
 from bench.strict import CaseError
 
 if TYPE_CHECKING:
@@ -151,6 +160,13 @@ def list_arms(case: Case, most: int, max_num_seqs: int) -> dict[str, list[int] |
     return arms
 
 
+def is_whole(case: Case, repetitions: int, out: Path, code: str) -> bool:
+    """Whether a case's records are all there, found out without its engine."""
+    speculative = json.loads(case.pack.args[case.pack.args.index("--speculative-config") + 1])
+    arms = list_arms(case, speculative["num_speculative_tokens"], case.workload.options["max_concurrency"])
+    return is_measured(case, arms, range(repetitions), out, code, PREFIX)
+
+
 def shorten(case: Case) -> Case:
     """The same case with as many requests as one run has here."""
     count = max(FEWEST_REQUESTS, REQUESTS_PER_SLOT * case.workload.options["max_concurrency"])
@@ -168,15 +184,7 @@ def measure_case(
 ) -> None:
     """All settings of a case in turn, the other way round every other time; writes their records."""
     arms = list_arms(case, engine.most, engine.max_num_seqs)
-    settings = {
-        "kind": "engine",
-        "stock_arm": OFF,
-        "concurrency": case.workload.options["max_concurrency"],
-        "requests": case.workload.num_requests,
-        "workload": case.workload.name,
-        "model": hide_paths(case.model),
-        "args": [*case.args, *case.pack.args],
-    }
+    settings = {**describe_case(case), "args": [*case.args, *case.pack.args]}
     load = prepare(case, WARMUP_SEED)
     for lengths in arms.values():
         engine.run(load, lengths, WARMUP_SEED)
@@ -194,14 +202,6 @@ def measure_case(
                 ),
             )
     print(f"{PREFIX}_{case.name}: {repetitions} repetitions of {len(arms)} settings", file=sys.stderr, flush=True)
-
-
-def is_measured(case: Case, repetitions: int, out: Path, code: str) -> bool:
-    """Whether a case's records are all there."""
-    speculative = json.loads(case.pack.args[case.pack.args.index("--speculative-config") + 1])
-    arms = list_arms(case, speculative["num_speculative_tokens"], case.workload.options["max_concurrency"])
-    wanted = {(arm, repetition) for arm in arms for repetition in range(repetitions)}
-    return wanted <= {(one.arm, one.repetition) for one in find_records(out, case, code, PREFIX)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -227,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     leave_on_signals()
     environment, out = describe_environment(), options.out.resolve()
     code = environment["git_hash"]
-    left = [case for case in cases if not (options.resume and is_measured(case, options.repetitions, out, code))]
+    left = [case for case in cases if not (options.resume and is_whole(case, options.repetitions, out, code))]
     try:
         engine = SwitchedEngine(cases[0]) if left else None
         for case in left:

@@ -28,6 +28,11 @@ USUAL_RATE = 0.05
 TRIALS_AFTER_CHANGE = 1.0
 
 
+def find_usual_rate(num_steps: int) -> float:
+    """What the newest of so many steps counts for in an average of usual steps."""
+    return max(USUAL_RATE, 1 / num_steps)
+
+
 class AcceptanceModel:
     """Chances of acceptance of every running request, as discounted counts in arrays indexed by slot.
 
@@ -138,7 +143,7 @@ class AcceptanceModel:
         if self._change.observe(*first):
             self._forget_outcomes()
         self._num_steps += 1
-        rate = max(USUAL_RATE, 1 / self._num_steps)
+        rate = find_usual_rate(self._num_steps)
         made = accepted + 1 if made is None else np.ascontiguousarray(made, np.int64)
         self._shared_usual += rate * (float(np.add.reduce(made)) / len(slots) - self._shared_usual)
         has_trials = self._compiled.learn_outcomes(

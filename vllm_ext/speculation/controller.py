@@ -7,7 +7,7 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
-from vllm_ext.speculation.acceptance import USUAL_RATE, AcceptanceModel
+from vllm_ext.speculation.acceptance import AcceptanceModel, find_usual_rate
 from vllm_ext.speculation.chooser import Batch, Decision, LengthChooser, Outlook, Policy
 from vllm_ext.speculation.goodput import Choice, DraftCost, choose_lengths, choose_padded, value_drafts
 from vllm_ext.speculation.probing import HOPE, PROBE_EVERY, ProbeBudget
@@ -181,8 +181,7 @@ class GoodputController(LengthChooser):
         """Predicted, not measured: a spike says nothing, and the time of prompts passes whatever is drafted."""
         plain = self._predict_plain(features.requests, features.context_tokens)
         self._num_stretched += 1
-        rate = max(USUAL_RATE, 1 / self._num_stretched)
-        self._stretch += rate * (self.predict(features) / plain - self._stretch)
+        self._stretch += find_usual_rate(self._num_stretched) * (self.predict(features) / plain - self._stretch)
 
     def _plan(self, outlook: Outlook, choice: Choice, steps: int) -> Decision:
         if choice.lengths.any():
