@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.serve.server import list_group
-from bench.serve.usage import count_entries, read_cpu, read_resident_bytes
+from bench.serve.usage import count_entries, read_cpu
 
 
 class State(NamedTuple):
-    """memory: MiB resident; parts: MiB of anonymous memory of each part of the server."""
+    """memory: MiB of anonymous memory, of each part of the server in parts. Of pages of files the system keeps what it
+    likes."""
 
     processes: int
     threads: int
@@ -33,7 +34,8 @@ async def read_state(group: int) -> State:
         counted, before = count_threads(group), counted
         if counted == before and used < 0.2:
             break
-    return State(*counted, read_resident_bytes(group) / 2**20, read_parts(group))
+    parts = read_parts(group)
+    return State(*counted, sum(parts.values()), parts)
 
 
 def read_parts(group: int) -> dict[str, float]:

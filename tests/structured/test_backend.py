@@ -234,6 +234,20 @@ def test_what_a_cache_dropped_is_compiled_in_a_lane(server: Server) -> None:
     assert isinstance(dropped.structured_output_request._grammar.result(30), XgrammarGrammar)
 
 
+def test_a_small_cache_of_vllms_is_a_small_one_here(tiny_moe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """VLLM_XGRAMMAR_CACHE_MB bounds what either engine's grammars are kept for."""
+    monkeypatch.setenv("VLLM_XGRAMMAR_CACHE_MB", "1")
+    server = Server(configure(tiny_moe))
+    try:
+        for number in range(4):
+            grammar = server.compile(json={"enum": [f"a word of some length {number} {i}" for i in range(1000)]})
+            assert isinstance(grammar, BudgetedGuidance)
+        assert len(server.manager.backend._matchers) == 1, "each of them is larger, and the newest stays"
+    finally:
+        server.manager.clear_backend()
+        validation.close_gates()
+
+
 def test_pre_warming_is_behind_no_request(server: Server) -> None:
     release = threading.Event()
     server.manager.backend._prewarming.submit(release.wait, 30)

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -189,6 +191,21 @@ def test_of_several_end_tokens_the_models_own_is_a_guess() -> None:
 
 def test_other_grammars_force_nothing() -> None:
     assert StateMaker().make(SimpleNamespace(), END) is None
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_state_goes_with_its_request(compilers: dict[str, Any], engine: str) -> None:
+    """In a ring of objects it would keep its matcher, some megabytes, until a full garbage collection."""
+    state = StateMaker().make(make_grammar(compilers, engine, "call"), END)
+    assert state is not None
+    gc.collect()
+    gc.disable()
+    try:
+        last = weakref.ref(state)
+        del state
+        assert last() is None
+    finally:
+        gc.enable()
 
 
 def test_a_guess_that_the_grammar_forbids_ends_the_draft(compilers: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import time
 from typing import Any
@@ -128,3 +129,19 @@ def test_planning_takes_no_longer_than_its_text(kind: Any, text: str) -> None:
 def test_a_surrogate_alone_is_refused() -> None:
     with pytest.raises(RefusedError, match="surrogate"):
         plan_spec("regex", "a\ud800")
+
+
+def test_planning_leaves_nothing_for_the_garbage_collector() -> None:
+    """vLLM freezes what is there at its start; after that a full collection is rare, and a schema may be large."""
+    node = {"type": "object", "properties": {"title": {"const": "x"}, "next": {"$ref": "#/$defs/node"}}}
+    text = json.dumps(
+        {"$defs": {"node": node}, "anyOf": [{"$ref": "#/$defs/node"}, {"type": "string", "maxLength": 9}]}
+    )
+    plan_spec("json", text, True)
+    gc.collect()
+    gc.disable()
+    try:
+        plan_spec("json", text, True)
+        assert gc.collect() == 0
+    finally:
+        gc.enable()

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
 from types import SimpleNamespace
@@ -98,13 +100,14 @@ def test_a_withdrawn_request_ends_its_trial(gate: Gate, parts: Any) -> None:
             work = gate._working.get(key)
             if work is not None and work.trial is not None:
                 break
+        trial = work.trial
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        return work
+        return work, trial
 
-    work = asyncio.run(run())
-    assert work.trial.cancelled()
+    work, trial = asyncio.run(run())
+    assert trial.cancelled()
     assert work.result.result(1).refusal == "the request was withdrawn"
     assert key not in gate._verdicts
 
@@ -252,6 +255,27 @@ def test_llguidances_refusals_have_a_pointer(gate: Gate, parts: Any) -> None:
     schema = {"properties": {"a": {"type": "string", "pattern": "(?=x)y"}}}
     with pytest.raises(VLLMValidationError, match=r"#/properties/a/pattern: .*look-around"):
         gate.check(StructuredOutputsParams(json=schema), parts[1])
+
+
+def test_a_check_that_was_tried_is_not_kept(gate: Gate, parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[Any] = []
+
+    class Work(validation._Work):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            begun.append(weakref.ref(self))
+
+    monkeypatch.setattr(validation, "_Work", Work)
+    gc.collect()
+    gc.disable()
+    try:
+        # A thread that waits for more may still hold the last one.
+        for letter in "xy":
+            gate.check(StructuredOutputsParams(regex=f"[a-{letter}]{{1,300}}"), parts[1])
+        assert len(begun) == 2
+        assert begun[0]() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("outcome", ["memory", "slow", "defect"])

@@ -21,8 +21,6 @@ from vllm_ext.structured.spellings import SpellingObserver, Spellings
 
 #: Of the scheduler's token budget of a step: what drafts may take of it, so that prompts go on.
 DRAFT_SHARE = 0.5
-#: Requests whose grammars are kept beyond those that run, before the ones that left are looked for.
-SLACK = 64
 #: Milliseconds that a look at what a grammar forces takes at most as a rule, and what a request may take beyond that
 #: before nobody looks at its grammar any more: every request of the batch waits for it.
 LOOK_MS, MOST_EXCESS_MS = 2.0, 6.0
@@ -96,6 +94,9 @@ class ForcedTokensMixin:
         if self._drafts_forced:
             self._forced = {}
             self.certain_drafts = {}
+            # At once, since grammars may be large. vLLM schedules once more after its last request.
+            for rid in self.finished_req_ids:  # type: ignore[attr-defined]
+                self._grammars.pop(rid, None)
             if self._alone:
                 self._alone.intersection_update(self.requests)  # type: ignore[attr-defined]
             if not self._alone:
@@ -109,8 +110,6 @@ class ForcedTokensMixin:
     def _draft(self, running: Sequence[Any]) -> None:
         budget = int(DRAFT_SHARE * self.max_num_scheduled_tokens)  # type: ignore[attr-defined]
         most, grammars, certain = self.num_spec_tokens, self._grammars, {}  # type: ignore[attr-defined]
-        if len(grammars) > len(running) + SLACK:
-            self._forget()
         for request in running:
             # Only rows that wait for their next token: neither prompts nor requests that were preempted.
             if request.structured_output_request is None or request.num_tokens != request.num_computed_tokens + 1:
@@ -171,11 +170,6 @@ class ForcedTokensMixin:
         drafts = _Drafts(request, state, observer, getattr(grammar, "charge", None))
         self._grammars[request.request_id] = drafts
         return drafts
-
-    def _forget(self) -> None:
-        """Let go of requests that have left."""
-        requests = self.requests  # type: ignore[attr-defined]
-        self._grammars = {rid: drafts for rid, drafts in self._grammars.items() if rid in requests}
 
     def get_grammar_bitmask(self, scheduler_output: Any) -> GrammarOutput | None:
         """As vLLM's, with batched masks."""

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import xgrammar as xgr
+from vllm import envs
 from vllm.v1.structured_output.backend_guidance import GuidanceBackend, GuidanceGrammar
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar, StructuredOutputOptions
 from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend, XgrammarGrammar
@@ -39,9 +40,10 @@ logger = logging.getLogger("vllm.vllm_ext")
 
 #: Compiled grammars kept of each engine, by specification.
 MOST_MATCHERS = 256
-#: States that these may have together; a state takes up to 220 bytes (measured).
-MOST_MATCHER_STATES = 1_000_000
-#: Bytes of xgrammar's compiled grammars that are kept, beside those of its own cache.
+#: Bytes that these may have together, and what a state of theirs takes at most (measured).
+MOST_MATCHER_BYTES, STATE_BYTES = 220 << 20, 220
+#: Bytes of xgrammar's compiled grammars that are kept, beside those of its own cache. That one's limit,
+#: VLLM_XGRAMMAR_CACHE_MB, is also one of each cache here: who sets it low has little memory.
 MOST_COMPILED_BYTES = 64 << 20
 #: Compiling threads give way to the engine (nice).
 NICENESS = 5
@@ -57,6 +59,9 @@ class ExtBackend(XgrammarBackend):
         self._rank = self.vllm_config.parallel_config.data_parallel_rank
         self._has_guidance = serves_guidance(self.tokenizer, self.vocab_size)
         self._lock = threading.Lock()
+        cache_bytes = envs.VLLM_XGRAMMAR_CACHE_MB << 20
+        self._most_states = min(MOST_MATCHER_BYTES, cache_bytes) // STATE_BYTES
+        self._most_compiled_bytes = min(MOST_COMPILED_BYTES, cache_bytes)
         self._matchers: OrderedDict[bytes, tuple[Any, int]] = OrderedDict()
         self._compiled: OrderedDict[bytes, Any] = OrderedDict()
         #: By specification, what has been compiled: its engine's cache has it, so no thread is needed.
@@ -223,14 +228,14 @@ class ExtBackend(XgrammarBackend):
             self._compiled[key] = compiled
             while len(self._compiled) > 1 and (
                 len(self._compiled) > MOST_MATCHERS
-                or sum(each.memory_size_bytes for each in self._compiled.values()) > MOST_COMPILED_BYTES
+                or sum(each.memory_size_bytes for each in self._compiled.values()) > self._most_compiled_bytes
             ):
                 self._compiled.popitem(last=False)
         return compiled
 
     def _is_full(self) -> bool:
         states = sum(size for _, size in self._matchers.values())
-        return len(self._matchers) > MOST_MATCHERS or states > MOST_MATCHER_STATES
+        return len(self._matchers) > MOST_MATCHERS or states > self._most_states
 
     def _prewarm(self) -> None:
         """Compile what is listed for this engine, one after the other; a bad entry is logged, not raised."""

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vllm_ext.structured.capabilities import split_words
@@ -25,32 +26,32 @@ def write_for_xgrammar(node: Any) -> Any:
     these stand, and of two objects that differ only in a property with such a name it would compile the first twice.
     Unknown keywords count in that text, and do nothing else.
     """
-    numbers = iter(range(10**9))
     lengths: dict[str, Any] = {}
-
-    def write(each: Any) -> Any:
-        if not isinstance(each, dict):
-            return each
-        if each.get("type") == "string" and {"minLength", "maxLength"} & each.keys():
-            least, most = each.get("minLength", 0), each.get("maxLength", "")
-            lengths[f"length_{least}_{most}"] = {"type": "string", "pattern": f"^.{{{least},{most}}}$"}
-            return {"$ref": f"#/$defs/length_{least}_{most}"}
-        written: dict[str, Any] = {}
-        for key, value in each.items():
-            if key in ("properties", "patternProperties", "$defs"):
-                written[key] = {name: write(child) for name, child in value.items()}
-            elif key in ("const", "enum"):
-                written[key] = value
-            elif isinstance(value, list):
-                written[key] = [write(child) for child in value]
-            else:
-                written[key] = write(value)
-        if each.get("properties", {}).keys() & _SKIPPED or _names_skipped([each.get("const"), each.get("enum")]):
-            written["x-vllm-ext"] = next(numbers)
-        return written
-
-    written = write(node)
+    written = _write_for_xgrammar(node, itertools.count(), lengths)
     return {**written, "$defs": {**written.get("$defs", {}), **lengths}} if lengths else written
+
+
+def _write_for_xgrammar(node: Any, numbers: Iterator[int], lengths: dict[str, Any]) -> Any:
+    """numbers: of objects that need one; lengths: definitions to add, changed in place."""
+    if not isinstance(node, dict):
+        return node
+    if node.get("type") == "string" and {"minLength", "maxLength"} & node.keys():
+        least, most = node.get("minLength", 0), node.get("maxLength", "")
+        lengths[f"length_{least}_{most}"] = {"type": "string", "pattern": f"^.{{{least},{most}}}$"}
+        return {"$ref": f"#/$defs/length_{least}_{most}"}
+    written: dict[str, Any] = {}
+    for key, value in node.items():
+        if key in ("properties", "patternProperties", "$defs"):
+            written[key] = {name: _write_for_xgrammar(child, numbers, lengths) for name, child in value.items()}
+        elif key in ("const", "enum"):
+            written[key] = value
+        elif isinstance(value, list):
+            written[key] = [_write_for_xgrammar(child, numbers, lengths) for child in value]
+        else:
+            written[key] = _write_for_xgrammar(value, numbers, lengths)
+    if node.get("properties", {}).keys() & _SKIPPED or _names_skipped([node.get("const"), node.get("enum")]):
+        written["x-vllm-ext"] = next(numbers)
+    return written
 
 
 def write_for_guidance(node: Any, is_merged: bool = False) -> Any:

@@ -99,7 +99,6 @@ class GuidanceState:
         self.vocab_size: int = tokenizer.vocab_size
         self._sizes: dict[int, int] = {}
         self._has_ended = False
-        self.rollback: Callable[[int], Any] = self._rollback
 
     def find_known(self) -> list[int]:
         """See GrammarState."""
@@ -133,7 +132,8 @@ class GuidanceState:
             return self._has_ended
         return self._matcher.try_consume_tokens([token]) == 1
 
-    def _rollback(self, count: int) -> None:
+    def rollback(self, count: int) -> None:
+        """See GrammarState."""
         count -= self._has_ended
         self._has_ended = False
         if count:

@@ -67,24 +67,26 @@ class _Normalizer:
     def _refuse_loops(self, root: Any) -> None:
         """References that lead back to themselves without a value in between mean nothing."""
         done: set[str] = set()
-
-        def follow(node: Any, path: tuple[str, ...]) -> None:
-            if not isinstance(node, dict):
-                return
-            name = node.get("$ref")
-            if name in path:
-                pointer = next(place for place, given in self.names.items() if f"#/$defs/{given}" == name)
-                raise SchemaError(pointer, "$ref", "it refers to itself without a value in between")
-            if name is not None and name not in done:
-                follow(self.definitions[name.removeprefix("#/$defs/")], (*path, name))
-                done.add(name)
-            for key in ("anyOf", "allOf", "oneOf"):
-                for option in node.get(key, ()):
-                    follow(option, path)
-
-        follow(root, ())
+        self._follow(root, (), done)
         for name, node in self.definitions.items():
-            follow(node, (f"#/$defs/{name}",))
+            self._follow(node, (f"#/$defs/{name}",), done)
+
+    # A method, not a function inside of the other: such a one refers to itself, and keeps the schema until vLLM's rare
+    # full garbage collection.
+    def _follow(self, node: Any, path: tuple[str, ...], done: set[str]) -> None:
+        """path: references that led here; done: those that need not be followed again, changed in place."""
+        if not isinstance(node, dict):
+            return
+        name = node.get("$ref")
+        if name in path:
+            pointer = next(place for place, given in self.names.items() if f"#/$defs/{given}" == name)
+            raise SchemaError(pointer, "$ref", "it refers to itself without a value in between")
+        if name is not None and name not in done:
+            self._follow(self.definitions[name.removeprefix("#/$defs/")], (*path, name), done)
+            done.add(name)
+        for key in ("anyOf", "allOf", "oneOf"):
+            for option in node.get(key, ()):
+                self._follow(option, path, done)
 
     def rewrite(self, node: Any, pointer: str) -> Any:
         self.visited += 1

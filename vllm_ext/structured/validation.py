@@ -214,14 +214,14 @@ class Gate:
         if is_withdrawn:
             self._settle(key, work, _WITHDRAWN)
             return
-        work.trial = self._trials.submit(plan)
+        running = work.trial = self._trials.submit(plan)
         observability.add("vllm_ext:structured_trials_total", 1)
 
         def go_on(trial: Future[dict[str, Any]]) -> None:
             with self._answering(key, work):
                 self._read_outcome(key, work, plan, plans, trial)
 
-        work.trial.add_done_callback(go_on)
+        running.add_done_callback(go_on)
         # Its last request may have left before the trial was there to end.
         self._end_unwanted(work)
 
@@ -251,6 +251,8 @@ class Gate:
 
     def _settle(self, key: bytes, work: _Work, verdict: Verdict) -> None:
         with self._lock:
+            # Its callback holds the work: such rings stay, with their texts, until vLLM's rare full collection.
+            work.trial = None
             if self._working.get(key) is work:
                 del self._working[key]
             if verdict.until > 0:
