@@ -71,7 +71,7 @@ def read_cases(texts: Sequence[str], model: str | None) -> list[Case]:
     # One process for each engine: with two, how their waiting falls together is part of what is measured.
     changed: dict[str, Any] = {"env": {**cases[0].env, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}}
     if model is not None:
-        changed["model"] = model
+        changed.update(model=model, make_model=())
     return [replace(case, mode="offline", metrics=metrics, tune_metric="", **changed) for case in cases]
 
 
@@ -108,6 +108,7 @@ def describe_case(case: Case) -> dict[str, Any]:
         "requests": case.workload.num_requests,
         "workload": case.workload.name,
         "model": hide_paths(case.model),
+        **({"make_model": list(case.make_model)} if case.make_model else {}),
     }
 
 

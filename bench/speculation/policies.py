@@ -12,6 +12,7 @@ from vllm_ext.speculation.acceptance import USUAL_RATE, find_usual_rate
 from vllm_ext.speculation.controller import Batch, GoodputController
 from vllm_ext.speculation.goodput import Choice, DraftCost, choose_lengths, choose_padded, value_drafts
 from vllm_ext.speculation.prior import fit_prior
+from vllm_ext.speculation.standing import Standing
 from vllm_ext.speculation.step_time import StepFeatures, StepTimeModel
 
 #: (largest batch, length): the example of vLLM's documentation of `num_speculative_tokens_per_batch_size`, in shape.
@@ -159,43 +160,48 @@ class Ours:
             K_MAX, step_time=StepTimeModel(prior), passes=PASSES[cost.drafter], graph_sizes=cost.graph_sizes
         )
         self._hold, self._stood = hold, 1
-        self._standing: dict[Hashable, int] | None = None
-        self._has_passes = PASSES[cost.drafter][-1] > 0
+        self._standing: Standing | None = None
         self._seen: list[Observation] = []
 
     def trim(self, batch: Batch, given: np.ndarray, is_probe: bool, truth: Truth) -> np.ndarray:
         """The controller's choice among the drafts; all of them under a plan that stands."""
-        if self._stands(batch):
+        standing = self._find_standing(batch)
+        if standing is not None and standing.allows(batch.request_ids, given.tolist()):
             return given
+        self._end_plan()
         return self.controller.trim_drafts(batch, given, is_probe)
 
     def plan(self, batch: Batch, truth: Truth) -> Plan:
         """The controller's lengths, or those of a plan that stands; its average for requests that came later."""
-        if self._stands(batch):
-            assert self._standing is not None
+        standing = self._find_standing(batch)
+        if standing is not None:
             self._stood += 1
-            usual = round(sum(self._standing.values()) / len(self._standing))
-            return Plan(np.array([self._standing.get(rid, usual) for rid in batch.request_ids], np.int64))
+            self._standing = standing.follow(batch.request_ids)
+            return Plan(np.fromiter(self._standing.lengths.values(), np.int64))
+        self._end_plan()
         decision = self.controller.plan_drafts(batch, self._stood)
         self._stood = 1
-        # What a model makes beyond a request's own length is for a trim to cut.
-        has_surplus = self._has_passes and decision.lengths.min() < decision.lengths.max()
-        if decision.may_stand and not has_surplus:
-            self._standing = dict(zip(batch.request_ids, decision.lengths.tolist(), strict=True))
+        if decision.may_stand:
+            lengths = dict(zip(batch.request_ids, decision.lengths.tolist(), strict=True))
+            self._standing = Standing.begin(self._hold, lengths)
         return Plan(decision.lengths, decision.is_probe)
 
     def observe(self, observation: Observation) -> None:
         """As the scheduler mixin does after a step."""
         self._seen.append(observation)
-        if self._standing is None or self._stood >= self._hold:
+        if self._standing is None or self._stood >= self._standing.steps:
             self._learn()
 
-    def _stands(self, batch: Batch) -> bool:
-        if self._standing is not None and self._stood < self._hold:
-            return True
+    def _find_standing(self, batch: Batch) -> Standing | None:
+        """An earlier step's plan that is these requests' too."""
+        standing = self._standing
+        if standing is None or self._stood >= standing.steps or not standing.covers(len(batch.request_ids)):
+            return None
+        return standing
+
+    def _end_plan(self) -> None:
         self._standing = None
         self._learn()
-        return False
 
     def _learn(self) -> None:
         for ids, drafted, accepted, features, milliseconds, is_probe in self._seen:

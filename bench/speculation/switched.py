@@ -28,8 +28,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.arms import WARMUP_SEED, make_environment
-from bench.case import Case, resolve_model
+from bench.arms import WARMUP_SEED, find_model, make_environment
+from bench.case import Case
 from bench.client import Load, RunFailed, prepare_requests
 from bench.records import RESULTS, Metric, Record, describe_environment, write_record
 from bench.run import leave_on_signals
@@ -99,8 +99,8 @@ class Switch:
 class SwitchedEngine:
     """The pack's engine of a case in this process, with its switch and a count of its steps."""
 
-    def __init__(self, case: Case) -> None:
-        """Starts it; raises what vLLM raises where it cannot."""
+    def __init__(self, case: Case, model: str) -> None:
+        """Starts it on this model directory; raises what vLLM raises where it cannot."""
         from bench.serve.offline import make_engine, make_parser
 
         for variable, value in make_environment(case, "pack").items():
@@ -108,7 +108,7 @@ class SwitchedEngine:
                 os.environ.pop(variable, None)
             else:
                 os.environ[variable] = value
-        options = make_parser().parse_args([resolve_model(case.model), *case.args, *case.pack.args])
+        options = make_parser().parse_args([model, *case.args, *case.pack.args])
         self.llm: LLM = make_engine(options)
         # One process, so that its scheduler is at hand.
         scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
@@ -173,24 +173,23 @@ def shorten(case: Case) -> Case:
     return replace(case, workload=replace(case.workload, num_requests=count))
 
 
-def prepare(case: Case, seed: int) -> Load:
-    """The requests of one repetition. Raises RunFailed."""
-    with tempfile.TemporaryDirectory(prefix="vllm-ext-switched-") as folder:
-        return prepare_requests(case.workload, resolve_model(case.model), seed, Path(folder))
-
-
 def measure_case(
-    engine: SwitchedEngine, case: Case, repetitions: int, environment: Mapping[str, Any], out: Path
+    engine: SwitchedEngine, case: Case, model: str, repetitions: int, environment: Mapping[str, Any], out: Path
 ) -> None:
-    """All settings of a case in turn, the other way round every other time; writes their records."""
+    """All settings of a case in turn, the other way round every other time; writes their records. Raises RunFailed."""
+
+    def prepare(seed: int) -> Load:
+        with tempfile.TemporaryDirectory(prefix="vllm-ext-switched-") as folder:
+            return prepare_requests(case.workload, model, seed, Path(folder))
+
     arms = list_arms(case, engine.most, engine.max_num_seqs)
     settings = {**describe_case(case), "args": [*case.args, *case.pack.args]}
-    load = prepare(case, WARMUP_SEED)
+    load = prepare(WARMUP_SEED)
     for lengths in arms.values():
         engine.run(load, lengths, WARMUP_SEED)
     for repetition in range(repetitions):
         seed = case.seed + repetition
-        load = prepare(case, seed)
+        load = prepare(seed)
         for name in list(arms) if repetition % 2 == 0 else list(arms)[::-1]:
             metrics = engine.run(load, arms[name], seed)
             # Repetitions of one process: each is a draw of its own, of all but the process.
@@ -202,6 +201,15 @@ def measure_case(
                 ),
             )
     print(f"{PREFIX}_{case.name}: {repetitions} repetitions of {len(arms)} settings", file=sys.stderr, flush=True)
+
+
+def measure_cases(cases: Sequence[Case], repetitions: int, environment: Mapping[str, Any], out: Path) -> None:
+    """One engine for cases that share theirs. Raises RunFailed, and what vLLM raises where it cannot start."""
+    with tempfile.TemporaryDirectory(prefix="vllm-ext-switched-model-") as folder:
+        model = find_model(cases[0], "pack", Path(folder))
+        engine = SwitchedEngine(cases[0], model)
+        for case in cases:
+            measure_case(engine, case, model, repetitions, environment, out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -229,10 +237,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = environment["git_hash"]
     left = [case for case in cases if not (options.resume and is_whole(case, options.repetitions, out, code))]
     try:
-        engine = SwitchedEngine(cases[0]) if left else None
-        for case in left:
-            assert engine is not None
-            measure_case(engine, case, options.repetitions, environment, out)
+        if left:
+            measure_cases(left, options.repetitions, environment, out)
     except (RunFailed, RuntimeError, ValueError) as error:
         print(f"speculation.switched: {error}", file=sys.stderr)
         return 1

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vllm_ext.speculation.controller import Batch, GoodputController
+from vllm_ext.speculation.standing import Standing
 from vllm_ext.speculation.step_time import COEFFICIENTS, StepFeatures
 
 #: Milliseconds of a step where every token counts.
@@ -21,7 +22,7 @@ NOISE = 0.06
 
 class Step(NamedTuple):
     """What a step verified by request, what it planned, whether that is a probe, tokens that are expected of it under
-    the true chance, milliseconds, and what these would be without any draft."""
+    the true chance, milliseconds, what these would be without any draft, and whether the plan is an earlier step's."""
 
     verified: np.ndarray
     planned: np.ndarray
@@ -29,6 +30,7 @@ class Step(NamedTuple):
     tokens: float
     milliseconds: float
     plain: float
+    is_standing: bool
 
 
 class Server:
@@ -43,15 +45,18 @@ class Server:
         passes: list[int] | None = None,
         trims: bool = True,
         asks: int | None = None,
+        hold: int = 1,
         seed: int = 0,
     ) -> None:
-        """asks: drafts of each request where their number is not planned."""
+        """asks: drafts of each request where their number is not planned. hold: steps that a plan stands for."""
         self.controller, self.cost, self.count = controller, cost, count
         self.k_max = controller.k_max
         self._passes = passes or [0] * (self.k_max + 1)
         self._trims, self._asks = trims, asks
         self._rng = np.random.default_rng(seed)
         self._given, self._is_probe = np.zeros(count, np.int64), False
+        self._hold, self._stood = hold, 1
+        self._standing: Standing | None = None
 
     def serve(self, chance: float, steps: int, matches: float = 1.0) -> list[Step]:
         """Steps of drafts that are accepted with one chance."""
@@ -73,12 +78,20 @@ class Server:
     def _step(self, chance: float, matches: float) -> Step:
         count, batch = self.count, Batch(list(range(self.count)), self.count, 1000 * self.count)
         kept, was_probe = self._given, self._is_probe
-        if self._trims and kept.any():
+        standing = self._standing
+        if standing is not None and self._stood >= standing.steps:
+            standing = self._standing = None
+        if self._trims and kept.any() and standing is None:
             kept = self.controller.trim_drafts(batch, kept, was_probe)
         lengths = np.full(count, self._asks or 0)
-        if self._asks is None:
-            decision = self.controller.plan_drafts(batch)
-            lengths, self._is_probe = decision.lengths, decision.is_probe
+        if standing is not None:
+            self._stood += 1
+            lengths = np.array(list(standing.lengths.values()), np.int64)
+        elif self._asks is None:
+            decision = self.controller.plan_drafts(batch, self._stood)
+            lengths, self._is_probe, self._stood = decision.lengths, decision.is_probe, 1
+            if decision.may_stand:
+                self._standing = Standing.begin(self._hold, dict(enumerate(lengths.tolist())))
         passes = self._passes[int(lengths.max())]
         drafted = count * passes if self._passes[-1] else int(lengths.sum())
         verified = int(kept.sum())
@@ -96,7 +109,7 @@ class Server:
         self._given = np.where(self._rng.random(count) < matches, lengths, 0) if matches < 1 else lengths
         made = count + float((chance ** np.arange(1, self.k_max + 1) * (np.arange(self.k_max) < kept[:, None])).sum())
         plain = self.measure(StepFeatures(count, batch.context_tokens, count, self._passes[0], 0))
-        return Step(kept, lengths, was_probe, made, time, plain)
+        return Step(kept, lengths, was_probe, made, time, plain, standing is not None)
 
 
 def measure_goodput(steps: list[Step]) -> float:

@@ -294,48 +294,14 @@ def test_passes_that_do_not_fit(passes: list[int]) -> None:
         make_controller(passes=passes)
 
 
-def run_held(
-    cost: dict[str, float], chances: list[float], count: int, hold: int, steps: int
-) -> list[tuple[int, int, int]]:
-    """(drafts asked for, drafts verified, plans made by then) of every step of a lookup's requests, whose plans stand
-    as long as they may.
-
-    chances: of acceptance, one after another for an equal share of the steps.
-    """
-    rng, ids = np.random.default_rng(0), list(range(count))
-    controller = GoodputController(6, step_time=StepTimeModel(cost))
-    given, standing, stood, is_probe, made = np.zeros(count, np.int64), None, 1, False, []
-    plans, batch = 0, Batch(ids, count, 1000)
-    for step in range(steps):
-        kept = given
-        if standing is None and given.any():
-            kept = controller.trim_drafts(batch, given, is_probe)
-        was_probe = is_probe
-        if standing is None or stood >= hold:
-            decision = controller.plan_drafts(batch, stood)
-            standing, stood, plans = decision.lengths if decision.may_stand else None, 1, plans + 1
-            lengths, is_probe = decision.lengths, decision.is_probe
-        else:
-            stood, lengths, is_probe = stood + 1, standing, False
-        chance = chances[step * len(chances) // steps]
-        passed = np.cumprod(rng.random((count, 6)) < chance, axis=1).sum(axis=1)
-        verified = int(kept.sum())
-        features = StepFeatures(count + verified, 1000, count, 0, int(lengths.sum()), int(verified > 0))
-        time = cost["step"] + sum(cost[name] * value for name, value in features._asdict().items())
-        controller.observe(ids, kept, np.minimum(passed, kept), features, time * rng.lognormal(0, 0.05), was_probe)
-        given = lengths
-        made.append((int(lengths.sum()), verified, plans))
-    return made
-
-
 def test_no_drafts_stand_after_they_were_cut() -> None:
     """Where drafts stop passing, the trim sees it before the plan: after that, plans of none stand like any other."""
     cost = {**COMPUTE_BOUND, "tokens": 0.3, "verifies": 0.2, "drafted": 0.002}
-    steps = run_held(cost, [0.9, 0.0], 4, hold=8, steps=600)
-    assert np.mean([asked for asked, _, _ in steps[50:280]]) > 8
-    late = steps[400:]
-    assert np.mean([asked for asked, _, _ in late]) < 1.5
-    assert late[-1][2] - late[0][2] < len(late) // 3
+    server = Server(GoodputController(6, step_time=StepTimeModel(cost)), cost, 4, hold=8)
+    assert np.mean([step.planned.sum() for step in server.serve(0.9, 300)[50:280]]) > 8
+    late = server.serve(0.0, 300)[100:]
+    assert np.mean([step.planned.sum() for step in late]) < 1.5
+    assert np.mean([step.is_standing for step in late]) > 2 / 3
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 6])
@@ -343,7 +309,7 @@ def test_no_drafts_stand_after_they_were_cut() -> None:
 def test_a_probe_that_is_offered_can_be_paid_for(count: int, drafted: float, once: float) -> None:
     """Asking a lookup costs a little: that is saved up with the probe, or there would be offers and never a probe."""
     cost = {**COMPUTE_BOUND, "drafted": drafted, "verifies": once}
-    steps = run_held(cost, [0.05], count, hold=1, steps=900)[300:]
-    offered = sum(asked > 0 for asked, _, _ in steps)
-    verified = sum(kept > 0 for _, kept, _ in steps)
+    steps = Server(GoodputController(6, step_time=StepTimeModel(cost)), cost, count).serve(0.05, 900)[300:]
+    offered = sum(step.planned.any() for step in steps)
+    verified = sum(step.verified.any() for step in steps)
     assert 0 < verified >= 0.8 * offered

@@ -14,9 +14,9 @@ import numpy as np
 from vllm_ext import observability
 from vllm_ext.scheduling import goodput_setup
 from vllm_ext.scheduling.outcomes import Outcome, StepNotes, read_trials, report_outcomes, teach
-from vllm_ext.scheduling.standing import Standing
 from vllm_ext.speculation.controller import Batch, Decision
 from vllm_ext.speculation.pace import Pace
+from vllm_ext.speculation.standing import Standing
 from vllm_ext.speculation.step_time import StepFeatures
 
 
@@ -195,8 +195,7 @@ class GoodputMixin:
         scheduler_output.draft_lengths = dict(zip(ids, lengths, strict=True))
         self._report_plan(decision, planned)
         if decision.may_stand and batch.tokens == len(ids) and not self._is_drafter_full:
-            usual, given = round(planned / len(ids)), scheduler_output.draft_lengths
-            self._standing = Standing(self._pace.steps, len(ids), usual, ids, given, longest, planned)
+            self._standing = Standing.begin(self._pace.steps, scheduler_output.draft_lengths)
         self._control += time.perf_counter() - began
         return planned
 

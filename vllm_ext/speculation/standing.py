@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 #: A plan stands while the number of running requests is within this part of what it was made for.
@@ -18,21 +19,27 @@ class Standing(NamedTuple):
     #: Requests that it was made for, and what those get that came later: as much as these on average.
     num_requests: int
     usual: int
-    request_ids: list[str]
-    lengths: dict[str, int]
+    request_ids: Sequence[Hashable]
+    lengths: Mapping[Hashable, int]
     longest: int
     total: int
+
+    @classmethod
+    def begin(cls, steps: int, lengths: Mapping[Hashable, int]) -> Standing:
+        """A plan of these draft lengths by request, of whom there are some, for so many steps."""
+        count, total = len(lengths), sum(lengths.values())
+        return cls(steps, count, round(total / count), list(lengths), lengths, max(lengths.values()), total)
 
     def covers(self, num_requests: int) -> bool:
         """Whether a batch is about as large as the one that this was made for."""
         return abs(num_requests / self.num_requests - 1) <= BATCH_CHANGE
 
-    def allows(self, ids: list[str], drafted: list[int]) -> bool:
+    def allows(self, ids: Sequence[Hashable], drafted: Sequence[int]) -> bool:
         """Whether no request has more drafts than it was to get: of a model, which makes as many for all, or of
         another source."""
         return not any(map(operator.gt, drafted, map(self.lengths.get, ids, itertools.repeat(self.usual))))
 
-    def follow(self, ids: list[str]) -> Standing:
+    def follow(self, ids: Sequence[Hashable]) -> Standing:
         """The same for the requests of another step."""
         if ids == self.request_ids:
             return self
