@@ -144,14 +144,15 @@ def run_client(
         *("--ready-check-timeout-sec", "0"),
         *load.args,
     ]
-    # A session of its own: Ctrl-C reaches only the caller, who then ends the client with all its children.
+    # A group of its own: Ctrl-C reaches only the caller, who then ends the client with all its children. The session is
+    # the server's (`VllmServer`).
     process = subprocess.Popen(
         command,
         env={**os.environ, **leave_proxy_out(os.environ), **CLIENT_ENVIRONMENT, **load.environment},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        start_new_session=True,
+        process_group=0,
     )
     # For this process's own violent end; whatever else ends the run comes by `finally`.
     watchdog = start_watchdog(process.pid, grace=1.0)

@@ -135,7 +135,9 @@ class VllmServer:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    start_new_session=True,
+                    # A group, to end it as a whole; not a session: Linux would schedule it by itself, and while vLLM's
+                    # processes wait by yielding in a loop a client in another session is not run for seconds.
+                    process_group=0,
                 )
             self._watchdog = start_watchdog(self._process.pid)
             self._wait_until_healthy(began)
