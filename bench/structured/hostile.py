@@ -48,7 +48,7 @@ MOST_TOKENS, AT_ONCE = 500, 2
 FLOOD_AT_ONCE = 8
 #: A block of the burner lasts as long as its block of the attack, within these seconds.
 LEAST_SECONDS, MOST_SECONDS = 15.0, 45.0
-#: What must hold: milliseconds to a refusal and to a first token, attack over burner, what half of a flood may leave.
+#: What must hold: milliseconds to a refusal and to a first token, attack over burner, what the last third of a flood may leave.
 MOST_MS, MOST_FIRST_MS, MOST_RATIO, MOST_LEFT_MIB = 1000.0, 2000.0, 1.2, 32.0
 ARGS = ("--max-model-len", "1024", "--max-num-seqs", "32", "--enforce-eager", "--no-enable-prefix-caching")
 ARMS: Mapping[str, tuple[str, ...]] = {
@@ -188,7 +188,8 @@ async def _send_all(client: Client, bodies: Sequence[bytes]) -> list[tuple[Answe
 
 
 async def _flood(client: Client, group: int, requests: int) -> dict[str, Metric]:
-    """What so many hostile requests leave behind: after the first of every kind, after half of the rest, after all."""
+    """What so many hostile requests leave behind: after the first of every kind, after two thirds of the rest, after
+    all."""
     numbers = itertools.count(1)
     codes: list[int | None] = []
     left = 0
@@ -196,7 +197,8 @@ async def _flood(client: Client, group: int, requests: int) -> dict[str, Metric]
     kinds = len(list_attacks())
     first = min(kinds, requests)
     states = []
-    for count in (first, (requests - first) // 2, requests - first - (requests - first) // 2):
+    last = (requests - first) // 3
+    for count in (first, requests - first - last, last):
         answers = await _visit_all(client, count, numbers)
         codes += [answer.code for answer in answers]
         left += sum(answer.end == "left" for answer in answers)
@@ -213,9 +215,9 @@ async def _flood(client: Client, group: int, requests: int) -> dict[str, Metric]
         "leak_other_answers": Metric(float(sum(code not in (200, 400, 500) for code in codes)), "requests", "lower"),
         "leak_processes": Metric(float(after.processes - before.processes), "processes", "lower"),
         "leak_threads": Metric(float(after.threads - before.threads), "threads", "lower"),
-        # Caches fill in the first half: what grows on is what leaks.
+        # Caches fill meanwhile: what grows on after them is what leaks.
         "leak_memory": Metric(after.memory - middle.memory, "MiB", "lower"),
-        "leak_memory_first_half": Metric(middle.memory - before.memory, "MiB"),
+        "leak_memory_filling": Metric(middle.memory - before.memory, "MiB"),
         **{
             f"leak_memory_{part}": Metric(after.parts[part] - middle.parts[part], "MiB", "lower")
             for part in after.parts
