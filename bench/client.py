@@ -145,7 +145,7 @@ def run_client(
         *load.args,
     ]
     # A group of its own: Ctrl-C reaches only the caller, who then ends the client with all its children. The session is
-    # the server's (`VllmServer`).
+    # the caller's, as the server's is (`VllmServer`).
     process = subprocess.Popen(
         command,
         env={**os.environ, **leave_proxy_out(os.environ), **CLIENT_ENVIRONMENT, **load.environment},

@@ -61,7 +61,7 @@ class VllmServer:
     """`vllm serve MODEL ARGS...` on a free port of 127.0.0.1, as a context manager.
 
     Entering returns once `/health` answers; leaving stops the server and every process it started. The server runs in
-    a process group and session of its own, so Ctrl-C reaches only the caller, who then leaves the `with` block.
+    a process group of its own, so Ctrl-C reaches only the caller, who then leaves the `with` block.
 
         with VllmServer("bench/models/tiny_moe", log_path=Path("server.log")) as server:
             urllib.request.urlopen(f"{server.base_url}/v1/models")

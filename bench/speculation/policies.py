@@ -161,6 +161,7 @@ class Ours:
         )
         self._hold, self._stood = hold, 1
         self._standing: Standing | None = None
+        self._has_passes = PASSES[cost.drafter][-1] > 0
         self._seen: list[Observation] = []
 
     def trim(self, batch: Batch, given: np.ndarray, is_probe: bool, truth: Truth) -> np.ndarray:
@@ -181,7 +182,10 @@ class Ours:
         self._end_plan()
         decision = self.controller.plan_drafts(batch, self._stood)
         self._stood = 1
-        if decision.may_stand:
+        # What a model makes beyond a request's own length is for a trim to cut: in the engine such a plan does not
+        # stand (`Standing.allows`), and here nobody is given more than its own.
+        has_surplus = self._has_passes and decision.lengths.min() < decision.lengths.max()
+        if decision.may_stand and not has_surplus:
             lengths = dict(zip(batch.request_ids, decision.lengths.tolist(), strict=True))
             self._standing = Standing.begin(self._hold, lengths)
         return Plan(decision.lengths, decision.is_probe)

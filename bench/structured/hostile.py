@@ -8,8 +8,9 @@
     flood     the rest of the requests, several at a time; who is served leaves after a while, as clients do
 
 Attack and burner take turns, and sixteen well-behaved requests stream all the time: the ratio of both p99 of
-inter-token latency is what specifications add to the processor time that anything would take. Before and after the
-flood, with nobody served, threads, processes and memory are compared. Records: `structured_hostile`.
+inter-token latency is what specifications add to the processor time that anything would take. With nobody
+served, processes and threads are compared after the flood with after its first request of every kind, and memory with
+after two thirds of it, when caches are full. Records: `structured_hostile`.
 
 Exit code 1 where a refusal takes more than a second, or a first token more than two (what passes a trial is compiled
 again where it is served), where an answer is neither 200 nor 400, where that ratio is above 1.2, where the flood leaves
@@ -48,8 +49,9 @@ MOST_TOKENS, AT_ONCE = 500, 2
 FLOOD_AT_ONCE = 8
 #: A block of the burner lasts as long as its block of the attack, within these seconds.
 LEAST_SECONDS, MOST_SECONDS = 15.0, 45.0
-#: What must hold: milliseconds to a refusal and to a first token, attack over burner, what the last third of a flood may leave.
-MOST_MS, MOST_FIRST_MS, MOST_RATIO, MOST_LEFT_MIB = 1000.0, 2000.0, 1.2, 32.0
+#: What must hold: milliseconds to a refusal and to a first token, attack over burner, and MiB that the last third of a
+#: flood may leave in a part of the server.
+MOST_MS, MOST_FIRST_MS, MOST_RATIO, MOST_LEFT_MIB = 1000.0, 2000.0, 1.2, 20.0
 ARGS = ("--max-model-len", "1024", "--max-num-seqs", "32", "--enforce-eager", "--no-enable-prefix-caching")
 ARMS: Mapping[str, tuple[str, ...]] = {
     "stock": (),
@@ -246,7 +248,7 @@ async def _visit_all(client: Client, count: int, numbers: Any) -> list[Answer]:
 
 def find_failures(metrics: Mapping[str, Metric]) -> list[str]:
     """What does not hold, in words; empty where all does."""
-    limits = {
+    limits: dict[str, float] = {
         "slowest_refusal": MOST_MS,
         "slowest_first_token": MOST_FIRST_MS,
         "other_answers": 0,
@@ -255,7 +257,8 @@ def find_failures(metrics: Mapping[str, Metric]) -> list[str]:
         "leak_other_answers": 0,
         "leak_processes": 0,
         "leak_threads": 0,
-        "leak_memory": MOST_LEFT_MIB,
+        # Each by itself: what one gives back is no excuse for another.
+        **{f"leak_memory_{part}": MOST_LEFT_MIB for part in ("api", "engine", "trials")},
     }
     failures = []
     for name, most in limits.items():

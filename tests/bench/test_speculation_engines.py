@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 from bench.records import Metric, Record, describe_environment, load_records
-from bench.speculation.engines import FILES, OFF, OURS, compare_draws, main, make_engines, name_setting, read_cases
+from bench.speculation.engines import (
+    FILES,
+    OFF,
+    OURS,
+    compare_draws,
+    describe_case,
+    main,
+    make_engines,
+    name_setting,
+    read_cases,
+)
 
 
 def test_arms_are_named_by_their_lengths(tmp_path: Path) -> None:
@@ -23,6 +33,14 @@ def test_arms_are_named_by_their_lengths(tmp_path: Path) -> None:
 def test_settings_that_are_none_of_speculation(arguments: list[str]) -> None:
     with pytest.raises(ValueError, match="one --speculative-config, got"):
         name_setting(arguments)
+
+
+def test_a_given_model_is_none_to_be_made() -> None:
+    [made] = read_cases(["smartspec_larger_chat_c4"], None)
+    assert describe_case(made)["make_model"][0] == "tiny-llama"
+    [given] = read_cases(["smartspec_larger_chat_c4"], "x")
+    assert (given.model, given.make_model) == ("x", ())
+    assert "make_model" not in describe_case(given)
 
 
 def test_cases_that_do_not_share_engines() -> None:

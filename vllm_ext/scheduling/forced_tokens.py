@@ -94,7 +94,7 @@ class ForcedTokensMixin:
         if self._drafts_forced:
             self._forced = {}
             self.certain_drafts = {}
-            # At once, since grammars may be large. vLLM schedules once more after its last request.
+            # Grammars may be large. A server schedules once more after its last request.
             for rid in self.finished_req_ids:  # type: ignore[attr-defined]
                 self._grammars.pop(rid, None)
             if self._alone:

@@ -124,7 +124,11 @@ class ExtBackend(XgrammarBackend):
     def _remember(self, key: bytes, plan: Plan) -> None:
         with self._lock:
             self._plans[key] = plan
-            while len(self._plans) > MOST_MATCHERS:
+            # With their texts, which may be large.
+            while len(self._plans) > 1 and (
+                len(self._plans) > MOST_MATCHERS
+                or sum(_measure_plan(each) for each in self._plans.values()) > self._most_compiled_bytes
+            ):
                 self._plans.popitem(last=False)
 
     def _find_plan(self, kind: str, text: str, engine: str) -> Plan:
@@ -253,6 +257,11 @@ class ExtBackend(XgrammarBackend):
         for lane in (*self._lanes.values(), self._prewarming):
             lane.shutdown(wait=False, cancel_futures=True)
         super().destroy()
+
+
+def _measure_plan(plan: Plan | None) -> int:
+    """Characters of a plan and its fallbacks."""
+    return 0 if plan is None else len(plan.text) + _measure_plan(plan.fallback)
 
 
 def _name_key(kind: str, text: str, engine: str) -> bytes:

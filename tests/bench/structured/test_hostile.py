@@ -148,7 +148,8 @@ def make_metrics(**changes: float | None) -> dict[str, Metric]:
     values: dict[str, float | None] = {
         "slowest_refusal": 900.0, "slowest_first_token": 1900.0,
         "other_answers": 0.0, "stream_errors": 0.0, "itl_p99_ratio": 1.1, "leak_other_answers": 0.0,
-        "leak_processes": 0.0, "leak_threads": 0.0, "leak_memory": 3.0, "serves_afterwards": 1.0,
+        "leak_processes": 0.0, "leak_threads": 0.0, "serves_afterwards": 1.0,
+        "leak_memory_api": -30.0, "leak_memory_engine": 3.0, "leak_memory_trials": 0.0,
     }  # fmt: skip
     return {name: Metric(value, "x") for name, value in {**values, **changes}.items()}
 
@@ -163,7 +164,7 @@ def test_what_fails() -> None:
         {"itl_p99_ratio": None},
         {"leak_processes": 1.0},
         {"leak_threads": 1.0},
-        {"leak_memory": 100.0},
+        {"leak_memory_engine": 25.0},
         {"serves_afterwards": 0.0},
         {"stream_errors": 2.0},
     ):
