@@ -57,15 +57,11 @@ ARMS: Mapping[str, tuple[str, ...]] = {
     "stock": (),
     "pack": ("--additional-config.vllm_ext.structured.enabled", "true"),
 }
-#: vLLM's own cache of compiled grammars has 512 MiB, enough for all of a flood: held small, what grows is no cache.
-SMALL_CACHE = {"VLLM_XGRAMMAR_CACHE_MB": "8"}
-#: vLLM would take nearly all of the machine's memory: the system then drops the pages of programs, and reads them from
-#: the disk again while everybody waits.
-SMALL_POOL = {"VLLM_CPU_KVCACHE_SPACE": "1"}
-ENV: Mapping[str, Mapping[str, str | None]] = {
-    "stock": {"VLLM_PLUGINS": "", **SMALL_CACHE, **SMALL_POOL},
-    "pack": {**SMALL_CACHE, **SMALL_POOL},
-}
+#: vLLM's own cache of compiled grammars has 512 MiB, enough for all of a flood: held small, what grows is no cache. Its
+#: KV pool would take nearly all of the machine's memory: the system then drops the pages of programs, and reads them
+#: from the disk again while everybody waits.
+SMALL = {"VLLM_XGRAMMAR_CACHE_MB": "8", "VLLM_CPU_KVCACHE_SPACE": "1"}
+ENV: Mapping[str, Mapping[str, str | None]] = {"stock": {"VLLM_PLUGINS": "", **SMALL}, "pack": SMALL}
 #: Uses a share of a processor, in slices that are short beside a step of the engine.
 _BURNER = """
 import sys, time

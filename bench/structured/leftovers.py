@@ -14,13 +14,16 @@ from bench.serve.usage import count_entries, read_cpu
 
 
 class State(NamedTuple):
-    """memory: MiB of anonymous memory, of each part of the server in parts. Of pages of files the system keeps what it
-    likes."""
+    """parts: MiB of anonymous memory of each part of the server. Of pages of files the system keeps what it likes."""
 
     processes: int
     threads: int
-    memory: float
     parts: dict[str, float]
+
+    @property
+    def memory(self) -> float:
+        """MiB of all parts."""
+        return sum(self.parts.values())
 
 
 async def read_state(group: int) -> State:
@@ -34,8 +37,7 @@ async def read_state(group: int) -> State:
         counted, before = count_threads(group), counted
         if counted == before and used < 0.2:
             break
-    parts = read_parts(group)
-    return State(*counted, sum(parts.values()), parts)
+    return State(*counted, read_parts(group))
 
 
 def read_parts(group: int) -> dict[str, float]:

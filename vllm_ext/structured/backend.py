@@ -15,6 +15,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -125,11 +126,7 @@ class ExtBackend(XgrammarBackend):
         with self._lock:
             self._plans[key] = plan
             # With their texts, which may be large.
-            while len(self._plans) > 1 and (
-                len(self._plans) > MOST_MATCHERS
-                or sum(_measure_plan(each) for each in self._plans.values()) > self._most_compiled_bytes
-            ):
-                self._plans.popitem(last=False)
+            _drop_oldest(self._plans, _measure_plan, self._most_compiled_bytes)
 
     def _find_plan(self, kind: str, text: str, engine: str) -> Plan:
         """The plan that validation chose: the one of this engine. Raises RefusedError."""
@@ -180,8 +177,7 @@ class ExtBackend(XgrammarBackend):
             known = forces_little(str(compiled.grammar))
             with self._lock:
                 self._little[key] = known
-                while len(self._little) > MOST_MATCHERS:
-                    self._little.popitem(last=False)
+                _drop_oldest(self._little)
         return known
 
     def _make_counted(self, kind: str, text: str, plan: Plan, stops: set[int] | None) -> StructuredOutputGrammar:
@@ -204,9 +200,7 @@ class ExtBackend(XgrammarBackend):
             matcher = engines.compile_guidance(self._ll_tokenizer.result(), plan, self.options.whitespace)
             with self._lock:
                 self._matchers[key] = matcher, plan.states
-                # The newest stays, whatever its size: its request is about to use it.
-                while len(self._matchers) > 1 and self._is_full():
-                    self._matchers.popitem(last=False)
+                _drop_oldest(self._matchers, lambda kept: kept[1], self._most_states)
         return matcher.deep_copy()
 
     def _build_tokenizer(self) -> Any:
@@ -230,16 +224,8 @@ class ExtBackend(XgrammarBackend):
         compiled = self._store.load(plan) or engines.compile_xgrammar(self.compiler, plan, self.options.whitespace)
         with self._lock:
             self._compiled[key] = compiled
-            while len(self._compiled) > 1 and (
-                len(self._compiled) > MOST_MATCHERS
-                or sum(each.memory_size_bytes for each in self._compiled.values()) > self._most_compiled_bytes
-            ):
-                self._compiled.popitem(last=False)
+            _drop_oldest(self._compiled, lambda kept: kept.memory_size_bytes, self._most_compiled_bytes)
         return compiled
-
-    def _is_full(self) -> bool:
-        states = sum(size for _, size in self._matchers.values())
-        return len(self._matchers) > MOST_MATCHERS or states > self._most_states
 
     def _prewarm(self) -> None:
         """Compile what is listed for this engine, one after the other; a bad entry is logged, not raised."""
@@ -257,6 +243,18 @@ class ExtBackend(XgrammarBackend):
         for lane in (*self._lanes.values(), self._prewarming):
             lane.shutdown(wait=False, cancel_futures=True)
         super().destroy()
+
+
+def _drop_oldest(
+    kept: OrderedDict[bytes, Any], measure: Callable[[Any], int] = lambda value: 0, most: float = 0
+) -> None:
+    """Down to MOST_MATCHERS, and to `most` of what `measure` finds in all of them.
+
+    The newest stays, whatever its size: its request is about to use it.
+    """
+    total = sum(map(measure, kept.values()))
+    while len(kept) > 1 and (len(kept) > MOST_MATCHERS or total > most):
+        total -= measure(kept.popitem(last=False)[1])
 
 
 def _measure_plan(plan: Plan | None) -> int:
