@@ -165,10 +165,10 @@ class Ours:
         self._seen: list[Observation] = []
 
     def trim(self, batch: Batch, given: np.ndarray, is_probe: bool, truth: Truth) -> np.ndarray:
-        """The controller's choice among the drafts; all of them under a plan that stands."""
+        """The controller's choice among the drafts."""
         standing = self._find_standing(batch)
         if standing is not None and standing.allows(batch.request_ids, given.tolist()):
-            return given
+            return self.controller.trim_again(batch, given)
         self._end_plan()
         return self.controller.trim_drafts(batch, given, is_probe)
 
@@ -193,13 +193,14 @@ class Ours:
     def observe(self, observation: Observation) -> None:
         """As the scheduler mixin does after a step."""
         self._seen.append(observation)
-        if self._standing is None or self._stood >= self._standing.steps:
+        self.controller.note(observation.request_ids, observation.drafted.tolist(), observation.accepted.tolist())
+        if self._standing is None or not self._standing.lasts(self._stood):
             self._learn()
 
     def _find_standing(self, batch: Batch) -> Standing | None:
         """An earlier step's plan that is these requests' too."""
         standing = self._standing
-        if standing is None or self._stood >= standing.steps or not standing.covers(len(batch.request_ids)):
+        if standing is None or not standing.lasts(self._stood) or not standing.covers(len(batch.request_ids)):
             return None
         return standing
 

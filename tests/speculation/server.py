@@ -79,10 +79,13 @@ class Server:
         count, batch = self.count, Batch(list(range(self.count)), self.count, 1000 * self.count)
         kept, was_probe = self._given, self._is_probe
         standing = self._standing
-        if standing is not None and self._stood >= standing.steps:
+        if standing is not None and not standing.lasts(self._stood):
             standing = self._standing = None
-        if self._trims and kept.any() and standing is None:
-            kept = self.controller.trim_drafts(batch, kept, was_probe)
+        if self._trims and kept.any():
+            if standing is None:
+                kept = self.controller.trim_drafts(batch, kept, was_probe)
+            else:
+                kept = self.controller.trim_again(batch, kept)
         lengths = np.full(count, self._asks or 0)
         if standing is not None:
             self._stood += 1

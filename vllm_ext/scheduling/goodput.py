@@ -92,11 +92,18 @@ class GoodputMixin:
         self._is_probe = self._decision is not None and self._decision.is_probe
         self._control = 0.0
         drafted = list(map(len, [request.spec_token_ids for request in running]))
-        if not self._is_covered(drafted):
+        is_covered, trims = self._is_covered(drafted), self._plan.trims and any(drafted)
+        if not is_covered:
             self._standing = None
             self._learn()
-            if self._plan.trims and any(drafted):
-                drafted = self._trim(running, np.array(drafted, np.int64)).tolist()
+        if trims:
+            given = np.array(drafted, np.int64)
+            kept = self._trim_again(given) if is_covered else self._trim(running, given)
+            for row in np.flatnonzero(kept < given).tolist():
+                # A new list: asynchronous scheduling gives all requests the same one.
+                running[row].spec_token_ids = running[row].spec_token_ids[: kept[row]]
+            drafted = kept.tolist()
+        if not is_covered:
             self._control = time.perf_counter() - self._started
         self._proposed = frozenset(itertools.compress(self._ids, drafted))
         return super().schedule(*args, **kwargs)  # type: ignore[misc]
@@ -104,12 +111,12 @@ class GoodputMixin:
     def _is_covered(self, drafted: list[int]) -> bool:
         """Whether the plan of an earlier step is the running requests' too."""
         standing = self._standing
-        if standing is None or self._stood >= standing.steps or self.certain_drafts:
+        if standing is None or not standing.lasts(self._stood) or self.certain_drafts:
             return False
         return standing.covers(len(drafted)) and standing.allows(self._ids, drafted)
 
     def _trim(self, running: Sequence[Any], given: np.ndarray) -> np.ndarray:
-        """Cut the drafts of running requests, `given` of each; returns how many are left."""
+        """How many of the drafts of running requests to verify, `given` of each."""
         certain: np.ndarray | int = 0
         free = given
         if self.certain_drafts:
@@ -123,11 +130,12 @@ class GoodputMixin:
             tokens = self._add_prompts(tokens, left)
         batch = Batch(self._ids, tokens, self._context)
         most = 0 if self._is_drafter_full else self._plan.k_max
-        kept = certain + self._controller.trim_drafts(batch, np.minimum(free, most), self._is_probe)
-        for row in np.flatnonzero(kept < given).tolist():
-            # A new list: asynchronous scheduling gives all requests the same one.
-            running[row].spec_token_ids = running[row].spec_token_ids[: kept[row]]
-        return kept
+        return certain + self._controller.trim_drafts(batch, np.minimum(free, most), self._is_probe)
+
+    def _trim_again(self, given: np.ndarray) -> np.ndarray:
+        """The same under a plan that stands, made for decoding requests only."""
+        batch = Batch(self._ids, len(self._ids), self._context)
+        return self._controller.trim_again(batch, np.minimum(given, self._plan.k_max))
 
     def _add_prompts(self, tokens: int, left: Sequence[int]) -> int:
         """Tokens of a step of which `tokens` are known, one for each request among them, with what it takes of prompts.
@@ -212,6 +220,7 @@ class GoodputMixin:
         if notes is None:
             return super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
         trials = read_trials(self.requests, scheduler_output, model_runner_output, notes)  # type: ignore[attr-defined]
+        self._controller.note(trials.request_ids, trials.drafted, trials.accepted)
         outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
         now = time.perf_counter()
         # Asynchronous steps overlap: a step's share begins when the one before it was done, and control takes none of
@@ -227,7 +236,7 @@ class GoodputMixin:
         self._outcomes.append(Outcome(trials, notes.features, milliseconds, control, notes.is_probe, is_timed))
         self._finished = now
         standing = self._standing
-        if standing is None or self._stood >= standing.steps or not self.running:  # type: ignore[attr-defined]
+        if standing is None or not standing.lasts(self._stood) or not self.running:  # type: ignore[attr-defined]
             self._learn()
             # What was learned just now is control, and no time of the next step.
             self._finished = time.perf_counter()

@@ -155,6 +155,7 @@ def make_controller(vllm_config: Any, plan: ControlPlan, requests: Mapping[str, 
         graph_sizes=plan.graph_sizes,
         passes=plan.passes[: plan.k_max + 1],
         plans_drafts=plan.plans_drafts,
+        trims=plan.trims,
         probe_every=settings.probe_every or PROBE_EVERY,
         policy=make_policy(settings.policy, requests),
     )

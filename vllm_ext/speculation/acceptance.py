@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Container, Hashable, Sequence
 
 import numpy as np
@@ -13,15 +12,14 @@ from vllm_ext.speculation.goodput import load_compiled
 
 #: Estimates stay inside: nothing observed in a finite number of steps is impossible or certain.
 LOWEST, HIGHEST = 0.01, 0.995
-#: Trials that the chance of all requests counts for in one request: where requests differ most, and least.
-STRENGTHS = (2.0, 60.0)
-#: How fast the estimate of how much requests differ moves, per step.
-SPREAD_RATE = 0.03
-#: A request with fewer trials says nothing about how much requests differ.
-LEAST_TRIALS = 2.0
-#: What a request's counts keep at each later trial. Where chances never change 0.8 is 0.2 % better (simulated); the
-#: texts of real requests repeat what was said for a while and then do not, and 0.65 was 2 to 5 % better there.
-REQUEST_MEMORY = 0.7
+#: What a request's totals keep at each step that verified a draft of it, and at each that did not.
+REQUEST_MEMORY, IDLE_MEMORY = 0.97, 0.99
+#: Trials after one outcome that the chance of all counts for, and after two outcomes that of the newer one.
+HISTORY_STRENGTH = 6.0
+#: Steps that are learned from together by the same chances: predictions never wait for that many.
+REFRESH_EVERY = 3
+#: Weights of what is known of a hazard (`AcceptanceModel`) before anything was seen, and how fast they follow.
+FIRST_WEIGHTS, WEIGHT_RATE = (1.0, 0.8, 0.6, 0.5), 0.03
 #: What a step moves the averages of `find_usual` by; more at first.
 USUAL_RATE = 0.05
 #: Trials that all counts together are worth after a change, at one position.
@@ -40,13 +38,26 @@ class AcceptanceModel:
     h[j] = P(j accepted | j-1 accepted); the chance that a draft of length k survives is the product of the first k. A
     step that drafted k and accepted a < k saw a successes, one failure, and nothing of the positions behind: censored.
 
+    Texts come in stretches: a request all of whose drafts passed has the next ones passed too, and one that had none to
+    verify, or only wrong ones, seldom. So what is known of a hazard is mixed,
+
+        logit h = of anybody at any position
+                + w0 * (at this position                 - that)
+                + w1 * (there after the last outcome     - that)
+                + w2 * (there after the last two of them - that)
+                + w3 * (of what the request had accepted - of what anybody would have had there)
+
+    each from discounted counts, with an outcome one of: no draft verified, the first one wrong, some right, all right.
+    The weights are learned with the counts, by the gradient of the log loss: where requests differ for good, the last
+    counts most; where all are alike but their texts change, w1 and w2; and where nothing differs all of them vanish.
+
+    `note` has the newest outcomes count at once, for a few microseconds; `observe` learns, and may come later.
+
     Counts fade with time; where outcomes change at once (`ChangeDetector`), they are forgotten at once.
 
-    Three levels, each the prior of the next: all positions of all requests, one position of all requests, one position
-    of one request. A request whose own positions do better than average carries that to its untried positions.
-
     Source: SmartSpec keeps one moving average of accepted / drafted for all requests (section 4.2), which is biased by
-    the censoring and blind to positions and requests.
+    the censoring and blind to positions and requests. Mixing in the logistic domain with weights learned online is that
+    of the PAQ compressors (Mahoney 2005, "Adaptive weighing of context models").
     """
 
     def __init__(
@@ -55,17 +66,14 @@ class AcceptanceModel:
         *,
         initial: float = 0.6,
         shared_strength: float = 0.8,
-        request_memory: float = REQUEST_MEMORY,
         shared_memory: float = 0.985,
-        idle_memory: float = 0.97,
         untried_memory: float = 0.995,
     ) -> None:
         """k_max: longest draft. initial: chance before anything was seen.
 
-        shared_strength: trials that the chance over all positions counts for at one position; how many the chance of
-        all requests counts for in one request is learned from how much requests differ. request_memory, shared_memory:
-        what a count keeps at each later observation; idle_memory: what a request's counts keep at each step without a
-        draft of its own; untried_memory: what the counts of all requests keep of a position that a step did not try.
+        shared_strength: trials that the chance over all positions counts for at one position; shared_memory: what
+        counts keep at each later step; untried_memory: what the counts of all requests keep of a position that a step
+        did not try.
         Raises ValueError for a k_max below 1.
         """
         if k_max < 1:
@@ -73,25 +81,33 @@ class AcceptanceModel:
         self.k_max = k_max
         self._initial = initial
         self._shared_strength = shared_strength
-        #: Variance of requests' chances around the chance of all: between the two of the prior's bounds at first.
-        self._spread = 0.04
-        self._request_memory, self._shared_memory, self._idle_memory = request_memory, shared_memory, idle_memory
-        self._untried_memory = untried_memory
+        self._shared_memory, self._untried_memory = shared_memory, untried_memory
         self._change = ChangeDetector()
         self._compiled = load_compiled()
         self._slots: dict[Hashable, int] = {}
         self._free: list[int] = []
-        #: Discounted successes and trials, [slots, k_max, 2], and of all requests together, [k_max, 2].
-        self._counts = np.zeros((0, k_max, 2))
+        #: Discounted successes and trials: after each history of two outcomes, [16, k_max, 2], and of all requests
+        #: together, by the number of requests, [k_max, 2].
+        self._state_counts = np.zeros((16, k_max, 2))
         self._shared_counts = np.zeros((k_max, 2))
+        self._weights = np.array(FIRST_WEIGHTS)
+        #: Of each slot: successes, trials, successes that were expected of anybody.
+        self._totals = np.zeros((0, 3))
+        #: The last two outcomes of each slot: with those only noted, and as far as they are learned from.
+        self._histories, self._learned_histories = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        #: Steps noted and not yet observed.
+        self._num_noted = 0
         #: Tokens that a step makes on average, [slots], and of an average request.
         self._usual, self._shared_usual = np.zeros(0), 1.0
         self._num_steps = 0
         #: The requests asked for last and their slots: a step asks for the same ones when it trims, plans and learns.
         self._last_ids: list[Hashable] = []
         self._last_slots = np.zeros(0, np.int64)
-        #: What is predicted of these until something is learned.
+        #: What is predicted of these until something is noted or learned.
         self._last_survival: np.ndarray | None = None
+        #: Steps learned from since chances were computed.
+        self._num_stale = 0
+        self._refresh()
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -125,12 +141,21 @@ class AcceptanceModel:
         """How far recent outcomes were better than expected: `ChangeDetector.above`."""
         return self._change.above
 
+    def note(self, slots: np.ndarray, drafted: np.ndarray, accepted: np.ndarray) -> None:
+        """Have a step's outcomes count as the last ones, before they are learned from.
+
+        slots, drafted, accepted: int64 [n]. Steps are to be observed later, each of them, in their order.
+        """
+        self._compiled.advance_histories(self._histories, slots, drafted, accepted)
+        self._num_noted += 1
+        self._last_survival = None
+
     def observe(
         self, slots: np.ndarray, drafted: np.ndarray, accepted: np.ndarray, made: np.ndarray | None = None
     ) -> None:
         """Learn from one verified step.
 
-        slots, drafted, accepted: int [n]; drafts of length 0 teach nothing and let the request drift to the prior.
+        slots, drafted, accepted: int [n]; drafts of length 0 let the request drift to what all do.
         made: int [n], tokens that the step put out; None for accepted + 1.
         Raises ValueError where a request accepted more than it drafted, or drafted more than k_max.
         """
@@ -139,72 +164,106 @@ class AcceptanceModel:
         if (accepted > drafted).any() or drafted.max() > self.k_max or accepted.min() < 0:
             raise ValueError(f"accepted {accepted.tolist()} of drafted {drafted.tolist()} with k_max {self.k_max}")
         drafted, accepted = np.ascontiguousarray(drafted, np.int64), np.ascontiguousarray(accepted, np.int64)
-        first = self._compiled.sum_first_drafts(self.predict_survival(slots), drafted, accepted)
+        if self._num_noted:
+            self._num_noted -= 1
+        else:
+            self._compiled.advance_histories(self._histories, slots, drafted, accepted)
+        if self._num_stale >= REFRESH_EVERY:
+            self._refresh()
+        own = self._totals, self._learned_histories
+        first = self._compiled.sum_first_drafts(
+            self._base, *own, slots, self._weights[3], self._pooled, drafted, accepted
+        )
         if self._change.observe(*first):
             self._forget_outcomes()
         self._num_steps += 1
         rate = find_usual_rate(self._num_steps)
         made = accepted + 1 if made is None else np.ascontiguousarray(made, np.int64)
         self._shared_usual += rate * (float(np.add.reduce(made)) / len(slots) - self._shared_usual)
-        has_trials = self._compiled.learn_outcomes(
-            self._counts,
+        self._compiled.learn_outcomes(
+            self._state_counts,
             self._shared_counts,
+            *own,
             self._usual,
+            self._weights,
+            self._opinions,
+            self._base,
+            self._shared,
+            self._pooled,
             slots,
             drafted,
             accepted,
             made,
             rate,
-            self._request_memory,
-            self._idle_memory,
+            WEIGHT_RATE,
+            REQUEST_MEMORY,
+            IDLE_MEMORY,
             self._shared_memory,
             self._untried_memory,
         )
+        self._num_stale += 1
         self._last_survival = None
-        if has_trials:
-            shared, _ = self._pool()
-            spread = self._compiled.measure_spread(self._counts, slots, shared, self._request_memory, LEAST_TRIALS)
-            if not math.isnan(spread):
-                self._spread += SPREAD_RATE * (spread - self._spread)
 
     def predict_survival(self, slots: np.ndarray) -> np.ndarray:
         """P(the first j drafts are all accepted), j = 1..k_max: float64 [n, k_max], falling along j; not to be written
         to."""
         if slots is self._last_slots and self._last_survival is not None:
             return self._last_survival
-        shared, pooled = self._pool()
-        # A beta distribution with this variance has seen so many trials.
-        strength = min(max(pooled * (1 - pooled) / max(self._spread, 1e-9), STRENGTHS[0]), STRENGTHS[1])
-        survival: np.ndarray = self._compiled.predict_survival(
-            self._counts, slots, shared, pooled, strength, LOWEST, HIGHEST
-        )
+        survival: np.ndarray = self._compiled.predict_survival(*self.describe(slots))
         if slots is self._last_slots:
             self._last_survival = survival
         return survival
+
+    def predict_best(self, slots: np.ndarray) -> np.ndarray:
+        """The most that `predict_survival` may say after one more step, whatever its outcome: float64 [n, k_max]."""
+        best: np.ndarray = self._compiled.predict_best(*self.describe(slots))
+        return best
+
+    def describe(self, slots: np.ndarray) -> tuple[object, ...]:
+        """What chances of requests are predicted from, as the compiled loops take it."""
+        if self._num_stale:
+            self._refresh()
+        own = self._totals, self._histories, slots
+        return self._base, *own, self._weights[3], self._pooled, LOWEST, HIGHEST
+
+    @property
+    def usual(self) -> np.ndarray:
+        """`find_usual` of every slot: float64 [slots]."""
+        return self._usual
 
     def find_usual(self, slots: np.ndarray) -> np.ndarray:
         """Tokens that a step of each request makes on average, float64 [n], at least 1; of a request that has just
         come, what those of all make."""
         return self._usual[slots]
 
-    def _pool(self) -> tuple[np.ndarray, float]:
-        shared, pooled = self._compiled.pool_counts(self._shared_counts, self._initial, self._shared_strength)
-        return shared, pooled
+    def _refresh(self) -> None:
+        """Chances as the counts are now."""
+        compiled = self._compiled
+        self._shared, self._pooled = compiled.pool_counts(self._shared_counts, self._initial, self._shared_strength)
+        self._opinions, self._base = compiled.find_opinions(
+            self._state_counts, self._shared, self._pooled, HISTORY_STRENGTH, self._weights
+        )
+        self._num_stale = 0
 
     def _forget_outcomes(self) -> None:
         """Keep what was learned as a guess: another text, another load, and none of it holds."""
-        for counts in (self._shared_counts, self._counts):
+        for counts in (self._shared_counts, self._state_counts, self._totals):
             counts *= min(1.0, TRIALS_AFTER_CHANGE / max(float(counts[..., 1].max(initial=0.0)), 1e-9))
-        self._last_survival = None
+        self._refresh()
 
     def _add(self, request_id: Hashable) -> int:
         if not self._free:
-            size = len(self._counts)
+            size = len(self._totals)
             more = max(16, size)
             self._free = list(range(size + more - 1, size - 1, -1))
-            self._counts = np.concatenate([self._counts, np.zeros((more, self.k_max, 2))])
+            self._totals = np.concatenate([self._totals, np.zeros((more, 3))])
+            self._histories, self._learned_histories = (
+                np.concatenate([known, np.zeros(more, np.int64)])
+                for known in (self._histories, self._learned_histories)
+            )
             self._usual = np.concatenate([self._usual, np.ones(more)])
         slot = self._free.pop()
         self._slots[request_id] = slot
-        self._counts[slot], self._usual[slot] = 0.0, self._shared_usual
+        self._totals[slot], self._usual[slot] = 0.0, self._shared_usual
+        self._histories[slot] = self._learned_histories[slot] = 0
         return slot

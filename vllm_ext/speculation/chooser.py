@@ -41,13 +41,14 @@ class Batch(NamedTuple):
 
 
 class Outlook(NamedTuple):
-    """What is believed of a batch's drafts: chances [n, k_max], what they are worth (`value_drafts`), and what a
-    millisecond is."""
+    """What is believed of a batch's drafts: chances [n, k_max], what they are worth (`value_drafts`) and a millisecond
+    is, and weights of the requests, None for 1."""
 
     batch: Batch
     survival: np.ndarray
     values: np.ndarray
     price: float
+    weights: np.ndarray | None
 
 
 class Decision(NamedTuple):
@@ -59,6 +60,11 @@ class Decision(NamedTuple):
     is_probe: bool
     #: Whether steps that follow may have these lengths too: not those of a trial.
     may_stand: bool = False
+
+
+def find_share(steps: int) -> float:
+    """Of what requests usually make, the part that comes from so many steps with the same lengths."""
+    return 1 - (1 - USUAL_RATE) ** steps
 
 
 class LengthChooser:
@@ -74,6 +80,7 @@ class LengthChooser:
         graph_sizes: Sequence[int],
         passes: Sequence[int] | None,
         policy: Policy | None,
+        trims: bool,
     ) -> None:
         """As `GoodputController`. Raises ValueError for lengths that k_max does not allow, and for passes that do not
         fit it."""
@@ -91,6 +98,11 @@ class LengthChooser:
         self._graph_sizes = sorted(graph_sizes)
         self._passes, self._has_passes = passes, passes[-1] > 0
         self._policy = policy
+        #: Whether more may be drafted than is verified: where that takes no pass of a model, what the outcome of the
+        #: step in between says of each request is known when its drafts are trimmed.
+        self._drafts_ahead = trims and self._uniform is None and not self._has_passes
+        #: What a draft is worth and takes by the last plan, as long as it stands.
+        self._terms = (0.0, DraftCost(1.0, 0.0))
         #: The length chosen last where all have the same one.
         self._last_length = 0
         #: Of the step's trim, until its plan.
@@ -119,12 +131,19 @@ class LengthChooser:
             # The same array: the same requests, of whom nothing was learned since they were looked at for trimming.
             return last._replace(batch=batch)
         weights = None if self._policy is None else self._policy(batch.request_ids)
-        usual = self.acceptance.find_usual(slots)
-        total = float(len(usual) if weights is None else np.add.reduce(weights))
-        price = total / (self._stretch * self._predict_plain(len(usual), batch.context_tokens))
-        share = 1 - (1 - USUAL_RATE) ** self._stood
-        self._last_outlook = Outlook(batch, survival, value_drafts(survival, usual, share, weights), price)
+        count = len(batch.request_ids)
+        total = float(count if weights is None else np.add.reduce(weights))
+        price = total / (self._stretch * self._predict_plain(count, batch.context_tokens))
+        self._last_outlook = self._value(batch, slots, survival, price, weights)
         return self._last_outlook
+
+    def _value(
+        self, batch: Batch, slots: np.ndarray, survival: np.ndarray, price: float, weights: np.ndarray | None
+    ) -> Outlook:
+        """What drafts with these chances are worth."""
+        usual = self.acceptance.find_usual(slots)
+        values = value_drafts(survival, usual, find_share(self._stood), weights)
+        return Outlook(batch, survival, values, price, weights)
 
     def _predict_plain(self, num_requests: int, context_tokens: int) -> float:
         """Milliseconds of a step without drafts, drafting and prompts."""
@@ -169,11 +188,17 @@ class LengthChooser:
         return choice._replace(milliseconds=times[allowed.index(self._last_length)])
 
     def _choose_each(self, outlook: Outlook, caps: np.ndarray | int, cost: DraftCost) -> Choice:
-        batch, survival, values, price = outlook
+        batch, survival, values, price, _ = outlook
         if self._graph_sizes:
             padding, sizes = self.step_time.coefficients["tokens"], self._graph_sizes
             return choose_padded(survival, values, caps, cost, price, padding, batch.tokens, sizes, self._passes)
         return choose_lengths(survival, values, caps, cost, price, self._passes)
+
+    def _find_most(self, outlook: Outlook, cost: DraftCost) -> np.ndarray:
+        """The longest drafts that may be worth verifying once the outcome of this step is known: int64 [n]."""
+        batch, slots = outlook.batch, self.acceptance.find_slots(outlook.batch.request_ids)
+        best = self._value(batch, slots, self.acceptance.predict_best(slots), outlook.price, outlook.weights)
+        return self._choose_each(best, self._limit_unknown(), cost).lengths
 
     def _describe_decision(self, outlook: Outlook, lengths: np.ndarray, is_probe: bool) -> Decision:
         """Lengths that are not those of a choice, with what is expected of them."""

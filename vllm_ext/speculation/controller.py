@@ -8,8 +8,8 @@ from collections.abc import Hashable, Mapping, Sequence
 import numpy as np
 
 from vllm_ext.speculation.acceptance import AcceptanceModel, find_usual_rate
-from vllm_ext.speculation.chooser import Batch, Decision, LengthChooser, Outlook, Policy
-from vllm_ext.speculation.goodput import Choice, DraftCost, choose_lengths, choose_padded, value_drafts
+from vllm_ext.speculation.chooser import Batch, Decision, LengthChooser, Outlook, Policy, find_share
+from vllm_ext.speculation.goodput import Choice, DraftCost, choose_again, choose_lengths, choose_padded, value_drafts
 from vllm_ext.speculation.probing import HOPE, PROBE_EVERY, ProbeBudget
 from vllm_ext.speculation.step_time import StepFeatures, StepTimeModel
 
@@ -28,7 +28,12 @@ class GoodputController(LengthChooser):
 
     plan_drafts   how much to draft for the next step: drafting and verifying cost
     trim_drafts   how much of given drafts to verify: drafting is paid already
-    observe       what a step drafted, accepted and took
+    trim_again    the same while a plan stands, by the newest outcomes
+    note          what a step drafted and accepted, for trim_again
+    observe       the same and what it took, to learn from
+
+    A lookup drafts in no time what a trim leaves out: there a plan is as long as the next trim may want it, whatever
+    the outcome of the step in between, which decides more than all before it (`AcceptanceModel`).
 
     k = 0 is never for ever: when nothing has been verified for a while, some requests get a short draft now and then,
     for a fixed small part of the time (`ProbeBudget`). Lengths depend on past outcomes only, never on the drafts
@@ -53,6 +58,7 @@ class GoodputController(LengthChooser):
         probe_every: int = PROBE_EVERY,
         policy: Policy | None = None,
         plans_drafts: bool = True,
+        trims: bool = True,
     ) -> None:
         """k_max: longest draft.
 
@@ -60,7 +66,7 @@ class GoodputController(LengthChooser):
         tokens that forward passes are padded to. passes: int [k_max + 1], forward passes of the drafter in a step whose
         longest draft is k; None for a drafter that is no model and makes none. probe_every: steps before the first
         probe. policy: weights of requests. plans_drafts: whether plan_drafts is asked; where the number of drafts is
-        not ours, trim_drafts probes.
+        not ours, trim_drafts probes. trims: whether trim_drafts is asked.
         Raises ValueError for lengths that k_max does not allow, and for passes that do not fit it.
         """
         super().__init__(
@@ -71,6 +77,7 @@ class GoodputController(LengthChooser):
             graph_sizes=graph_sizes,
             passes=passes,
             policy=policy,
+            trims=trims and plans_drafts,
         )
         self._plans_drafts = plans_drafts
         self._probes = ProbeBudget(probe_every)
@@ -96,9 +103,15 @@ class GoodputController(LengthChooser):
             # Values are others where lengths stand for longer.
             self._stood, self._last_outlook = steps, None
         outlook, self._last_outlook = self._look_ahead(batch), None
-        decision = self._plan(outlook, self._choose(outlook), steps)
+        choice = self._choose(outlook)
+        if self._drafts_ahead:
+            most = self._find_most(outlook, self._describe_cost(batch))
+            choice = choice._replace(lengths=np.maximum(choice.lengths, most))
+        decision = self._plan(outlook, choice, steps)
         features = self.describe_step(batch, 0, decision.lengths)
         self._drafting = features.passes, features.drafted
+        if decision.may_stand:
+            self._terms = outlook.price, self._describe_verification(batch)
         return decision
 
     def trim_drafts(self, batch: Batch, drafted: np.ndarray, is_probe: bool = False) -> np.ndarray:
@@ -128,6 +141,24 @@ class GoodputController(LengthChooser):
         elif is_cut or not self._plans_drafts:
             self._probes.rest()
         return lengths
+
+    def trim_again(self, batch: Batch, drafted: np.ndarray) -> np.ndarray:
+        """As `trim_drafts` while the last plan stands: by what was noted since then, and what it knew of times."""
+        model, (price, cost) = self.acceptance, self._terms
+        slots = model.find_slots(batch.request_ids)
+        weights = None if self._policy is None else self._policy(batch.request_ids)
+        if not self._graph_sizes:
+            return choose_again(
+                model.describe(slots), model.usual, drafted, cost, price, find_share(self._stood), weights
+            )
+        outlook = self._value(batch, slots, model.predict_survival(slots), price, weights)
+        return self._choose_each(outlook, drafted, cost).lengths
+
+    def note(self, request_ids: Sequence[Hashable], drafted: Sequence[int], accepted: Sequence[int]) -> None:
+        """What a step verified and accepted, to be observed before the next plan."""
+        if request_ids:
+            outcomes = np.array((drafted, accepted), np.int64)
+            self.acceptance.note(self.acceptance.find_slots(request_ids), *outcomes)
 
     def observe(
         self,
@@ -167,15 +198,18 @@ class GoodputController(LengthChooser):
 
     def warm_up(self) -> None:
         """Compile what steps run (`compiled`): seconds on a machine's first start, and no request waits for them."""
-        model = AcceptanceModel(self.k_max)
+        model, drafted = AcceptanceModel(self.k_max), np.array([self.k_max])
         slots = model.find_slots([0])
-        model.observe(slots, np.array([self.k_max]), np.array([1]))
+        model.note(slots, drafted, drafted)
+        model.observe(slots, drafted, drafted)
         survival, cost = model.predict_survival(slots), DraftCost(1.0, 1e-3)
+        model.predict_best(slots)
         values = value_drafts(survival, model.find_usual(slots), 1.0)
         if self._uniform is None:
             if self._graph_sizes:
                 choose_padded(survival, values, self.k_max, cost, 1.0, 1e-3, 1, self._graph_sizes)
             choose_lengths(survival, values, self.k_max, cost, 1.0)
+            choose_again(model.describe(slots), model.usual, drafted, cost, 1.0, 1.0)
 
     def _learn_stretch(self, features: StepFeatures) -> None:
         """Predicted, not measured: a spike says nothing, and the time of prompts passes whatever is drafted."""

@@ -109,6 +109,34 @@ def choose_lengths(
     )
 
 
+def choose_again(
+    chances: tuple[object, ...],
+    usual: np.ndarray,
+    caps: np.ndarray,
+    cost: DraftCost,
+    price: float,
+    share: float,
+    weights: np.ndarray | None = None,
+) -> np.ndarray:
+    """`choose_lengths` of what a model of acceptance believes now, int64 [n]: one call, and nothing is checked.
+
+    chances: `AcceptanceModel.describe`; usual: float64 [slots], `AcceptanceModel.usual`; caps: int64 [n]; cost: of
+    drafts that are made, as `choose_lengths` was given before; share, weights: as `value_drafts`.
+    """
+    lengths: np.ndarray = load_compiled().choose_again(
+        *chances,
+        usual,
+        share,
+        _NO_WEIGHTS if weights is None else _order(weights),
+        caps,
+        price,
+        cost.fixed,
+        cost.per_token,
+        cost.once,
+    )
+    return lengths
+
+
 def choose_padded(
     survival: np.ndarray,
     values: np.ndarray,

@@ -30,6 +30,10 @@ class Standing(NamedTuple):
         count, total = len(lengths), sum(lengths.values())
         return cls(steps, count, round(total / count), list(lengths), lengths, max(lengths.values()), total)
 
+    def lasts(self, stood: int) -> bool:
+        """Whether it is another step's too, after so many that had it."""
+        return stood < self.steps
+
     def covers(self, num_requests: int) -> bool:
         """Whether a batch is about as large as the one that this was made for."""
         return abs(num_requests / self.num_requests - 1) <= BATCH_CHANGE

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loops of smartspec over requests and draft positions, compiled: every step of the engine waits for them.
+
+A step asks for all of them once or twice. Each NumPy call of a step takes several times as long between two forward
+passes, when the processor's caches hold something else, as in a loop of its own, and there were dozens of them. The
+functions are compiled by numba, which vLLM brings.
+
+Imported where a model of acceptance is made, in the scheduler: vLLM's CPU workers fail at their start where numba is
+there already (scheduling/trie_proposer.py), and schedulers are made after workers.
+
+    acceptance.py   chances of drafts, and what outcomes teach
+    choice.py       the best lengths
+"""
+
+from vllm_ext.speculation.compiled.acceptance import (
+    advance_histories,
+    find_opinions,
+    learn_outcomes,
+    pool_counts,
+    predict_best,
+    predict_survival,
+    sum_first_drafts,
+)
+from vllm_ext.speculation.compiled.choice import choose_again, choose_lengths, choose_padded, value_drafts
+
+__all__ = [
+    "advance_histories",
+    "choose_again",
+    "choose_lengths",
+    "choose_padded",
+    "find_opinions",
+    "learn_outcomes",
+    "pool_counts",
+    "predict_best",
+    "predict_survival",
+    "sum_first_drafts",
+    "value_drafts",
+]

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chances of drafts, and what outcomes teach (`acceptance.AcceptanceModel`).
+
+Arrays that several functions share:
+
+    histories     int64 [slots]                 the last two outcomes of each request: 4 * older + newer
+    state_counts  float64 [16, k_max, 2]        successes and trials after each history
+    opinions      float64 [16, k_max, 3]        logits of the chance at each position, each less the one before: of all
+                                                requests less over all positions, after the newer outcome, after both
+    base          float64 [16, k_max]           these mixed: logit over all positions + opinions @ weights[:3]
+    totals        float64 [slots, 3]            of each request: successes, trials, successes expected of anybody
+    weights       float64 [4]                   of the three, and of what a request does better than anybody
+    slots         int64 [n]                     places of the requests of a step
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from vllm_ext.speculation.compiled.jit import compile_loop
+
+#: What a step can teach of a request: no draft was tried, the first was wrong, some were right, all were right.
+NUM_OUTCOMES = 4
+NUM_HISTORIES = NUM_OUTCOMES * NUM_OUTCOMES
+
+#: Trials that what all requests do counts for in what one request does.
+_REQUEST_STRENGTH = 2.0
+#: Logits stay inside: nothing observed in a finite number of steps is impossible or certain.
+_LARGEST_LOGIT = 6.0
+_LARGEST_WEIGHT = 1.5
+
+
+@compile_loop
+def _advance(history: int, drafted: int, accepted: int) -> int:
+    """The history after one more step of so many verified and accepted drafts."""
+    outcome = 0 if drafted == 0 else 1 if accepted == 0 else 2 if accepted < drafted else 3
+    return NUM_OUTCOMES * (history % NUM_OUTCOMES) + outcome
+
+
+@compile_loop
+def advance_histories(histories: np.ndarray, slots: np.ndarray, drafted: np.ndarray, accepted: np.ndarray) -> None:
+    """Add a step's outcomes, in place. drafted, accepted: int64 [n]."""
+    for row in range(len(slots)):
+        slot = slots[row]
+        histories[slot] = _advance(histories[slot], drafted[row], accepted[row])
+
+
+@compile_loop
+def pool_counts(shared_counts: np.ndarray, initial: float, strength: float) -> tuple[np.ndarray, float]:
+    """Chances of an average request: at each position, float64 [k_max], and over all positions."""
+    successes, trials = 0.0, 0.0
+    for place in range(len(shared_counts)):
+        successes += shared_counts[place, 0]
+        trials += shared_counts[place, 1]
+    pooled = (successes + initial) / (trials + 1.0)
+    shared = np.empty(len(shared_counts))
+    for place in range(len(shared_counts)):
+        shared[place] = (shared_counts[place, 0] + strength * pooled) / (shared_counts[place, 1] + strength)
+    return shared, pooled
+
+
+@compile_loop
+def _find_logit(chance: float) -> float:
+    least = 1.0 / (1.0 + math.exp(_LARGEST_LOGIT))
+    chance = min(max(chance, least), 1.0 - least)
+    return math.log(chance / (1.0 - chance))
+
+
+@compile_loop
+def find_opinions(
+    state_counts: np.ndarray, shared: np.ndarray, pooled: float, strength: float, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the counts say of every history and position: (opinions, base).
+
+    shared: float64 [k_max], chances of an average request, pooled: over all positions (`pool_counts`); strength: trials
+    that the chance of all counts for after one outcome, and that after one outcome for the chance after two.
+    """
+    k_max, everywhere = len(shared), _find_logit(pooled)
+    opinions, base = np.empty((NUM_HISTORIES, k_max, 3)), np.empty((NUM_HISTORIES, k_max))
+    for newer in range(NUM_OUTCOMES):
+        for place in range(k_max):
+            successes, trials = 0.0, 0.0
+            for older in range(NUM_OUTCOMES):
+                successes += state_counts[NUM_OUTCOMES * older + newer, place, 0]
+                trials += state_counts[NUM_OUTCOMES * older + newer, place, 1]
+            common = (successes + strength * shared[place]) / (trials + strength)
+            of_all, after_newer = _find_logit(shared[place]), _find_logit(common)
+            for older in range(NUM_OUTCOMES):
+                history = NUM_OUTCOMES * older + newer
+                known, opinion = state_counts[history, place], opinions[history, place]
+                after_both = _find_logit((known[0] + strength * common) / (known[1] + strength))
+                opinion[0] = of_all - everywhere
+                opinion[1] = after_newer - of_all
+                opinion[2] = after_both - after_newer
+                base[history, place] = everywhere + weights[0] * opinion[0] + weights[1] * opinion[1]
+                base[history, place] += weights[2] * opinion[2]
+    return opinions, base
+
+
+@compile_loop
+def _find_offset(totals: np.ndarray, pooled: float) -> float:
+    """How much better one request does than anybody would at the same positions, as a difference of logits.
+
+    totals: float64 [3].
+    """
+    prior = _REQUEST_STRENGTH * pooled
+    all_trials = totals[1] + _REQUEST_STRENGTH
+    return _find_logit((totals[0] + prior) / all_trials) - _find_logit((totals[2] + prior) / all_trials)
+
+
+@compile_loop
+def _find_chance(logit: float, lowest: float, highest: float) -> float:
+    return min(max(1.0 / (1.0 + math.exp(-logit)), lowest), highest)
+
+
+@compile_loop
+def predict_survival(
+    base: np.ndarray,
+    totals: np.ndarray,
+    histories: np.ndarray,
+    slots: np.ndarray,
+    weight: float,
+    pooled: float,
+    lowest: float,
+    highest: float,
+) -> np.ndarray:
+    """P(the first j drafts are all accepted): float64 [n, k_max].
+
+    weight: of what a request does better than anybody; lowest, highest: bounds of the chance at one position.
+    """
+    k_max = base.shape[1]
+    survival = np.empty((len(slots), k_max))
+    for row in range(len(slots)):
+        slot = slots[row]
+        offset, alive = weight * _find_offset(totals[slot], pooled), 1.0
+        for place in range(k_max):
+            alive *= _find_chance(base[histories[slot], place] + offset, lowest, highest)
+            survival[row, place] = alive
+    return survival
+
+
+@compile_loop
+def predict_best(
+    base: np.ndarray,
+    totals: np.ndarray,
+    histories: np.ndarray,
+    slots: np.ndarray,
+    weight: float,
+    pooled: float,
+    lowest: float,
+    highest: float,
+) -> np.ndarray:
+    """The most that `predict_survival` may say after one more step, whatever its outcome: float64 [n, k_max]."""
+    k_max = base.shape[1]
+    best = np.zeros((len(slots), k_max))
+    for row in range(len(slots)):
+        slot = slots[row]
+        offset = weight * _find_offset(totals[slot], pooled)
+        for outcome in range(NUM_OUTCOMES):
+            history, alive = NUM_OUTCOMES * (histories[slot] % NUM_OUTCOMES) + outcome, 1.0
+            for place in range(k_max):
+                alive *= _find_chance(base[history, place] + offset, lowest, highest)
+                best[row, place] = max(best[row, place], alive)
+    return best
+
+
+@compile_loop
+def sum_first_drafts(
+    base: np.ndarray,
+    totals: np.ndarray,
+    histories: np.ndarray,
+    slots: np.ndarray,
+    weight: float,
+    pooled: float,
+    drafted: np.ndarray,
+    accepted: np.ndarray,
+) -> tuple[int, float, float, int]:
+    """(how many first drafts were tried, sum of their chances, of these squared, how many were accepted)."""
+    count, total, squares, passed = 0, 0.0, 0.0, 0
+    for row in range(len(slots)):
+        if drafted[row] > 0:
+            slot = slots[row]
+            logit = base[histories[slot], 0] + weight * _find_offset(totals[slot], pooled)
+            chance = _find_chance(logit, 0.0, 1.0)
+            count += 1
+            total += chance
+            squares += chance * chance
+            passed += accepted[row] > 0
+    return count, total, squares, passed
+
+
+@compile_loop
+def learn_outcomes(
+    state_counts: np.ndarray,
+    shared_counts: np.ndarray,
+    totals: np.ndarray,
+    histories: np.ndarray,
+    usual: np.ndarray,
+    weights: np.ndarray,
+    opinions: np.ndarray,
+    base: np.ndarray,
+    shared: np.ndarray,
+    pooled: float,
+    slots: np.ndarray,
+    drafted: np.ndarray,
+    accepted: np.ndarray,
+    made: np.ndarray,
+    usual_rate: float,
+    weight_rate: float,
+    request_memory: float,
+    idle_memory: float,
+    shared_memory: float,
+    untried_memory: float,
+) -> None:
+    """Learn from one step: counts, weights, histories and tokens of usual steps, all in place.
+
+    opinions, base, shared, pooled: by which chances are predicted (`find_opinions`, `pool_counts`); shared_counts:
+    float64 [k_max, 2]; usual: float64 [slots]; drafted, accepted, made: int64 [n]. weight_rate: how fast weights
+    follow; memories: what counts keep at each step.
+    """
+    num_requests, k_max = len(slots), len(shared)
+    successes, trials = np.zeros(k_max), np.zeros(k_max)
+    gradient, num_trials = np.zeros(len(weights)), 0
+    for history in range(NUM_HISTORIES):
+        for place in range(k_max):
+            state_counts[history, place, 0] *= shared_memory
+            state_counts[history, place, 1] *= shared_memory
+    for row in range(num_requests):
+        slot, given, right = slots[row], drafted[row], accepted[row]
+        history, own = histories[slot], totals[slot]
+        usual[slot] += usual_rate * (made[row] - usual[slot])
+        offset = _find_offset(own, pooled)
+        histories[slot] = _advance(history, given, right)
+        memory = request_memory if given > 0 else idle_memory
+        for kind in range(3):
+            own[kind] *= memory
+        # Censored: nothing is known of what is behind the first failure.
+        for place in range(min(right + 1, given)):
+            passed = 1.0 if place < right else 0.0
+            error = passed - _find_chance(base[history, place] + weights[3] * offset, 0.0, 1.0)
+            for kind in range(3):
+                gradient[kind] += error * opinions[history, place, kind]
+            gradient[3] += error * offset
+            num_trials += 1
+            own[0] += passed
+            own[1] += 1.0
+            own[2] += shared[place]
+            state_counts[history, place, 0] += passed
+            state_counts[history, place, 1] += 1.0
+            successes[place] += passed
+            trials[place] += 1.0
+    for place in range(k_max):
+        # What is known of a position that nobody tried fades slowly: it is tried again some time.
+        memory = shared_memory if trials[place] > 0 else untried_memory
+        shared_counts[place, 0] = shared_counts[place, 0] * memory + successes[place] / num_requests
+        shared_counts[place, 1] = shared_counts[place, 1] * memory + trials[place] / num_requests
+    if num_trials:
+        for kind in range(len(weights)):
+            moved = weights[kind] + weight_rate * gradient[kind] / math.sqrt(num_trials)
+            weights[kind] = min(max(moved, 0.0), _LARGEST_WEIGHT)
