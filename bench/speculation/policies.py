@@ -161,13 +161,12 @@ class Ours:
         )
         self._hold, self._stood = hold, 1
         self._standing: Standing | None = None
-        self._has_passes = PASSES[cost.drafter][-1] > 0
         self._seen: list[Observation] = []
 
     def trim(self, batch: Batch, given: np.ndarray, is_probe: bool, truth: Truth) -> np.ndarray:
         """The controller's choice among the drafts."""
         standing = self._find_standing(batch)
-        if standing is not None and standing.allows(batch.request_ids, given.tolist()):
+        if standing is not None:
             return self.controller.trim_again(batch, given)
         self._end_plan()
         return self.controller.trim_drafts(batch, given, is_probe)
@@ -182,10 +181,7 @@ class Ours:
         self._end_plan()
         decision = self.controller.plan_drafts(batch, self._stood)
         self._stood = 1
-        # What a model makes beyond a request's own length is for a trim to cut: in the engine such a plan does not
-        # stand (`Standing.allows`), and here nobody is given more than its own.
-        has_surplus = self._has_passes and decision.lengths.min() < decision.lengths.max()
-        if decision.may_stand and not has_surplus:
+        if decision.may_stand:
             lengths = dict(zip(batch.request_ids, decision.lengths.tolist(), strict=True))
             self._standing = Standing.begin(self._hold, lengths)
         return Plan(decision.lengths, decision.is_probe)

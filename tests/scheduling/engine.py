@@ -13,17 +13,18 @@ from vllm import LLM, SamplingParams, TokensPrompt
 
 from vllm_ext.speculation.step_time import COEFFICIENTS, StepTimeModel
 
+#: The shipped model.
+TINY_MOE = Path(__file__).resolve().parents[2] / "bench" / "models" / "tiny_moe"
 
-def load_reference() -> Any:
-    """The shipped model in transformers, float32."""
-    path = Path(__file__).resolve().parents[2] / "bench" / "models" / "tiny_moe"
+
+def load_reference(path: Path = TINY_MOE) -> Any:
+    """A model in transformers, float32."""
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
-def save_draft_model(folder: Path, layers: int = 2) -> str:
-    """A drafter for the shipped model: its first layers, with its embedding, last norm and tokenizer."""
-    path = Path(__file__).resolve().parents[2] / "bench" / "models" / "tiny_moe"
-    model = load_reference()
+def save_draft_model(folder: Path, layers: int = 2, path: Path = TINY_MOE) -> str:
+    """A drafter for a model: its first layers, with its embedding, last norm and tokenizer."""
+    model = load_reference(path)
     model.model.layers = model.model.layers[:layers]
     model.config.num_hidden_layers = layers
     model.save_pretrained(folder)

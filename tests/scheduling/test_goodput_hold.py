@@ -28,11 +28,13 @@ class Script:
         self.lengths: list[int] | None = None
         #: Step at which each plan was made, and steps that there were since the one before.
         self.asked: list[tuple[int, int]] = []
+        #: Steps whose drafts were trimmed, with a plan of their own and under one that stands.
         self.trimmed: list[int] = []
+        self.trimmed_again: list[int] = []
         self.learned: list[int] = []
         self.step = -1
         controller = scheduler._controller
-        controller.plan_drafts, controller.trim_drafts = self.plan, self.trim
+        controller.plan_drafts, controller.trim_drafts, controller.trim_again = self.plan, self.trim, self.trim_again
         observe = controller.observe
 
         def note(*arguments: Any) -> None:
@@ -51,6 +53,10 @@ class Script:
     def trim(self, batch: Batch, drafted: np.ndarray, is_probe: bool) -> np.ndarray:
         self.trimmed.append(self.step)
         return drafted
+
+    def trim_again(self, batch: Batch, drafted: np.ndarray) -> np.ndarray:
+        self.trimmed_again.append(self.step)
+        return np.minimum(drafted, 2)
 
     def run(self, scheduler: Any, steps: int, drafts: dict[str, int] | None = None) -> list[Any]:
         """Steps in which one draft of each request passes; drafts: how many are made, None for as many as asked for."""
@@ -170,15 +176,14 @@ def test_what_is_left_is_learned_when_nothing_runs(tmp_path: Path, monkeypatch: 
 def test_a_model_that_drafts_more_than_asked_is_trimmed_at_every_step(tmp_path: Path) -> None:
     """It makes the longest number for all, so what a shorter length asks for is up to the trim."""
     scheduler, script = build(tmp_path)
-    script.lengths = [1, 2]
+    script.lengths = [1, 3]
     add_request(scheduler, "a")
     add_request(scheduler, "b")
-    script.run(scheduler, 4, {"a": 2, "b": 2})
-    assert script.trimmed == [1, 2, 3]
-    assert [step for step, _ in script.asked] == [0, 1, 2, 3]
-    script.lengths = [2, 2]
-    script.run(scheduler, 4, {"a": 2, "b": 2})
-    assert [step for step, _ in script.asked][4:] == [4]
+    outputs = script.run(scheduler, 4, {"a": 3, "b": 3})
+    assert [step for step, _ in script.asked] == [0]
+    assert script.trimmed_again == [1, 2, 3]
+    assert not script.trimmed
+    assert {len(drafts) for drafts in outputs[-1].scheduled_spec_decode_tokens.values()} == {2}
 
 
 def test_asynchronous_steps_share_plans(tmp_path: Path) -> None:
@@ -235,8 +240,9 @@ def test_drafts_of_others_are_trimmed(tmp_path: Path) -> None:
     add_request(scheduler, "a")
     script.run(scheduler, 2)
     scheduler.requests["a"].spec_token_ids = [7] * 4
-    script.run(scheduler, 1)
-    assert script.trimmed == [2]
+    (output,) = script.run(scheduler, 1)
+    assert script.trimmed_again == [1, 2]
+    assert len(output.scheduled_spec_decode_tokens["a"]) == 2
 
 
 def test_aborted_requests_are_learned_from(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_ext.speculation.acceptance import HIGHEST, USUAL_RATE, AcceptanceModel
+from vllm_ext.speculation.goodput import DraftCost, choose_again, choose_lengths, value_drafts
 
 
 def draw_accepted(rng: np.random.Generator, hazards: np.ndarray, drafted: np.ndarray) -> np.ndarray:
@@ -101,6 +102,34 @@ def test_new_requests_start_where_the_others_are_and_slots_are_used_again() -> N
         assert len(model) == 1
     assert len(model._totals) <= 16
     assert model.predict_survival(model.find_slots(["new"]))[0, 2] > 0.7
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5), st.integers(0, 5)), max_size=40),
+    st.lists(st.integers(0, 7), min_size=5, max_size=5),
+    st.builds(DraftCost, st.floats(0.1, 9), st.floats(0, 2), st.just(0.0), st.floats(0, 2)),
+    st.floats(0, 2),
+    st.floats(0.01, 1),
+    st.one_of(st.none(), st.lists(st.floats(0.1, 5), min_size=5, max_size=5)),
+)
+def test_choosing_in_one_go_is_choosing(
+    history: list[tuple[int, int, int]],
+    caps: list[int],
+    cost: DraftCost,
+    price: float,
+    share: float,
+    weights: list[float] | None,
+) -> None:
+    model = AcceptanceModel(5)
+    for request, drafted, accepted in history:
+        model.observe(model.find_slots([request]), np.array([drafted]), np.array([min(drafted, accepted)]))
+    slots, most = model.find_slots(range(5)), np.array(caps)
+    weighted = None if weights is None else np.array(weights)
+    survival = model.predict_survival(slots)
+    values = value_drafts(survival, model.find_usual(slots), share, weighted)
+    choice = choose_lengths(survival, values, most, cost, price, [0] * 6)
+    at_once = choose_again(model.describe(slots), model.usual, most, cost, price, share, weighted)
+    assert at_once.tolist() == choice.lengths.tolist()
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5), st.integers(0, 5)), max_size=60))

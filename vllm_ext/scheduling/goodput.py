@@ -29,8 +29,9 @@ class GoodputMixin:
     update_from_output      accepted drafts by request, and the time of the step
 
     Where control would take more than a hundredth of a step, a plan stands for a few steps (`pace.Pace`). These trim
-    nothing and learn nothing; the next step with a plan of its own learns from all of them. Asynchronous steps have a
-    plan each: while one is computed the next is planned, and what that takes is not seen.
+    by what every request's last outcomes say, and learn nothing; the next step with a plan of its own learns from all
+    of them. Asynchronous steps have a plan each: while one is computed the next is planned, and what that takes is not
+    seen.
 
     Lengths depend on finished steps only, never on the drafts they cut: the output distribution stays that of the
     target model.
@@ -92,7 +93,7 @@ class GoodputMixin:
         self._is_probe = self._decision is not None and self._decision.is_probe
         self._control = 0.0
         drafted = list(map(len, [request.spec_token_ids for request in running]))
-        is_covered, trims = self._is_covered(drafted), self._plan.trims and any(drafted)
+        is_covered, trims = self._is_covered(), self._plan.trims and any(drafted)
         if not is_covered:
             self._standing = None
             self._learn()
@@ -108,12 +109,12 @@ class GoodputMixin:
         self._proposed = frozenset(itertools.compress(self._ids, drafted))
         return super().schedule(*args, **kwargs)  # type: ignore[misc]
 
-    def _is_covered(self, drafted: list[int]) -> bool:
+    def _is_covered(self) -> bool:
         """Whether the plan of an earlier step is the running requests' too."""
         standing = self._standing
         if standing is None or not standing.lasts(self._stood) or self.certain_drafts:
             return False
-        return standing.covers(len(drafted)) and standing.allows(self._ids, drafted)
+        return standing.covers(len(self._ids))
 
     def _trim(self, running: Sequence[Any], given: np.ndarray) -> np.ndarray:
         """How many of the drafts of running requests to verify, `given` of each."""
@@ -135,7 +136,7 @@ class GoodputMixin:
     def _trim_again(self, given: np.ndarray) -> np.ndarray:
         """The same under a plan that stands, made for decoding requests only."""
         batch = Batch(self._ids, len(self._ids), self._context)
-        return self._controller.trim_again(batch, np.minimum(given, self._plan.k_max))
+        return self._controller.trim_again(batch, given)
 
     def _add_prompts(self, tokens: int, left: Sequence[int]) -> int:
         """Tokens of a step of which `tokens` are known, one for each request among them, with what it takes of prompts.

@@ -8,6 +8,7 @@ code and data are in the processor's caches again, and it is the same for one st
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ from vllm_ext import observability
 from vllm_ext.speculation.controller import GoodputController
 from vllm_ext.speculation.draft_source import count_trials
 from vllm_ext.speculation.step_time import StepFeatures
+
+_STATUS, _STALE = operator.attrgetter("status"), operator.attrgetter("num_stale_output_tokens")
 
 
 class StepNotes(NamedTuple):
@@ -69,7 +72,7 @@ def read_trials(
     sampled, index = model_runner_output.sampled_token_ids, model_runner_output.req_id_to_index
     if not sampled:
         return Trials([], [], [], [])
-    drafts, running = scheduler_output.scheduled_spec_decode_tokens, RequestStatus.RUNNING
+    drafts = scheduler_output.scheduled_spec_decode_tokens
     ids = list(scheduler_output.num_scheduled_tokens)
     # Over maps of bound methods: 256 requests are many for the body of a loop.
     num_sampled = list(map(len, map(sampled.__getitem__, map(index.__getitem__, ids))))
@@ -80,24 +83,28 @@ def read_trials(
             drafts = {rid: tokens for rid, tokens in drafts.items() if rid in notes.proposed}
         drafted = list(map(len, map(drafts.get, ids, itertools.repeat(()))))
     # Output of before a preemption is counted twice once the request runs again.
-    counts = [
-        request is not None
-        and request.num_stale_output_tokens == 0
-        and (request.status is running or not request.is_finished())
-        for request in map(requests.get, ids)
-    ]
-    if not all(counts) or 0 in num_sampled:
-        counts = [count > 0 and is_current for count, is_current in zip(num_sampled, counts, strict=True)]
+    found = list(map(requests.get, ids))
+    if not all(found) or not _all_are_current(found) or 0 in num_sampled:
+        counts = [
+            count > 0 and request is not None and request.num_stale_output_tokens == 0 and not request.is_finished()
+            for count, request in zip(num_sampled, found, strict=True)
+        ]
         ids, drafted, num_sampled = (list(itertools.compress(column, counts)) for column in (ids, drafted, num_sampled))
     if invalid := scheduler_output.num_invalid_spec_tokens:
         # vLLM pads new rows with drafts of -1 and drafts that the grammar forbids with -1: no trials of ours.
         drafted = [max(count - invalid.get(rid, 0), 0) for rid, count in zip(ids, drafted, strict=True)]
-    accepted = [min(count - 1, most) for count, most in zip(num_sampled, drafted, strict=True)]
+    accepted = list(map(min, map(operator.sub, num_sampled, itertools.repeat(1)), drafted))
     if notes.certain:
         rows = zip(ids, drafted, accepted, strict=True)
         pairs = [count_trials(count, passed, notes.certain.get(rid, 0)) for rid, count, passed in rows]
         drafted, accepted = [count for count, _ in pairs], [passed for _, passed in pairs]
     return Trials(ids, drafted, accepted, num_sampled)
+
+
+def _all_are_current(requests: Sequence[Any]) -> bool:
+    """Whether all of them run and wait for no output of before a preemption: the rule, and quickly told."""
+    is_running = map(operator.is_, map(_STATUS, requests), itertools.repeat(RequestStatus.RUNNING))
+    return all(is_running) and not any(map(_STALE, requests))
 
 
 def teach(controller: GoodputController, outcomes: Sequence[Outcome]) -> None:

@@ -130,7 +130,6 @@ def choose_again(
         _NO_WEIGHTS if weights is None else _order(weights),
         caps,
         price,
-        cost.fixed,
         cost.per_token,
         cost.once,
     )

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
-import operator
 from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -37,11 +35,6 @@ class Standing(NamedTuple):
     def covers(self, num_requests: int) -> bool:
         """Whether a batch is about as large as the one that this was made for."""
         return abs(num_requests / self.num_requests - 1) <= BATCH_CHANGE
-
-    def allows(self, ids: Sequence[Hashable], drafted: Sequence[int]) -> bool:
-        """Whether no request has more drafts than it was to get: of a model, which makes as many for all, or of
-        another source."""
-        return not any(map(operator.gt, drafted, map(self.lengths.get, ids, itertools.repeat(self.usual))))
 
     def follow(self, ids: Sequence[Hashable]) -> Standing:
         """The same for the requests of another step."""

@@ -100,7 +100,7 @@ def find_opinions(
 
 
 @compile_loop
-def _find_offset(totals: np.ndarray, pooled: float) -> float:
+def find_offset(totals: np.ndarray, pooled: float) -> float:
     """How much better one request does than anybody would at the same positions, as a difference of logits.
 
     totals: float64 [3].
@@ -111,7 +111,8 @@ def _find_offset(totals: np.ndarray, pooled: float) -> float:
 
 
 @compile_loop
-def _find_chance(logit: float, lowest: float, highest: float) -> float:
+def find_chance(logit: float, lowest: float, highest: float) -> float:
+    """Of a logit, within bounds."""
     return min(max(1.0 / (1.0 + math.exp(-logit)), lowest), highest)
 
 
@@ -134,9 +135,9 @@ def predict_survival(
     survival = np.empty((len(slots), k_max))
     for row in range(len(slots)):
         slot = slots[row]
-        offset, alive = weight * _find_offset(totals[slot], pooled), 1.0
+        offset, alive = weight * find_offset(totals[slot], pooled), 1.0
         for place in range(k_max):
-            alive *= _find_chance(base[histories[slot], place] + offset, lowest, highest)
+            alive *= find_chance(base[histories[slot], place] + offset, lowest, highest)
             survival[row, place] = alive
     return survival
 
@@ -157,11 +158,11 @@ def predict_best(
     best = np.zeros((len(slots), k_max))
     for row in range(len(slots)):
         slot = slots[row]
-        offset = weight * _find_offset(totals[slot], pooled)
+        offset = weight * find_offset(totals[slot], pooled)
         for outcome in range(NUM_OUTCOMES):
             history, alive = NUM_OUTCOMES * (histories[slot] % NUM_OUTCOMES) + outcome, 1.0
             for place in range(k_max):
-                alive *= _find_chance(base[history, place] + offset, lowest, highest)
+                alive *= find_chance(base[history, place] + offset, lowest, highest)
                 best[row, place] = max(best[row, place], alive)
     return best
 
@@ -182,8 +183,8 @@ def sum_first_drafts(
     for row in range(len(slots)):
         if drafted[row] > 0:
             slot = slots[row]
-            logit = base[histories[slot], 0] + weight * _find_offset(totals[slot], pooled)
-            chance = _find_chance(logit, 0.0, 1.0)
+            logit = base[histories[slot], 0] + weight * find_offset(totals[slot], pooled)
+            chance = find_chance(logit, 0.0, 1.0)
             count += 1
             total += chance
             squares += chance * chance
@@ -231,7 +232,7 @@ def learn_outcomes(
         slot, given, right = slots[row], drafted[row], accepted[row]
         history, own = histories[slot], totals[slot]
         usual[slot] += usual_rate * (made[row] - usual[slot])
-        offset = _find_offset(own, pooled)
+        offset = find_offset(own, pooled)
         histories[slot] = _advance(history, given, right)
         memory = request_memory if given > 0 else idle_memory
         for kind in range(3):
@@ -239,7 +240,7 @@ def learn_outcomes(
         # Censored: nothing is known of what is behind the first failure.
         for place in range(min(right + 1, given)):
             passed = 1.0 if place < right else 0.0
-            error = passed - _find_chance(base[history, place] + weights[3] * offset, 0.0, 1.0)
+            error = passed - find_chance(base[history, place] + weights[3] * offset, 0.0, 1.0)
             for kind in range(3):
                 gradient[kind] += error * opinions[history, place, kind]
             gradient[3] += error * offset

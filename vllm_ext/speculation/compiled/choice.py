@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from vllm_ext.speculation.compiled.acceptance import predict_survival
+from vllm_ext.speculation.compiled.acceptance import find_chance, find_offset
 from vllm_ext.speculation.compiled.jit import compile_loop
 
 
@@ -84,19 +84,34 @@ def choose_again(
     weights: np.ndarray,
     caps: np.ndarray,
     price: float,
-    fixed: float,
     per_token: float,
     once: float,
 ) -> np.ndarray:
-    """`choose_lengths` by `value_drafts` of `predict_survival`, in one call: int64 [n].
+    """`choose_lengths` by `value_drafts` of `predict_survival` in one go, where no draft is longer than it is worth:
+    int64 [n].
 
-    usual: float64 [slots]; once: what any drafts at all take more; all else as there.
+    usual: float64 [slots]; caps: int64 [n]; once: what any drafts at all take more; all else as there.
     """
-    survival = predict_survival(base, totals, histories, slots, weight, pooled, lowest, highest)
-    values = value_drafts(survival, usual[slots], share, weights)
-    extra = np.full(base.shape[1] + 1, once)
-    extra[0] = 0.0
-    lengths, _, _ = choose_lengths(survival, values, caps, price, fixed, per_token, extra)
+    least, gained = price * per_token, 0.0
+    lengths = np.zeros(len(slots), np.int64)
+    for row in range(len(slots)):
+        slot = slots[row]
+        opinion = base[histories[slot]]
+        offset, alive = weight * find_offset(totals[slot], pooled), 1.0
+        request_weight = weights[row] if len(weights) else 1.0
+        average = usual[slot] + share * (1.0 - usual[slot])
+        for place in range(min(len(opinion), caps[row])):
+            alive *= find_chance(opinion[place] + offset, lowest, highest)
+            more = share * alive
+            value = request_weight * math.log1p(more / average) / share
+            # They fall along a draft.
+            if value <= least:
+                break
+            gained += value - least
+            average += more
+            lengths[row] += 1
+    if gained <= price * once:
+        lengths[:] = 0
     return lengths
 
 
