@@ -181,6 +181,7 @@ class Ours:
         self._end_plan()
         decision = self.controller.plan_drafts(batch, self._stood)
         self._stood = 1
+        # Here a model gives each request its own length; in the engine all get the longest, and the trim cuts them.
         if decision.may_stand:
             lengths = dict(zip(batch.request_ids, decision.lengths.tolist(), strict=True))
             self._standing = Standing.begin(self._hold, lengths)

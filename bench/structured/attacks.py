@@ -31,14 +31,14 @@ def list_attacks(number: int = 0) -> dict[str, Specification]:
     }
 
 
-def write_body(model: str, specification: Specification, max_tokens: int, stream: bool) -> bytes:
-    """A completion request with this specification."""
+def write_body(model: str, specification: Specification | None, max_tokens: int, stream: bool) -> bytes:
+    """A completion request with this specification; None for one without, which puts out all its tokens."""
     body: dict[str, Any] = {
         "model": model,
         "prompt": "x",
         "max_tokens": max_tokens,
         "temperature": 1.0,
-        "structured_outputs": specification,
+        **({"ignore_eos": True} if specification is None else {"structured_outputs": specification}),
     }
     if stream:
         body |= {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}

@@ -5,12 +5,14 @@
 
     attack    every specification of attacks.py once, streamed, up to 500 tokens of what is served; two at a time
     burner    about as long, a process of the compile workers' priority that uses as much processor time as the attack
+    plain     requests without a specification, of as many tokens as each one of the attack that was served
     flood     the rest of the requests, several at a time; who is served leaves after a while, as clients do
 
-Attack and burner take turns, and sixteen well-behaved requests stream all the time: the ratio of both p99 of
-inter-token latency is what specifications add to the processor time that anything would take. With nobody
-served, processes and threads are compared after the flood with after its first request of every kind, and memory with
-after two thirds of it, when caches are full. Records: `structured_hostile`.
+These take turns, and sixteen well-behaved requests stream all the time: the ratio of the p99 of inter-token latency
+beside attack and burner is what specifications add to the processor time that anything would take. Beside plain
+requests it is what anybody's prompts and tokens take from the batch. With nobody served, processes and threads are
+compared after the flood with after its first request of every kind, and memory with after two thirds of it, when caches
+are full. Records: `structured_hostile`.
 
 Exit code 1 where a refusal takes more than a second, or a first token more than two (what passes a trial is compiled
 again where it is served), where an answer is neither 200 nor 400, where that ratio is above 1.2, where the flood leaves
@@ -121,8 +123,8 @@ def _report(phase: str, began: float) -> None:
 async def _compare(
     client: Client, group: int, bodies: Mapping[str, bytes]
 ) -> tuple[dict[str, Metric], dict[str, Visit]]:
-    """Attack and burner in turns, after a while with neither."""
-    quiet, attack, burned = (Phase(client, group) for _ in range(3))
+    """Attack, burner and plain requests in turns, after a while with none of them."""
+    quiet, attack, burned, plain = (Phase(client, group) for _ in range(4))
     quiet.begin()
     await asyncio.sleep(8)
     quiet.end()
@@ -149,7 +151,10 @@ async def _compare(
         finally:
             burner.kill()
             burner.wait()
-    phases = {"quiet": quiet, "hostile": attack, "burner": burned}
+        plain.begin()
+        await _send_all(client, [_write_plain(answer.tokens) for answer, _, _ in sent if answer.tokens])
+        plain.end()
+    phases = {"quiet": quiet, "hostile": attack, "burner": burned, "plain": plain}
     p99 = {name: phase.find_p99() for name, phase in phases.items()}
     hostile, beside = p99["hostile"], p99["burner"]
     ratio = None if hostile is None or beside is None else hostile / beside
@@ -171,6 +176,10 @@ async def _compare(
         "ended_by_budget": Metric(float(sum(answer.end == "error" for answer in served)), "requests"),
         "other_answers": Metric(float(len(codes) - codes.count(400) - len(served)), "requests", "lower"),
     }, visits
+
+
+def _write_plain(tokens: int) -> bytes:
+    return write_body(str(MODEL), None, tokens, stream=True)
 
 
 async def _send_all(client: Client, bodies: Sequence[bytes]) -> list[tuple[Answer, float, float]]:

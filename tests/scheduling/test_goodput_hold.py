@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans that stand for several steps: nothing trimmed, and every outcome learned before the next plan."""
+"""Plans that stand for several steps: trimmed by the newest outcomes, which are all learned before the next plan."""
 
 from __future__ import annotations
 
@@ -171,6 +171,17 @@ def test_what_is_left_is_learned_when_nothing_runs(tmp_path: Path, monkeypatch: 
     assert counted["vllm_ext:smartspec_verified_tokens_total"] == counted["vllm_ext:smartspec_planned_tokens_total"] - 2
     assert counted["vllm_ext:smartspec_accepted_tokens_total"] == 3
     assert not scheduler._controller.acceptance._slots
+
+
+def test_outcomes_count_at_once_and_are_learned_later(tmp_path: Path) -> None:
+    scheduler, script = build(tmp_path)
+    add_request(scheduler, "a")
+    script.run(scheduler, 3)
+    model = scheduler._controller.acceptance
+    (slot,) = model.find_slots(["a"])
+    # Of two drafts one passed, twice; the first step had none.
+    assert (model._histories[slot], model._learned_histories[slot]) == (4 * 2 + 2, 0)
+    assert script.learned == []
 
 
 def test_a_model_that_drafts_more_than_asked_is_trimmed_at_every_step(tmp_path: Path) -> None:

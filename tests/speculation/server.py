@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A server for tests of the controller: requests that never finish, served as the engine does it.
 
-A step trims the drafts that the step before asked for, plans the next ones, and only then learns what came of it.
+A step trims the drafts that the step before asked for, plans the next ones, and only then notes what came of it, from
+which is learned before the next plan.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -57,6 +58,8 @@ class Server:
         self._given, self._is_probe = np.zeros(count, np.int64), False
         self._hold, self._stood = hold, 1
         self._standing: Standing | None = None
+        #: Outcomes that were noted and not learned from yet.
+        self._seen: list[tuple[Any, ...]] = []
 
     def serve(self, chance: float, steps: int, matches: float = 1.0) -> list[Step]:
         """Steps of drafts that are accepted with one chance."""
@@ -81,6 +84,10 @@ class Server:
         standing = self._standing
         if standing is not None and not standing.lasts(self._stood):
             standing = self._standing = None
+        if standing is None:
+            for outcome in self._seen:
+                self.controller.observe(*outcome)
+            self._seen = []
         if self._trims and kept.any():
             if standing is None:
                 kept = self.controller.trim_drafts(batch, kept, was_probe)
@@ -101,14 +108,9 @@ class Server:
         features = StepFeatures(count + verified, batch.context_tokens, count, passes, drafted, int(verified > 0))
         time = self.measure(features)
         passed = np.cumprod(self._rng.random((count, self.k_max)) < chance, axis=1).sum(axis=1)
-        self.controller.observe(
-            batch.request_ids,
-            kept,
-            np.minimum(passed, kept),
-            features,
-            time * self._rng.lognormal(0, NOISE),
-            was_probe,
-        )
+        accepted, measured = np.minimum(passed, kept), time * self._rng.lognormal(0, NOISE)
+        self.controller.note(batch.request_ids, kept.tolist(), accepted.tolist())
+        self._seen.append((batch.request_ids, kept, accepted, features, measured, was_probe))
         self._given = np.where(self._rng.random(count) < matches, lengths, 0) if matches < 1 else lengths
         made = count + float((chance ** np.arange(1, self.k_max + 1) * (np.arange(self.k_max) < kept[:, None])).sum())
         plain = self.measure(StepFeatures(count, batch.context_tokens, count, self._passes[0], 0))

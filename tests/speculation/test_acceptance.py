@@ -274,8 +274,10 @@ def test_noted_outcomes_are_not_counted_twice() -> None:
         for outcome in outcomes[place : place + 4]:
             at_once.observe(slots, *outcome)
             later.note(slots, *outcome)
+        newest = later._histories.copy()
         for outcome in outcomes[place : place + 4]:
             later.observe(slots, *outcome)
+            assert (later._histories == newest).all()
     assert (later.predict_survival(later.find_slots("abc")) == at_once.predict_survival(slots)).all()
 
 

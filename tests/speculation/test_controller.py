@@ -191,10 +191,13 @@ def test_one_length_for_all_changes_beside_a_prompt_as_without_it() -> None:
     assert lengths[-10:].count(4) >= 8
 
 
+@pytest.mark.parametrize("hold", [1, 8])
 @pytest.mark.parametrize(
-    "arguments", [{}, {"uniform_lengths": (0, 2, 4)}, {"graph_sizes": (4, 8, 16)}], ids=["each", "uniform", "padded"]
+    "arguments",
+    [{}, {"uniform_lengths": (0, 2, 4)}, {"graph_sizes": (4, 8, 16)}, {"policy": lambda ids: np.ones(len(ids))}],
+    ids=["each", "uniform", "padded", "weighted"],
 )
-def test_nothing_is_compiled_once_requests_run(arguments: dict[str, Any]) -> None:
+def test_nothing_is_compiled_once_requests_run(arguments: dict[str, Any], hold: int) -> None:
     controller = GoodputController(4, **arguments)
     functions = [function for function in vars(load_compiled()).values() if hasattr(function, "signatures")]
     # Those of other tests are no witnesses.
@@ -202,7 +205,8 @@ def test_nothing_is_compiled_once_requests_run(arguments: dict[str, Any]) -> Non
         function.overloads.clear()
     controller.warm_up()
     known = {function.__name__: len(function.overloads) for function in functions}
-    Server(controller, COMPUTE_BOUND, 3, trims="uniform_lengths" not in arguments).serve(0.9, 30)
+    steps = Server(controller, COMPUTE_BOUND, 3, trims="uniform_lengths" not in arguments, hold=hold).serve(0.9, 60)
+    assert any(step.is_standing for step in steps) == (hold > 1)
     assert {function.__name__: len(function.overloads) for function in functions} == known
 
 

@@ -37,7 +37,8 @@ class StepNotes(NamedTuple):
     has_prompts: bool
     #: Whether the drafts that this step verifies come from a plan that was a probe. Plans made since are another's.
     is_probe: bool
-    #: Seconds of the step in which lengths were chosen and outcomes learned; 0 for one under an earlier step's plan.
+    #: Seconds in which a plan was made and outcomes learned; 0 under an earlier step's plan. What trimming takes there
+    #: is a cost of having drafts, and stays in the step's time.
     control: float
 
 

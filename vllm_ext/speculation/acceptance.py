@@ -88,7 +88,7 @@ class AcceptanceModel:
         self._free: list[int] = []
         #: Discounted successes and trials: after each history of two outcomes, [16, k_max, 2], and of all requests
         #: together, by the number of requests, [k_max, 2].
-        self._state_counts = np.zeros((16, k_max, 2))
+        self._state_counts = np.zeros((self._compiled.NUM_HISTORIES, k_max, 2))
         self._shared_counts = np.zeros((k_max, 2))
         self._weights = np.array(FIRST_WEIGHTS)
         #: Of each slot: successes, trials, successes that were expected of anybody.
@@ -215,7 +215,8 @@ class AcceptanceModel:
         return survival
 
     def predict_best(self, slots: np.ndarray) -> np.ndarray:
-        """The most that `predict_survival` may say after one more step, whatever its outcome: float64 [n, k_max]."""
+        """The most that `predict_survival` may say after one more step, whatever its outcome, by what is learned now:
+        float64 [n, k_max]."""
         best: np.ndarray = self._compiled.predict_best(*self.describe(slots))
         return best
 

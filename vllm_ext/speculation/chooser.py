@@ -101,8 +101,8 @@ class LengthChooser:
         #: Whether more may be drafted than is verified: where that takes no pass of a model, what the outcome of the
         #: step in between says of each request is known when its drafts are trimmed.
         self._drafts_ahead = trims and self._uniform is None and not self._has_passes
-        #: What a draft is worth and takes by the last plan, as long as it stands.
-        self._terms = (0.0, DraftCost(1.0, 0.0))
+        #: What a millisecond is worth and drafts take by the last plan, as long as it stands.
+        self._standing_price, self._standing_cost = 0.0, DraftCost(1.0, 0.0)
         #: The length chosen last where all have the same one.
         self._last_length = 0
         #: Of the step's trim, until its plan.
@@ -195,7 +195,11 @@ class LengthChooser:
         return choose_lengths(survival, values, caps, cost, price, self._passes)
 
     def _find_most(self, outlook: Outlook, cost: DraftCost) -> np.ndarray:
-        """The longest drafts that may be worth verifying once the outcome of this step is known: int64 [n]."""
+        """The longest drafts that are likely to be worth verifying once the outcome of this step is known: int64 [n].
+
+        Outcomes are tried one step ahead, also for a plan that stands for more: two good steps say hardly more than
+        one. Where steps are padded, all requests share the padding here, and one alone may want more.
+        """
         batch, slots = outlook.batch, self.acceptance.find_slots(outlook.batch.request_ids)
         best = self._value(batch, slots, self.acceptance.predict_best(slots), outlook.price, outlook.weights)
         return self._choose_each(best, self._limit_unknown(), cost).lengths

@@ -111,7 +111,7 @@ class GoodputController(LengthChooser):
         features = self.describe_step(batch, 0, decision.lengths)
         self._drafting = features.passes, features.drafted
         if decision.may_stand:
-            self._terms = outlook.price, self._describe_verification(batch)
+            self._standing_price, self._standing_cost = outlook.price, self._describe_verification(batch)
         return decision
 
     def trim_drafts(self, batch: Batch, drafted: np.ndarray, is_probe: bool = False) -> np.ndarray:
@@ -143,8 +143,11 @@ class GoodputController(LengthChooser):
         return lengths
 
     def trim_again(self, batch: Batch, drafted: np.ndarray) -> np.ndarray:
-        """As `trim_drafts` while the last plan stands: by what was noted since then, and what it knew of times."""
-        model, (price, cost) = self.acceptance, self._terms
+        """As `trim_drafts` while the last plan stands: by what was noted since then, and what it knew of times.
+
+        Probes are none of its business: they have a plan of their own, a few steps later.
+        """
+        model, price, cost = self.acceptance, self._standing_price, self._standing_cost
         slots = model.find_slots(batch.request_ids)
         weights = None if self._policy is None else self._policy(batch.request_ids)
         if not self._graph_sizes:
@@ -157,7 +160,7 @@ class GoodputController(LengthChooser):
     def note(self, request_ids: Sequence[Hashable], drafted: Sequence[int], accepted: Sequence[int]) -> None:
         """What a step verified and accepted, to be observed before the next plan."""
         if request_ids:
-            outcomes = np.array((drafted, accepted), np.int64)
+            outcomes = np.minimum(np.array((drafted, accepted), np.int64), self.k_max)
             self.acceptance.note(self.acceptance.find_slots(request_ids), *outcomes)
 
     def observe(

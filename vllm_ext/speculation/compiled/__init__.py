@@ -8,12 +8,14 @@ functions are compiled by numba, which vLLM brings.
 Imported where a model of acceptance is made, in the scheduler: vLLM's CPU workers fail at their start where numba is
 there already (scheduling/trie_proposer.py), and schedulers are made after workers.
 
-    acceptance.py   chances of drafts, and what outcomes teach
+    acceptance.py   chances of drafts, what outcomes teach, and lengths by both at once
     choice.py       the best lengths
 """
 
 from vllm_ext.speculation.compiled.acceptance import (
+    NUM_HISTORIES,
     advance_histories,
+    choose_again,
     find_opinions,
     learn_outcomes,
     pool_counts,
@@ -21,9 +23,10 @@ from vllm_ext.speculation.compiled.acceptance import (
     predict_survival,
     sum_first_drafts,
 )
-from vllm_ext.speculation.compiled.choice import choose_again, choose_lengths, choose_padded, value_drafts
+from vllm_ext.speculation.compiled.choice import choose_lengths, choose_padded, value_drafts
 
 __all__ = [
+    "NUM_HISTORIES",
     "advance_histories",
     "choose_again",
     "choose_lengths",

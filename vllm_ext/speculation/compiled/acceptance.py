@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chances of drafts, and what outcomes teach (`acceptance.AcceptanceModel`).
 
+What calls each other stays in one file: the compiled code that is kept is made anew only where the caller's own file
+has changed.
+
 Arrays that several functions share:
 
     histories     int64 [slots]                 the last two outcomes of each request: 4 * older + newer
@@ -30,6 +33,8 @@ _REQUEST_STRENGTH = 2.0
 #: Logits stay inside: nothing observed in a finite number of steps is impossible or certain.
 _LARGEST_LOGIT = 6.0
 _LARGEST_WEIGHT = 1.5
+#: Trials of a step from which on weights follow no faster.
+_MOST_TRIALS = 64
 
 
 @compile_loop
@@ -100,7 +105,7 @@ def find_opinions(
 
 
 @compile_loop
-def find_offset(totals: np.ndarray, pooled: float) -> float:
+def _find_offset(totals: np.ndarray, pooled: float) -> float:
     """How much better one request does than anybody would at the same positions, as a difference of logits.
 
     totals: float64 [3].
@@ -111,8 +116,7 @@ def find_offset(totals: np.ndarray, pooled: float) -> float:
 
 
 @compile_loop
-def find_chance(logit: float, lowest: float, highest: float) -> float:
-    """Of a logit, within bounds."""
+def _find_chance(logit: float, lowest: float, highest: float) -> float:
     return min(max(1.0 / (1.0 + math.exp(-logit)), lowest), highest)
 
 
@@ -135,9 +139,9 @@ def predict_survival(
     survival = np.empty((len(slots), k_max))
     for row in range(len(slots)):
         slot = slots[row]
-        offset, alive = weight * find_offset(totals[slot], pooled), 1.0
+        offset, alive = weight * _find_offset(totals[slot], pooled), 1.0
         for place in range(k_max):
-            alive *= find_chance(base[histories[slot], place] + offset, lowest, highest)
+            alive *= _find_chance(base[histories[slot], place] + offset, lowest, highest)
             survival[row, place] = alive
     return survival
 
@@ -153,18 +157,65 @@ def predict_best(
     lowest: float,
     highest: float,
 ) -> np.ndarray:
-    """The most that `predict_survival` may say after one more step, whatever its outcome: float64 [n, k_max]."""
+    """The most that `predict_survival` may say after one more step, whatever its outcome, by what is learned now:
+    float64 [n, k_max]."""
     k_max = base.shape[1]
     best = np.zeros((len(slots), k_max))
     for row in range(len(slots)):
         slot = slots[row]
-        offset = weight * find_offset(totals[slot], pooled)
+        offset = weight * _find_offset(totals[slot], pooled)
         for outcome in range(NUM_OUTCOMES):
             history, alive = NUM_OUTCOMES * (histories[slot] % NUM_OUTCOMES) + outcome, 1.0
             for place in range(k_max):
-                alive *= find_chance(base[history, place] + offset, lowest, highest)
+                alive *= _find_chance(base[history, place] + offset, lowest, highest)
                 best[row, place] = max(best[row, place], alive)
     return best
+
+
+@compile_loop
+def choose_again(
+    base: np.ndarray,
+    totals: np.ndarray,
+    histories: np.ndarray,
+    slots: np.ndarray,
+    weight: float,
+    pooled: float,
+    lowest: float,
+    highest: float,
+    usual: np.ndarray,
+    share: float,
+    weights: np.ndarray,
+    caps: np.ndarray,
+    price: float,
+    per_token: float,
+    once: float,
+) -> np.ndarray:
+    """`choose_lengths` by `value_drafts` of `predict_survival` in one go, where a step's time does not depend on its
+    longest draft: int64 [n].
+
+    usual: float64 [slots]; caps: int64 [n]; once: what any drafts at all take more; all else as there.
+    """
+    least, gained = price * per_token, 0.0
+    lengths = np.zeros(len(slots), np.int64)
+    for row in range(len(slots)):
+        slot = slots[row]
+        opinion = base[histories[slot]]
+        offset, alive = weight * _find_offset(totals[slot], pooled), 1.0
+        request_weight = weights[row] if len(weights) else 1.0
+        average = usual[slot] + share * (1.0 - usual[slot])
+        for place in range(min(len(opinion), caps[row])):
+            alive *= _find_chance(opinion[place] + offset, lowest, highest)
+            more = share * alive
+            value = request_weight * math.log1p(more / average) / share
+            # They fall along a draft.
+            if value <= least:
+                break
+            gained += value - least
+            average += more
+            lengths[row] += 1
+    if gained <= price * once:
+        lengths[:] = 0
+    return lengths
 
 
 @compile_loop
@@ -183,8 +234,8 @@ def sum_first_drafts(
     for row in range(len(slots)):
         if drafted[row] > 0:
             slot = slots[row]
-            logit = base[histories[slot], 0] + weight * find_offset(totals[slot], pooled)
-            chance = find_chance(logit, 0.0, 1.0)
+            logit = base[histories[slot], 0] + weight * _find_offset(totals[slot], pooled)
+            chance = _find_chance(logit, 0.0, 1.0)
             count += 1
             total += chance
             squares += chance * chance
@@ -232,7 +283,7 @@ def learn_outcomes(
         slot, given, right = slots[row], drafted[row], accepted[row]
         history, own = histories[slot], totals[slot]
         usual[slot] += usual_rate * (made[row] - usual[slot])
-        offset = find_offset(own, pooled)
+        offset = _find_offset(own, pooled)
         histories[slot] = _advance(history, given, right)
         memory = request_memory if given > 0 else idle_memory
         for kind in range(3):
@@ -240,7 +291,7 @@ def learn_outcomes(
         # Censored: nothing is known of what is behind the first failure.
         for place in range(min(right + 1, given)):
             passed = 1.0 if place < right else 0.0
-            error = passed - find_chance(base[history, place] + weights[3] * offset, 0.0, 1.0)
+            error = passed - _find_chance(base[history, place] + weights[3] * offset, 0.0, 1.0)
             for kind in range(3):
                 gradient[kind] += error * opinions[history, place, kind]
             gradient[3] += error * offset
@@ -258,6 +309,8 @@ def learn_outcomes(
         shared_counts[place, 0] = shared_counts[place, 0] * memory + successes[place] / num_requests
         shared_counts[place, 1] = shared_counts[place, 1] * memory + trials[place] / num_requests
     if num_trials:
+        # Many trials tell more than few, but a step that grew with them would go too far.
+        norm = max(math.sqrt(num_trials), num_trials / math.sqrt(_MOST_TRIALS))
         for kind in range(len(weights)):
-            moved = weights[kind] + weight_rate * gradient[kind] / math.sqrt(num_trials)
+            moved = weights[kind] + weight_rate * gradient[kind] / norm
             weights[kind] = min(max(moved, 0.0), _LARGEST_WEIGHT)

@@ -7,7 +7,6 @@ import math
 
 import numpy as np
 
-from vllm_ext.speculation.compiled.acceptance import find_chance, find_offset
 from vllm_ext.speculation.compiled.jit import compile_loop
 
 
@@ -67,52 +66,6 @@ def choose_lengths(
             tokens += survival[row, place]
             count += 1
     return lengths, tokens, fixed + extra[longest] + per_token * count
-
-
-@compile_loop
-def choose_again(
-    base: np.ndarray,
-    totals: np.ndarray,
-    histories: np.ndarray,
-    slots: np.ndarray,
-    weight: float,
-    pooled: float,
-    lowest: float,
-    highest: float,
-    usual: np.ndarray,
-    share: float,
-    weights: np.ndarray,
-    caps: np.ndarray,
-    price: float,
-    per_token: float,
-    once: float,
-) -> np.ndarray:
-    """`choose_lengths` by `value_drafts` of `predict_survival` in one go, where no draft is longer than it is worth:
-    int64 [n].
-
-    usual: float64 [slots]; caps: int64 [n]; once: what any drafts at all take more; all else as there.
-    """
-    least, gained = price * per_token, 0.0
-    lengths = np.zeros(len(slots), np.int64)
-    for row in range(len(slots)):
-        slot = slots[row]
-        opinion = base[histories[slot]]
-        offset, alive = weight * find_offset(totals[slot], pooled), 1.0
-        request_weight = weights[row] if len(weights) else 1.0
-        average = usual[slot] + share * (1.0 - usual[slot])
-        for place in range(min(len(opinion), caps[row])):
-            alive *= find_chance(opinion[place] + offset, lowest, highest)
-            more = share * alive
-            value = request_weight * math.log1p(more / average) / share
-            # They fall along a draft.
-            if value <= least:
-                break
-            gained += value - least
-            average += more
-            lengths[row] += 1
-    if gained <= price * once:
-        lengths[:] = 0
-    return lengths
 
 
 @compile_loop
