@@ -58,6 +58,7 @@ class SemiPDSettings:
     """Prefill and decode as two lanes; service-level objectives in milliseconds. admission: what becomes of prompts
     that come too late while neither objective can be met. fairness: turns between clients, and what a token of output
     costs there, in tokens of a prompt. decode_priority_ms: how long prompts wait while tokens come too slowly.
+    controller: what chooses the split, by models of both latencies or by the paper's Algorithm 1.
     """
 
     enabled: bool = True
@@ -70,6 +71,7 @@ class SemiPDSettings:
     admission: Literal["hold", "refuse", "off"] = "hold"
     fairness: float | None = None
     decode_priority_ms: float | None = None
+    controller: Literal["models", "published"] = "models"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 
 from vllm_ext.scheduling.phases.controller import Decision, Objectives, PhaseController, Split, SplitController
 from vllm_ext.scheduling.phases.latency import find_ttft_quantile
-from vllm_ext.scheduling.phases.published import PublishedController, fit_tpot, fit_ttft
+from vllm_ext.scheduling.phases.published import NearestPublishedController, PublishedController, fit_tpot, fit_ttft
 
 SPLITS = [Split(tenth / 10, 1 - tenth / 10) for tenth in range(2, 9)]
 OBJECTIVES = Objectives(ttft=0.5, tpot=0.04)
@@ -302,6 +302,19 @@ def test_algorithm_1_waits_for_its_window_and_takes_from_the_other_at_100() -> N
     controller = PublishedController(OBJECTIVES, x=95, y=100)
     assert not decide_published(controller, 1.0, 0.01, steps=49).is_switch
     assert tuple(decide_published(controller, 1.0, 0.01, steps=1).split) == pytest.approx((100 / 185, 85 / 185))
+
+
+def test_algorithm_1_takes_the_nearest_split_that_there_is() -> None:
+    splits = [Split(0.25, 0.75), Split(0.5, 0.5), Split(0.75, 0.25)]
+    controller = NearestPublishedController(splits, OBJECTIVES)
+    assert controller.split == splits[1]
+    # 55 of 105 percent is still the middle one.
+    assert not decide_published(controller, 0.52, 0.01).is_switch
+    decisions = [decide_published(controller, 5.0, 0.01) for _ in range(6)]
+    assert decisions[-1].split == controller.split == splits[2]
+    assert sum(decision.is_switch for decision in decisions) == 1
+    with pytest.raises(ValueError, match="at least one split"):
+        NearestPublishedController([], OBJECTIVES)
 
 
 def test_fits_of_algorithm_1() -> None:

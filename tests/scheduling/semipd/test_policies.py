@@ -26,6 +26,12 @@ def parse(**block: Any) -> config.SemiPDSettings:
         ({"fairness": 0}, "fcfs", "fairness .* must be above 0, for example 2, got 0"),
         ({"fairness": 2}, "priority", "--scheduling-policy priority otherwise: drop one of them"),
         ({"admission": "refuse"}, "fcfs", "add vllm_ext.semipd.slo_ttft_ms"),
+        ({"controller": "published"}, "fcfs", "add vllm_ext.semipd.slo_ttft_ms or vllm_ext.semipd.slo_tpot_ms"),
+        (
+            {"controller": "published", "slo_ttft_ms": 300, "admission": "refuse"},
+            "fcfs",
+            "set vllm_ext.semipd.controller to models, or drop admission",
+        ),
         ({"decode_priority_ms": 0, "slo_tpot_ms": 9}, "fcfs", "decode_priority_ms .* must be above 0, got 0"),
         ({"decode_priority_ms": 50}, "fcfs", "add vllm_ext.semipd.slo_tpot_ms"),
     ],
@@ -64,6 +70,7 @@ def test_whose_order_it_is() -> None:
 
 def test_who_says_what_is_too_late() -> None:
     assert limits_queue(parse(slo_ttft_ms=300))
+    assert not limits_queue(parse(slo_ttft_ms=300, controller="published"))
     assert limits_queue(parse(slo_ttft_ms=300, admission="refuse"))
     assert not limits_queue(parse(slo_ttft_ms=300, admission="off"))
     assert not limits_queue(parse(slo_tpot_ms=50))

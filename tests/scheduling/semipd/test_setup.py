@@ -11,6 +11,7 @@ from vllm.engine.arg_utils import EngineArgs
 from tests.scheduling.real_scheduler import same_environment
 from vllm_ext import config
 from vllm_ext.scheduling.phases.controller import SplitController
+from vllm_ext.scheduling.phases.published import NearestPublishedController
 from vllm_ext.scheduling.semipd import setup
 
 
@@ -79,6 +80,8 @@ def test_a_controller_where_there_is_an_objective(tiny_moe: str, monkeypatch: py
     # Without an objective there is nothing to decide by.
     assert setup.make_pacer(make_config(tiny_moe))._controller is None
     always = make_config(tiny_moe, {"mode": "always", "slo_tpot_ms": 50})
+    published = make_config(tiny_moe, {"controller": "published", "slo_tpot_ms": 50})
+    assert isinstance(setup.make_pacer(published)._controller, NearestPublishedController)
     controller = setup.make_pacer(always)._controller
     assert (controller._mixed, controller._refuses) == (None, False)
 

@@ -98,6 +98,32 @@ class PublishedController:
         return mine, other
 
 
+class NearestPublishedController(PublishedController):
+    """Algorithm 1 on a device that can do a few splits: it decides as ever, and the one nearest to that is taken."""
+
+    def __init__(self, splits: Sequence[Split], objectives: Objectives, *, window: int = WINDOW) -> None:
+        """splits: what the device can do; the first one is that in the middle. Raises ValueError for none."""
+        if not splits:
+            raise ValueError("Algorithm 1 needs at least one split to take")
+        first = splits[len(splits) // 2]
+        super().__init__(objectives, x=100 * first.prefill, y=100 * first.decode, window=window)
+        self._splits = list(splits)
+
+    @property
+    def split(self) -> Split:
+        """The split that was decided last."""
+        wanted = super().split
+        return min(
+            self._splits, key=lambda split: abs(split.prefill - wanted.prefill) + abs(split.decode - wanted.decode)
+        )
+
+    def decide(self, now: float, queued_tokens: int) -> Decision:
+        """As Algorithm 1; a change that no split is nearer to is none."""
+        before = self.split
+        decision = super().decide(now, queued_tokens)
+        return decision._replace(is_switch=decision.split != before)
+
+
 def fit_tpot(seen: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
     """(a, 0, b) of latency = a / share + b, by least squares; b = 0 where one share alone was seen."""
     return _fit(seen, 0.0)[1:]

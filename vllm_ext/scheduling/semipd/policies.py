@@ -26,7 +26,7 @@ class Policies(NamedTuple):
 
 def limits_queue(settings: config.SemiPDSettings) -> bool:
     """Whether the controller says how many prompt tokens may wait: only the user knows what is too late."""
-    return settings.admission != "off" and settings.slo_ttft_ms is not None
+    return settings.admission != "off" and settings.slo_ttft_ms is not None and settings.controller == "models"
 
 
 def check_policies(settings: config.SemiPDSettings, policy: str) -> None:
@@ -46,6 +46,16 @@ def check_policies(settings: config.SemiPDSettings, policy: str) -> None:
     if settings.admission == "refuse" and settings.slo_ttft_ms is None:
         raise config.ConfigError(
             "vllm_ext.semipd.admission is refuse, and nothing says what is too late: add vllm_ext.semipd.slo_ttft_ms"
+        )
+    if settings.controller == "published" and settings.slo_ttft_ms is None and settings.slo_tpot_ms is None:
+        raise config.ConfigError(
+            "vllm_ext.semipd.controller is published, and nothing says what it is to reach: add "
+            "vllm_ext.semipd.slo_ttft_ms or vllm_ext.semipd.slo_tpot_ms"
+        )
+    if settings.controller == "published" and settings.admission == "refuse":
+        raise config.ConfigError(
+            "vllm_ext.semipd.admission is refuse, and the published controller never says that too many prompts wait: "
+            "set vllm_ext.semipd.controller to models, or drop admission"
         )
     if settings.decode_priority_ms is not None:
         if settings.decode_priority_ms <= 0:

@@ -7,9 +7,10 @@ import os
 from typing import Any
 
 from vllm_ext import config, observability
-from vllm_ext.scheduling.phases.controller import Objectives, SplitController
+from vllm_ext.scheduling.phases.controller import Objectives, PhaseController, SplitController
 from vllm_ext.scheduling.phases.lanes import Lanes
 from vllm_ext.scheduling.phases.pacer import Pacer
+from vllm_ext.scheduling.phases.published import NearestPublishedController
 from vllm_ext.scheduling.phases.view import Lane
 from vllm_ext.scheduling.semipd import door, policies
 from vllm_ext.scheduling.semipd.cores import SHARES, CoreSplit, find_cores, plan_splits
@@ -105,7 +106,7 @@ def plan_device(vllm_config: Any) -> list[CoreSplit]:
 
 
 def make_pacer(vllm_config: Any) -> Pacer:
-    """With a controller where an objective is named."""
+    """With a controller where an objective is named. The paper's never mixes batches and bounds no queue."""
     settings = read_settings(vllm_config)
     num_cores = len(find_cores())
     splits = [split.measure_shares(num_cores) for split in plan_device(vllm_config)]
@@ -114,8 +115,10 @@ def make_pacer(vllm_config: Any) -> Pacer:
         (settings.slo_tpot_ms or TPOT_MS) / 1e3,
         (settings.percentile or PERCENTILE) / 100,
     )
-    controller = None
-    if settings.slo_ttft_ms is not None or settings.slo_tpot_ms is not None:
+    controller: PhaseController | None = None
+    if settings.controller == "published":
+        controller = NearestPublishedController(splits, objectives)
+    elif settings.slo_ttft_ms is not None or settings.slo_tpot_ms is not None:
         controller = SplitController(
             splits,
             objectives,
