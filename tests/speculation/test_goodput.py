@@ -15,6 +15,7 @@ from vllm_ext.speculation.goodput import (
     choose_lengths,
     choose_padded,
     choose_uniform,
+    drop_least,
     value_drafts,
 )
 
@@ -264,3 +265,23 @@ def test_a_padded_step_is_not_filled_where_drafts_cost_more_than_padding() -> No
     survival = make_survival([[0.5], [0.25]])
     choice = choose_padded(survival, survival, np.array([1, 1]), DraftCost(2.0, 0.8), 1.0, 0.0, 2, (4,))
     assert choice.lengths.tolist() == [0, 0]
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_drafts_worth_least_are_left_out_for_an_even_number_of_tokens(data: st.DataObject) -> None:
+    n, k_max = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6))
+    _, values, lengths = draw_batch(data, n, k_max)
+    base, multiple = data.draw(st.integers(0, 20)), data.draw(st.integers(1, 16))
+    before, total = lengths.copy(), int(lengths.sum())
+    drop_least(lengths, values, base, multiple)
+    excess = (base + total) % multiple
+    if excess > 0.2 * total:
+        assert (lengths == before).all()
+        return
+    assert (base + lengths.sum()) % multiple == 0
+    assert total - lengths.sum() == excess
+    taken = np.arange(k_max) < before[:, None]
+    left = np.arange(k_max) < lengths[:, None]
+    # Values fall along a draft, so the least ones of all are its end.
+    assert values[taken & ~left].sum() == pytest.approx(np.sort(values[taken])[:excess].sum())

@@ -7,6 +7,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from vllm.platforms import current_platform
+
 from vllm_ext import config
 from vllm_ext.scheduling import graphs, step_times, trie_proposer
 from vllm_ext.scheduling.drafters import REFUSED_METHOD, describe_drafter
@@ -16,6 +18,10 @@ from vllm_ext.speculation.pace import HOLD_STEPS
 from vllm_ext.speculation.step_time import StepTimeModel
 
 logger = logging.getLogger("vllm.vllm_ext")
+
+#: Numbers of rows that a linear layer of vLLM's CPU backend keeps its oneDNN primitives for (`create_onednn_mm` in
+#: vllm/model_executor/layers/utils.py:587, 0.32). Another number makes a primitive anew in every layer.
+KEPT_SHAPES = 32
 
 
 class ControlPlan(NamedTuple):
@@ -156,6 +162,7 @@ def make_controller(vllm_config: Any, plan: ControlPlan, requests: Mapping[str, 
         passes=plan.passes[: plan.k_max + 1],
         plans_drafts=plan.plans_drafts,
         trims=plan.trims,
+        kept_shapes=KEPT_SHAPES if current_platform.is_cpu() else 0,
         probe_every=settings.probe_every or PROBE_EVERY,
         policy=make_policy(settings.policy, requests),
     )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
@@ -24,6 +25,8 @@ from vllm_ext.speculation.step_time import StepFeatures, StepTimeModel
 FIRST_LENGTHS = ((8, 1), (16, 3))
 #: Where all requests have one length, a change of it must promise this part of a usual step: noise is not followed.
 HYSTERESIS = 0.01
+#: Steps of a batch seldom have more than two thirds of the sizes that they could have.
+SHAPE_SLACK = 1.5
 
 
 #: Weights of requests by id: what progress of each is worth, 1 for most. Deadlines and priorities enter here.
@@ -81,6 +84,7 @@ class LengthChooser:
         passes: Sequence[int] | None,
         policy: Policy | None,
         trims: bool,
+        kept_shapes: int,
     ) -> None:
         """As `GoodputController`. Raises ValueError for lengths that k_max does not allow, and for passes that do not
         fit it."""
@@ -98,6 +102,7 @@ class LengthChooser:
         self._graph_sizes = sorted(graph_sizes)
         self._passes, self._has_passes = passes, passes[-1] > 0
         self._policy = policy
+        self._kept_shapes = kept_shapes
         #: Whether more may be drafted than is verified: where that takes no pass of a model, what the outcome of the
         #: step in between says of each request is known when its drafts are trimmed.
         self._drafts_ahead = trims and self._uniform is None and not self._has_passes
@@ -203,6 +208,13 @@ class LengthChooser:
         batch, slots = outlook.batch, self.acceptance.find_slots(outlook.batch.request_ids)
         best = self._value(batch, slots, self.acceptance.predict_best(slots), outlook.price, outlook.weights)
         return self._choose_each(best, self._limit_unknown(), cost).lengths
+
+    def _find_multiple(self, count: int) -> int:
+        """What the tokens of a step of so many requests should be a multiple of, so that its shape is likely to be one
+        of the kept ones: a power of two, for batches of all sizes to have shapes in common."""
+        if not self._kept_shapes:
+            return 1
+        return 1 << max(0, math.ceil(math.log2(count * (self.k_max + 1) / (SHAPE_SLACK * self._kept_shapes))))
 
     def _describe_decision(self, outlook: Outlook, lengths: np.ndarray, is_probe: bool) -> Decision:
         """Lengths that are not those of a choice, with what is expected of them."""

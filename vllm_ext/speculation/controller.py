@@ -9,7 +9,15 @@ import numpy as np
 
 from vllm_ext.speculation.acceptance import AcceptanceModel, find_usual_rate
 from vllm_ext.speculation.chooser import Batch, Decision, LengthChooser, Outlook, Policy, find_share
-from vllm_ext.speculation.goodput import Choice, DraftCost, choose_again, choose_lengths, choose_padded, value_drafts
+from vllm_ext.speculation.goodput import (
+    Choice,
+    DraftCost,
+    choose_again,
+    choose_lengths,
+    choose_padded,
+    drop_least,
+    value_drafts,
+)
 from vllm_ext.speculation.probing import HOPE, PROBE_EVERY, ProbeBudget
 from vllm_ext.speculation.step_time import StepFeatures, StepTimeModel
 
@@ -59,6 +67,7 @@ class GoodputController(LengthChooser):
         policy: Policy | None = None,
         plans_drafts: bool = True,
         trims: bool = True,
+        kept_shapes: int = 0,
     ) -> None:
         """k_max: longest draft.
 
@@ -66,7 +75,8 @@ class GoodputController(LengthChooser):
         tokens that forward passes are padded to. passes: int [k_max + 1], forward passes of the drafter in a step whose
         longest draft is k; None for a drafter that is no model and makes none. probe_every: steps before the first
         probe. policy: weights of requests. plans_drafts: whether plan_drafts is asked; where the number of drafts is
-        not ours, trim_drafts probes. trims: whether trim_drafts is asked.
+        not ours, trim_drafts probes. trims: whether trim_drafts is asked. kept_shapes: how many numbers of tokens the
+        device has kernels at hand for, others being prepared anew; 0 where that is no matter.
         Raises ValueError for lengths that k_max does not allow, and for passes that do not fit it.
         """
         super().__init__(
@@ -78,6 +88,7 @@ class GoodputController(LengthChooser):
             passes=passes,
             policy=policy,
             trims=trims and plans_drafts,
+            kept_shapes=kept_shapes,
         )
         self._plans_drafts = plans_drafts
         self._probes = ProbeBudget(probe_every)
@@ -129,6 +140,8 @@ class GoodputController(LengthChooser):
         cost = self._describe_verification(batch)
         choice = self._choose_each(outlook, drafted, cost)
         lengths = choice.lengths
+        if not self._graph_sizes:
+            drop_least(lengths, outlook.values, batch.tokens, self._find_multiple(len(lengths)))
         if not self._plans_drafts:
             self._probes.earn(choice.milliseconds, cost.once + cost.per_token)
         is_cut, self._is_cut = self._is_cut, False
@@ -152,7 +165,14 @@ class GoodputController(LengthChooser):
         weights = None if self._policy is None else self._policy(batch.request_ids)
         if not self._graph_sizes:
             return choose_again(
-                model.describe(slots), model.usual, drafted, cost, price, find_share(self._stood), weights
+                model.describe(slots),
+                model.usual,
+                drafted,
+                cost,
+                price,
+                find_share(self._stood),
+                weights,
+                self._find_multiple(len(slots)),
             )
         outlook = self._value(batch, slots, model.predict_survival(slots), price, weights)
         return self._choose_each(outlook, drafted, cost).lengths
@@ -213,6 +233,7 @@ class GoodputController(LengthChooser):
                 choose_padded(survival, values, self.k_max, cost, 1.0, 1e-3, 1, self._graph_sizes)
             choose_lengths(survival, values, self.k_max, cost, 1.0)
             choose_again(model.describe(slots), model.usual, drafted, cost, 1.0, 1.0)
+            drop_least(drafted, values, 1, 1)
 
     def _learn_stretch(self, features: StepFeatures) -> None:
         """Predicted, not measured: a spike says nothing, and the time of prompts passes whatever is drafted."""

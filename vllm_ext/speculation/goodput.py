@@ -117,11 +117,13 @@ def choose_again(
     price: float,
     share: float,
     weights: np.ndarray | None = None,
+    multiple: int = 1,
 ) -> np.ndarray:
     """`choose_lengths` of what a model of acceptance believes now, int64 [n]: one call, and nothing is checked.
 
     chances: `AcceptanceModel.describe`; usual: float64 [slots], `AcceptanceModel.usual`; caps: int64 [n]; cost: of
-    drafts that are made, as `choose_lengths` was given before; share, weights: as `value_drafts`.
+    drafts that are made, as `choose_lengths` was given before; share, weights: as `value_drafts`; multiple: as
+    `drop_least`, of a step with a token for each request.
     """
     lengths: np.ndarray = load_compiled().choose_again(
         *chances,
@@ -132,8 +134,18 @@ def choose_again(
         price,
         cost.per_token,
         cost.once,
+        multiple,
     )
     return lengths
+
+
+def drop_least(lengths: np.ndarray, values: np.ndarray, base_tokens: int, multiple: int) -> None:
+    """Shorten drafts, those worth least first, until the tokens of a step are a multiple; in place. Where that would be
+    more than a part of them nothing is changed.
+
+    lengths: int64 [n]; values: float64 [n, k_max], `value_drafts`; base_tokens: of the step without drafts.
+    """
+    load_compiled().drop_least(lengths, _order(values), base_tokens, multiple)
 
 
 def choose_padded(

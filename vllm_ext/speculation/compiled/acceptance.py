@@ -33,6 +33,8 @@ _REQUEST_STRENGTH = 2.0
 #: Logits stay inside: nothing observed in a finite number of steps is impossible or certain.
 _LARGEST_LOGIT = 6.0
 _LARGEST_WEIGHT = 1.5
+#: Part of a step's drafts that may be left out for the sake of its number of tokens.
+_MOST_DROPPED = 0.2
 #: Trials of a step from which on weights follow no faster.
 _MOST_TRIALS = 64
 
@@ -173,6 +175,27 @@ def predict_best(
 
 
 @compile_loop
+def drop_least(lengths: np.ndarray, values: np.ndarray, base_tokens: int, multiple: int) -> None:
+    """Shorten drafts, those worth least first, until the tokens of a step are a multiple; in place. Where that would be
+    more than a part of them nothing is changed: steps with few drafts have few sizes.
+
+    lengths: int64 [n]; values: float64 [n, k_max], falling along k_max, only those of `lengths` are read; base_tokens:
+    of the step without drafts.
+    """
+    total = np.sum(lengths)
+    excess = (base_tokens + total) % multiple
+    if excess > _MOST_DROPPED * total:
+        return
+    while excess > 0:
+        worst = -1
+        for row in range(len(lengths)):
+            if lengths[row] > 0 and (worst < 0 or values[row, lengths[row] - 1] < values[worst, lengths[worst] - 1]):
+                worst = row
+        lengths[worst] -= 1
+        excess -= 1
+
+
+@compile_loop
 def choose_again(
     base: np.ndarray,
     totals: np.ndarray,
@@ -189,14 +212,16 @@ def choose_again(
     price: float,
     per_token: float,
     once: float,
+    multiple: int,
 ) -> np.ndarray:
     """`choose_lengths` by `value_drafts` of `predict_survival` in one go, where a step's time does not depend on its
     longest draft: int64 [n].
 
-    usual: float64 [slots]; caps: int64 [n]; once: what any drafts at all take more; all else as there.
+    usual: float64 [slots]; caps: int64 [n]; once: what any drafts at all take more; multiple: as `drop_least`; all else
+    as there.
     """
     least, gained = price * per_token, 0.0
-    lengths = np.zeros(len(slots), np.int64)
+    lengths, values = np.zeros(len(slots), np.int64), np.empty((len(slots), base.shape[1]))
     for row in range(len(slots)):
         slot = slots[row]
         opinion = base[histories[slot]]
@@ -210,11 +235,13 @@ def choose_again(
             # They fall along a draft.
             if value <= least:
                 break
+            values[row, place] = value
             gained += value - least
             average += more
             lengths[row] += 1
     if gained <= price * once:
         lengths[:] = 0
+    drop_least(lengths, values, len(slots), multiple)
     return lengths
 
 
