@@ -41,8 +41,8 @@ def generate(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
 
 @pytest.fixture
 def larger(tmp_path: Path) -> Larger:
-    # Engines in processes of their own: vLLM's CPU worker looks through all modules at its start, and fails on some that
-    # an engine before it has loaded.
+    # Engines in processes of their own: vLLM's CPU worker looks through all modules at its start, and fails on some
+    # that an engine before it has loaded.
     path = tmp_path / "larger"
     options = shlex.split(yaml.safe_load(CASE.read_text(encoding="utf-8"))["make_model"])
     assert make_model.main([*options, "-o", str(path)]) == 0
