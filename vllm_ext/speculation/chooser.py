@@ -169,8 +169,8 @@ class LengthChooser:
         features = StepFeatures(batch.tokens, batch.context_tokens, len(batch.request_ids), *self._drafting)
         return self.step_time.describe_verification(features)
 
-    def _choose(self, outlook: Outlook) -> Choice:
-        cost, limit = self._describe_cost(outlook.batch), self._limit_unknown()
+    def _choose(self, outlook: Outlook, cost: DraftCost) -> Choice:
+        limit = self._limit_unknown()
         if self._uniform is None:
             return self._choose_each(outlook, limit, cost)
         allowed = [length for length in self._uniform if length <= limit]

@@ -114,10 +114,10 @@ class GoodputController(LengthChooser):
             # Values are others where lengths stand for longer.
             self._stood, self._last_outlook = steps, None
         outlook, self._last_outlook = self._look_ahead(batch), None
-        choice = self._choose(outlook)
+        cost = self._describe_cost(batch)
+        choice = self._choose(outlook, cost)
         if self._drafts_ahead:
-            most = self._find_most(outlook, self._describe_cost(batch))
-            choice = choice._replace(lengths=np.maximum(choice.lengths, most))
+            choice = choice._replace(lengths=np.maximum(choice.lengths, self._find_most(outlook, cost)))
         decision = self._plan(outlook, choice, steps)
         features = self.describe_step(batch, 0, decision.lengths)
         self._drafting = features.passes, features.drafted

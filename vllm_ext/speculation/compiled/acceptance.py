@@ -123,6 +123,15 @@ def _find_chance(logit: float, lowest: float, highest: float) -> float:
 
 
 @compile_loop
+def _fill_survival(survival: np.ndarray, logits: np.ndarray, offset: float, lowest: float, highest: float) -> None:
+    """P(the first j drafts are all accepted) of one request after one history; survival, logits: float64 [k_max]."""
+    alive = 1.0
+    for place in range(len(logits)):
+        alive *= _find_chance(logits[place] + offset, lowest, highest)
+        survival[place] = alive
+
+
+@compile_loop
 def predict_survival(
     base: np.ndarray,
     totals: np.ndarray,
@@ -137,14 +146,11 @@ def predict_survival(
 
     weight: of what a request does better than anybody; lowest, highest: bounds of the chance at one position.
     """
-    k_max = base.shape[1]
-    survival = np.empty((len(slots), k_max))
+    survival = np.empty((len(slots), base.shape[1]))
     for row in range(len(slots)):
         slot = slots[row]
-        offset, alive = weight * _find_offset(totals[slot], pooled), 1.0
-        for place in range(k_max):
-            alive *= _find_chance(base[histories[slot], place] + offset, lowest, highest)
-            survival[row, place] = alive
+        offset = weight * _find_offset(totals[slot], pooled)
+        _fill_survival(survival[row], base[histories[slot]], offset, lowest, highest)
     return survival
 
 
@@ -162,15 +168,15 @@ def predict_best(
     """The most that `predict_survival` may say after one more step, whatever its outcome, by what is learned now:
     float64 [n, k_max]."""
     k_max = base.shape[1]
-    best = np.zeros((len(slots), k_max))
+    best, survival = np.zeros((len(slots), k_max)), np.empty(k_max)
     for row in range(len(slots)):
         slot = slots[row]
         offset = weight * _find_offset(totals[slot], pooled)
         for outcome in range(NUM_OUTCOMES):
-            history, alive = NUM_OUTCOMES * (histories[slot] % NUM_OUTCOMES) + outcome, 1.0
+            history = NUM_OUTCOMES * (histories[slot] % NUM_OUTCOMES) + outcome
+            _fill_survival(survival, base[history], offset, lowest, highest)
             for place in range(k_max):
-                alive *= _find_chance(base[history, place] + offset, lowest, highest)
-                best[row, place] = max(best[row, place], alive)
+                best[row, place] = max(best[row, place], survival[place])
     return best
 
 
