@@ -190,7 +190,7 @@ class Ours:
     def observe(self, observation: Observation) -> None:
         """As the scheduler mixin does after a step."""
         self._seen.append(observation)
-        self.controller.note(observation.request_ids, observation.drafted.tolist(), observation.accepted.tolist())
+        self.controller.note(observation.request_ids, observation.drafted, observation.accepted)
         if self._standing is None or not self._standing.lasts(self._stood):
             self._learn()
 
@@ -207,7 +207,7 @@ class Ours:
 
     def _learn(self) -> None:
         for ids, drafted, accepted, features, milliseconds, is_probe in self._seen:
-            self.controller.observe(ids, drafted, accepted, features, milliseconds, is_probe)
+            self.controller.observe(ids, drafted, accepted, features, milliseconds, is_probe, is_noted=True)
         if self._seen:
             self.controller.forget(dict.fromkeys(self._seen[-1].request_ids))
         self._seen = []

@@ -47,12 +47,19 @@ def record_observed(scheduler: Any) -> list[dict[str, Any]]:
     observe = scheduler._controller.observe
 
     def note(
-        ids: Any, drafted: Any, accepted: Any, features: Any, milliseconds: float | None, is_probe: bool, made: Any
+        ids: Any,
+        drafted: Any,
+        accepted: Any,
+        features: Any,
+        milliseconds: float | None,
+        is_probe: bool,
+        made: Any,
+        is_noted: bool,
     ) -> None:
         told = {"drafted": drafted.tolist(), "accepted": accepted.tolist(), "features": features, "is_probe": is_probe}
-        told |= {"milliseconds": milliseconds, "made": made.tolist()}
+        told |= {"milliseconds": milliseconds, "made": made.tolist(), "is_noted": is_noted, "request_ids": ids}
         seen.append(told)
-        observe(ids, drafted, accepted, features, milliseconds, is_probe, made)
+        observe(ids, drafted, accepted, features, milliseconds, is_probe, made, is_noted)
 
     scheduler._controller.observe = note
     return seen
@@ -62,7 +69,7 @@ def script_plans(scheduler: Any, plans: list[tuple[int, bool]]) -> None:
     """Have the controller plan these (length of all, whether it is a probe) one after another, then nothing."""
     left = iter(plans)
 
-    def plan(batch: Batch, steps: int) -> Decision:
+    def plan(batch: Batch, steps: int, trim_time: float) -> Decision:
         length, is_probe = next(left, (0, False))
         return Decision(np.full(len(batch.request_ids), length, np.int64), 1.0, 1.0, is_probe)
 
@@ -129,7 +136,7 @@ def test_features_are_what_the_drafter_does(method: str, passes: int, drafted: i
     )
     seen = record_observed(scheduler)
     lengths = np.array([2, 0])
-    scheduler._controller.plan_drafts = lambda batch, steps: Decision(
+    scheduler._controller.plan_drafts = lambda batch, steps, trim_time: Decision(
         lengths[: len(batch.request_ids)], 1.0, 1.0, False
     )
     scheduler._controller.trim_drafts = lambda batch, drafted, is_probe: drafted
@@ -149,7 +156,7 @@ def test_prompts_beside_the_drafts_count(tmp_path: Path) -> None:
     planned: list[int] = []
     trim, plan = scheduler._controller.trim_drafts, scheduler._controller.plan_drafts
     scheduler._controller.trim_drafts = lambda batch, *rest: (trimmed.append(batch.tokens), trim(batch, *rest))[1]
-    scheduler._controller.plan_drafts = lambda batch, steps: (planned.append(batch.tokens), plan(batch))[1]
+    scheduler._controller.plan_drafts = lambda batch, steps, trim_time: (planned.append(batch.tokens), plan(batch))[1]
     add_request(scheduler, "a")
     run_step(scheduler, {"a": 2})
     run_step(scheduler, {"a": 2})

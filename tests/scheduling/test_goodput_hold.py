@@ -23,7 +23,7 @@ class Script:
     """A controller's plans, one after another, and when it was asked for them."""
 
     def __init__(self, scheduler: Any, length: int = 2) -> None:
-        self.length, self.is_probe, self.may_stand = length, False, True
+        self.length, self.is_probe, self.may_stand, self.trims = length, False, True, True
         #: Of each request, where these differ.
         self.lengths: list[int] | None = None
         #: Step at which each plan was made, and steps that there were since the one before.
@@ -43,12 +43,12 @@ class Script:
 
         controller.observe = note
 
-    def plan(self, batch: Batch, steps: int) -> Decision:
+    def plan(self, batch: Batch, steps: int, trim_time: float) -> Decision:
         self.asked.append((self.step, steps))
         lengths = np.full(len(batch.request_ids), self.length, np.int64)
         if self.lengths is not None:
             lengths = np.array(self.lengths)
-        return Decision(lengths, 1.0, 1.0, self.is_probe, self.may_stand)
+        return Decision(lengths, 1.0, 1.0, self.is_probe, self.may_stand, self.trims)
 
     def trim(self, batch: Batch, drafted: np.ndarray, is_probe: bool) -> np.ndarray:
         self.trimmed.append(self.step)
@@ -177,11 +177,46 @@ def test_outcomes_count_at_once_and_are_learned_later(tmp_path: Path) -> None:
     scheduler, script = build(tmp_path)
     add_request(scheduler, "a")
     script.run(scheduler, 3)
+    scheduler.schedule()
     model = scheduler._controller.acceptance
     (slot,) = model.find_slots(["a"])
     # Of two drafts one passed, twice; the first step had none.
     assert (model._histories[slot], model._learned_histories[slot]) == (4 * 2 + 2, 0)
     assert script.learned == []
+
+
+def test_few_drafts_are_not_trimmed(tmp_path: Path) -> None:
+    """Neither under a plan that says so nor by the step that ends it, unless others make more than it asked for."""
+    scheduler, script = build(tmp_path)
+    seen = record_observed(scheduler)
+    script.trims = False
+    add_request(scheduler, "a")
+    script.run(scheduler, 6)
+    assert [step for step, _ in script.asked] == [0, 5]
+    assert not script.trimmed
+    assert not script.trimmed_again
+    assert script.learned == [4] * 5
+    assert [told["drafted"] for told in seen] == [[0], [2], [2], [2], [2]]
+    assert not any(told["is_noted"] for told in seen)
+    scheduler.requests["a"].spec_token_ids = [7] * 4
+    script.run(scheduler, 1)
+    assert script.trimmed_again == [6]
+    script.run(scheduler, 4)
+    assert [told["is_noted"] for told in seen[5:]] == [True, False, False, False, False]
+
+
+def test_the_output_of_aborted_requests_is_no_trial(tmp_path: Path) -> None:
+    """Aborts come between a step and its output, which still has their tokens."""
+    scheduler, script = build(tmp_path)
+    seen = record_observed(scheduler)
+    add_request(scheduler, "a")
+    add_request(scheduler, "b")
+    script.run(scheduler, 2)
+    scheduled = scheduler.schedule()
+    scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
+    scheduler.update_from_output(scheduled, run_model(scheduled, lambda rid, tokens: [*tokens[:1], 9]))
+    script.run(scheduler, 1)
+    assert [told["request_ids"] for told in seen] == [["a", "b"], ["a", "b"], ["b"]]
 
 
 def test_a_model_that_drafts_more_than_asked_is_trimmed_at_every_step(tmp_path: Path) -> None:
@@ -215,7 +250,7 @@ def test_asynchronous_steps_share_plans(tmp_path: Path) -> None:
     gaps = [steps for _, steps in script.asked]
     assert max(gaps) == HOLD
     # Of fifteen finished steps those since the last plan are still to be learned from.
-    assert len(seen) + len(scheduler._outcomes) == 15
+    assert len(seen) + len(scheduler._outcomes) + len(scheduler._finished_steps) == 15
     assert all(told["drafted"] == [2] for told in seen[2:])
 
 

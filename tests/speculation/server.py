@@ -109,7 +109,7 @@ class Server:
         time = self.measure(features)
         passed = np.cumprod(self._rng.random((count, self.k_max)) < chance, axis=1).sum(axis=1)
         accepted, measured = np.minimum(passed, kept), time * self._rng.lognormal(0, NOISE)
-        self.controller.note(batch.request_ids, kept.tolist(), accepted.tolist())
+        self.controller.note(batch.request_ids, kept, accepted)
         self._seen.append((batch.request_ids, kept, accepted, features, measured, was_probe))
         self._given = np.where(self._rng.random(count) < matches, lengths, 0) if matches < 1 else lengths
         made = count + float((chance ** np.arange(1, self.k_max + 1) * (np.arange(self.k_max) < kept[:, None])).sum())

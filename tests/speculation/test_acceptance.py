@@ -249,7 +249,7 @@ def serve_stretches(rng: np.random.Generator, model: AcceptanceModel, steps: int
         pending.append((slots, drafted, accepted))
         if len(pending) == 8:
             for outcome in pending:
-                model.observe(*outcome)
+                model.observe(*outcome, is_noted=True)
             pending = []
     return float(np.mean(gaps))
 
@@ -276,7 +276,7 @@ def test_noted_outcomes_are_not_counted_twice() -> None:
             later.note(slots, *outcome)
         newest = later._histories.copy()
         for outcome in outcomes[place : place + 4]:
-            later.observe(slots, *outcome)
+            later.observe(slots, *outcome, is_noted=True)
             assert (later._histories == newest).all()
     assert (later.predict_survival(later.find_slots("abc")) == at_once.predict_survival(slots)).all()
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -13,7 +12,15 @@ import numpy as np
 
 from vllm_ext import observability
 from vllm_ext.scheduling import goodput_setup
-from vllm_ext.scheduling.outcomes import Outcome, StepNotes, read_trials, report_outcomes, teach
+from vllm_ext.scheduling.outcomes import (
+    Finished,
+    Outcome,
+    StepNotes,
+    keep_output,
+    read_outcome,
+    report_outcomes,
+    teach,
+)
 from vllm_ext.speculation.controller import Batch, Decision
 from vllm_ext.speculation.pace import Pace
 from vllm_ext.speculation.standing import Standing
@@ -29,9 +36,12 @@ class GoodputMixin:
     update_from_output      accepted drafts by request, and the time of the step
 
     Where control would take more than a hundredth of a step, a plan stands for a few steps (`pace.Pace`). These trim
-    by what every request's last outcomes say, and learn nothing; the next step with a plan of its own learns from all
-    of them. Asynchronous steps have a plan each: while one is computed the next is planned, and what that takes is not
-    seen.
+    by what every request's last outcomes say, if there are drafts enough for that, and learn nothing; the next step
+    with a plan of its own learns from all of them. Asynchronous steps have a plan each: while one is computed the next
+    is planned, and what that takes is not seen.
+
+    Whatever Python does once between two forward passes takes several times as long as a second time: processors'
+    caches are full of the model. So little is done in a step that could be done with others.
 
     Lengths depend on finished steps only, never on the drafts they cut: the output distribution stays that of the
     target model.
@@ -64,15 +74,20 @@ class GoodputMixin:
         self._goes_on = False
         #: Running requests when schedule() began, and what they have in the KV cache.
         self._ids: list[str] = []
-        self._proposed: frozenset[str] = frozenset()
+        #: Drafts that each of them has to be verified.
+        self._drafted: list[int] = []
         self._context = self._longest = 0
         self._pace = Pace(self._plan.hold_steps)
         #: The plan that the next steps may share, and how many steps there were since it was made, with that one.
         self._standing: Standing | None = None
         self._stood = 1
-        #: Finished steps that nothing was learned from yet, and drafts planned that were not counted yet.
+        #: Finished steps whose output was not read yet, those that nothing was learned from yet, and drafts planned
+        #: that were not counted yet.
+        self._finished_steps: list[Finished] = []
         self._outcomes: list[Outcome] = []
         self._planned = 0
+        #: Whether a step is finished before the next is scheduled, and none of its requests was aborted meanwhile.
+        self._is_serial, self._is_undisturbed = vllm_config.max_concurrent_batches == 1, True
         #: Seconds that this step has taken for control so far.
         self._control = 0.0
         #: Whether the V1 runner's drafter had no room for the longest request of the last step. It then drafts for
@@ -91,30 +106,26 @@ class GoodputMixin:
         self._context, self._longest = sum(computed), max(computed, default=0)
         # Of the newest plan, asynchronously too: its placeholders are what is verified next.
         self._is_probe = self._decision is not None and self._decision.is_probe
-        self._control = 0.0
-        drafted = list(map(len, [request.spec_token_ids for request in running]))
-        is_covered, trims = self._is_covered(), self._plan.trims and any(drafted)
+        self._control, self._is_undisturbed = 0.0, True
+        self._drafted = list(map(len, [request.spec_token_ids for request in running]))
+        planned = self._standing
+        if planned is not None and (self.certain_drafts or not planned.covers(len(running))):
+            planned = None
+        is_covered = planned is not None and planned.lasts(self._stood)
         if not is_covered:
             self._standing = None
             self._learn()
-        if trims:
-            given = np.array(drafted, np.int64)
+        is_worth_it = planned is None or planned.trims or sum(self._drafted) > planned.total
+        if is_worth_it and self._plan.trims and any(self._drafted):
+            given = np.array(self._drafted, np.int64)
             kept = self._trim_again(given) if is_covered else self._trim(running, given)
             for row in np.flatnonzero(kept < given).tolist():
                 # A new list: asynchronous scheduling gives all requests the same one.
                 running[row].spec_token_ids = running[row].spec_token_ids[: kept[row]]
-            drafted = kept.tolist()
+            self._drafted = kept.tolist()
         if not is_covered:
             self._control = time.perf_counter() - self._started
-        self._proposed = frozenset(itertools.compress(self._ids, drafted))
         return super().schedule(*args, **kwargs)  # type: ignore[misc]
-
-    def _is_covered(self) -> bool:
-        """Whether the plan of an earlier step is the running requests' too."""
-        standing = self._standing
-        if standing is None or not standing.lasts(self._stood) or self.certain_drafts:
-            return False
-        return standing.covers(len(self._ids))
 
     def _trim(self, running: Sequence[Any], given: np.ndarray) -> np.ndarray:
         """How many of the drafts of running requests to verify, `given` of each."""
@@ -135,6 +146,8 @@ class GoodputMixin:
 
     def _trim_again(self, given: np.ndarray) -> np.ndarray:
         """The same under a plan that stands, made for decoding requests only."""
+        for outcome in self._read_outcomes(is_noted=True):
+            self._controller.note(*outcome.trials[:3])
         batch = Batch(self._ids, len(self._ids), self._context)
         return self._controller.trim_again(batch, given)
 
@@ -187,7 +200,14 @@ class GoodputMixin:
             drafted = len(ids) * passes if self._has_passes else planned
             features = StepFeatures(len(ids) + verified, context, len(ids), passes, drafted, int(verified > 0))
             self._notes[id(scheduler_output)] = StepNotes(
-                self._started, self._proposed, self.certain_drafts, features, has_prompts, self._is_probe, self._control
+                self._started,
+                self._ids,
+                self._drafted,
+                self.certain_drafts,
+                features,
+                has_prompts,
+                self._is_probe,
+                self._control,
             )
         super()._update_after_schedule(scheduler_output)  # type: ignore[misc]
 
@@ -196,7 +216,7 @@ class GoodputMixin:
         began = time.perf_counter()
         # Prompts go on, say, and a plan that stood when the step began does so no longer.
         self._learn()
-        decision = self._decision = self._controller.plan_drafts(batch, self._stood)
+        decision = self._decision = self._controller.plan_drafts(batch, self._stood, self._pace.trim_time)
         self._stood, ids = 1, list(scheduler_output.num_scheduled_tokens)
         lengths = [0] * len(ids) if self._is_drafter_full else decision.lengths.tolist()
         longest, planned = max(lengths), sum(lengths)
@@ -204,7 +224,7 @@ class GoodputMixin:
         scheduler_output.draft_lengths = dict(zip(ids, lengths, strict=True))
         self._report_plan(decision, planned)
         if decision.may_stand and batch.tokens == len(ids) and not self._is_drafter_full:
-            self._standing = Standing.begin(self._pace.steps, scheduler_output.draft_lengths)
+            self._standing = Standing.begin(self._pace.steps, scheduler_output.draft_lengths, decision.trims)
         self._control += time.perf_counter() - began
         return planned
 
@@ -220,8 +240,8 @@ class GoodputMixin:
         notes = self._notes.pop(id(scheduler_output), None)
         if notes is None:
             return super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
-        trials = read_trials(self.requests, scheduler_output, model_runner_output, notes)  # type: ignore[attr-defined]
-        self._controller.note(trials.request_ids, trials.drafted, trials.accepted)
+        requests = None if self._is_serial and self._is_undisturbed else self.requests  # type: ignore[attr-defined]
+        output = keep_output(requests, scheduler_output, model_runner_output, notes)
         outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
         now = time.perf_counter()
         # Asynchronous steps overlap: a step's share begins when the one before it was done, and control takes none of
@@ -233,8 +253,7 @@ class GoodputMixin:
         spent = now - max(notes.started, self._finished)
         milliseconds = (spent + gap if self._goes_on and gap < spent else spent) * 1e3
         self._goes_on = bool(self.running)  # type: ignore[attr-defined]
-        is_timed = not notes.has_prompts and bool(trials.request_ids)
-        self._outcomes.append(Outcome(trials, notes.features, milliseconds, control, notes.is_probe, is_timed))
+        self._finished_steps.append(Finished(output, milliseconds, control))
         self._finished = now
         standing = self._standing
         if standing is None or not standing.lasts(self._stood) or not self.running:  # type: ignore[attr-defined]
@@ -245,6 +264,7 @@ class GoodputMixin:
 
     def finish_requests(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's; after the last request is aborted no output comes that would have it learned from."""
+        self._is_undisturbed = False
         finished = super().finish_requests(*args, **kwargs)  # type: ignore[misc]
         if not self.running:  # type: ignore[attr-defined]
             self._learn()
@@ -252,11 +272,11 @@ class GoodputMixin:
 
     def _learn(self) -> None:
         """Teach the controller what became of the steps since it was asked last, and count them."""
-        outcomes = self._outcomes
-        if not outcomes:
+        if not self._finished_steps and not self._outcomes:
             return
         began = time.perf_counter()
-        controller, self._outcomes = self._controller, []
+        self._read_outcomes(is_noted=False)
+        controller, outcomes, self._outcomes = self._controller, self._outcomes, []
         report_outcomes(outcomes, controller.predict, self._engine_index)
         teach(controller, outcomes)
         controller.forget(self.requests)  # type: ignore[attr-defined]
@@ -266,6 +286,13 @@ class GoodputMixin:
         for outcome in outcomes:
             if outcome.control and outcome.is_timed:
                 self._pace.observe(learning + outcome.control, outcome.milliseconds - outcome.control)
+
+    def _read_outcomes(self, is_noted: bool) -> list[Outcome]:
+        """Read the output of finished steps that nobody has read; is_noted: whether the controller is told at once."""
+        steps, self._finished_steps = self._finished_steps, []
+        outcomes = [read_outcome(step, self._controller.k_max, is_noted) for step in steps]
+        self._outcomes += outcomes
+        return outcomes
 
     def _report_plan(self, decision: Decision, planned: int) -> None:
         set_gauge, index = observability.set_gauge, self._engine_index

@@ -13,22 +13,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from vllm.v1.request import RequestStatus
 
 from vllm_ext import observability
 from vllm_ext.speculation.controller import GoodputController
 from vllm_ext.speculation.draft_source import count_trials
 from vllm_ext.speculation.step_time import StepFeatures
 
-_STATUS, _STALE = operator.attrgetter("status"), operator.attrgetter("num_stale_output_tokens")
-
 
 class StepNotes(NamedTuple):
     """What the mixin keeps of a scheduled step until its output arrives."""
 
     started: float  # seconds of time.perf_counter, at the start of schedule()
-    #: Requests that had drafts of a drafter. What else vLLM schedules as drafts is padding.
-    proposed: frozenset[str]
+    #: Running requests at that time, and how many drafts of a drafter each had. What else vLLM schedules as drafts is
+    #: padding.
+    request_ids: list[str]
+    proposed: list[int]
     #: Of these, how many at the front were certain, by request: no trials of the drafter.
     certain: Mapping[str, int]
     #: Of the step without what it had of prompts.
@@ -42,18 +41,42 @@ class StepNotes(NamedTuple):
     control: float
 
 
+class Output(NamedTuple):
+    """What counts of the output of a finished step. It is read when someone asks for it, with others: by itself, between
+    two forward passes, that would take several times as long."""
+
+    notes: StepNotes
+    request_ids: list[str]
+    drafts: Mapping[str, Sequence[int]]
+    num_invalid: Mapping[str, int] | None
+    #: Tokens that the runner returned for each of its rows, and the rows of requests.
+    num_sampled: list[int]
+    rows: Mapping[str, int]
+    #: Whether each request's output counts; None where all do.
+    is_current: list[bool] | None
+
+
 class Trials(NamedTuple):
-    """The requests of a step whose output counts, and of each: verified drafts, accepted drafts, tokens put out."""
+    """The requests of a step whose output counts, and of each, int64 [n]: verified drafts, accepted drafts, tokens put
+    out."""
 
     request_ids: list[str]
-    drafted: list[int]
-    accepted: list[int]
-    num_sampled: list[int]
+    drafted: np.ndarray
+    accepted: np.ndarray
+    made: np.ndarray
+
+
+class Finished(NamedTuple):
+    """A finished step whose output is not read yet. Milliseconds of all of it, and of control if its time was in these."""
+
+    output: Output
+    milliseconds: float
+    control: float
 
 
 class Outcome(NamedTuple):
-    """A finished step. Milliseconds of all of it, and of control if its time was in these; is_timed: whether they say
-    anything about drafts."""
+    """A finished step as `Finished`, read; is_timed: whether its time says anything about drafts; is_noted: whether the
+    controller was told of its trials (`GoodputController.note`)."""
 
     trials: Trials
     features: StepFeatures
@@ -61,62 +84,86 @@ class Outcome(NamedTuple):
     control: float
     is_probe: bool
     is_timed: bool
+    is_noted: bool
 
 
-def read_trials(
-    requests: Mapping[str, Any], scheduler_output: Any, model_runner_output: Any, notes: StepNotes
-) -> Trials:
-    """What a step verified and accepted. To be read before vLLM's `update_from_output` drops requests that finish.
+def keep_output(
+    requests: Mapping[str, Any] | None, scheduler_output: Any, model_runner_output: Any, notes: StepNotes
+) -> Output:
+    """What is to be kept of a step before vLLM's `update_from_output`, which shortens the lists of tokens and drops
+    requests that finish.
 
-    requests: the scheduler's, by id.
+    requests: the scheduler's, by id; None where none can have been aborted or preempted since the step was scheduled.
     """
-    sampled, index = model_runner_output.sampled_token_ids, model_runner_output.req_id_to_index
-    if not sampled:
-        return Trials([], [], [], [])
-    drafts = scheduler_output.scheduled_spec_decode_tokens
-    ids = list(scheduler_output.num_scheduled_tokens)
-    # Over maps of bound methods: 256 requests are many for the body of a loop.
-    num_sampled = list(map(len, map(sampled.__getitem__, map(index.__getitem__, ids))))
-    if not drafts:
-        drafted = [0] * len(ids)
-    else:
-        if not drafts.keys() <= notes.proposed:
-            drafts = {rid: tokens for rid, tokens in drafts.items() if rid in notes.proposed}
-        drafted = list(map(len, map(drafts.get, ids, itertools.repeat(()))))
-    # Output of before a preemption is counted twice once the request runs again.
-    found = list(map(requests.get, ids))
-    if not all(found) or not _all_are_current(found) or 0 in num_sampled:
-        counts = [
-            count > 0 and request is not None and request.num_stale_output_tokens == 0 and not request.is_finished()
-            for count, request in zip(num_sampled, found, strict=True)
+    ids, sampled = list(scheduler_output.num_scheduled_tokens), model_runner_output.sampled_token_ids
+    is_current = None
+    if requests is not None:
+        # Output of before a preemption is counted twice once the request runs again.
+        found = list(map(requests.get, ids))
+        is_current = [
+            request is not None and request.num_stale_output_tokens == 0 and not request.is_finished()
+            for request in found
         ]
-        ids, drafted, num_sampled = (list(itertools.compress(column, counts)) for column in (ids, drafted, num_sampled))
-    if invalid := scheduler_output.num_invalid_spec_tokens:
-        # vLLM pads new rows with drafts of -1 and drafts that the grammar forbids with -1: no trials of ours.
-        drafted = [max(count - invalid.get(rid, 0), 0) for rid, count in zip(ids, drafted, strict=True)]
-    accepted = list(map(min, map(operator.sub, num_sampled, itertools.repeat(1)), drafted))
+    return Output(
+        notes,
+        ids,
+        scheduler_output.scheduled_spec_decode_tokens,
+        scheduler_output.num_invalid_spec_tokens,
+        list(map(len, sampled)),
+        model_runner_output.req_id_to_index,
+        is_current,
+    )
+
+
+def read_outcome(finished: Finished, k_max: int, is_noted: bool) -> Outcome:
+    """What a finished step verified and accepted. k_max: drafts of a request that count at most: drafters may make more
+    than they are asked for, V1's the full number near the end of the context."""
+    output, milliseconds, control = finished
+    notes, trials = output.notes, _read_trials(output, k_max)
+    is_timed = not notes.has_prompts and bool(trials.request_ids)
+    return Outcome(trials, notes.features, milliseconds, control, notes.is_probe, is_timed, is_noted)
+
+
+def _read_trials(output: Output, k_max: int) -> Trials:
+    notes, ids, drafts, invalid, num_sampled, rows, is_current = output
+    if not num_sampled:
+        nothing = np.zeros(0, np.int64)
+        return Trials([], nothing, nothing, nothing)
+    # Over maps of bound methods: 256 requests are many for the body of a loop.
+    sampled = list(map(num_sampled.__getitem__, map(rows.__getitem__, ids)))
+    if is_current is not None or 0 in sampled:
+        counts = [count > 0 for count in sampled]
+        if is_current is not None:
+            counts = list(map(operator.and_, counts, is_current))
+        ids, sampled = list(itertools.compress(ids, counts)), list(itertools.compress(sampled, counts))
+    made = np.array(sampled, np.int64)
+    if not drafts:
+        drafted = np.zeros(len(ids), np.int64)
+    else:
+        proposed = set(itertools.compress(notes.request_ids, notes.proposed))
+        if not drafts.keys() <= proposed:
+            drafts = {rid: tokens for rid, tokens in drafts.items() if rid in proposed}
+        counted = list(map(len, map(drafts.get, ids, itertools.repeat(()))))
+        if invalid:
+            # vLLM pads new rows with drafts of -1 and drafts that the grammar forbids with -1: no trials of ours.
+            counted = [max(count - invalid.get(rid, 0), 0) for rid, count in zip(ids, counted, strict=True)]
+        drafted = np.array(counted, np.int64)
+    accepted = np.minimum(made - 1, drafted)
     if notes.certain:
-        rows = zip(ids, drafted, accepted, strict=True)
-        pairs = [count_trials(count, passed, notes.certain.get(rid, 0)) for rid, count, passed in rows]
-        drafted, accepted = [count for count, _ in pairs], [passed for _, passed in pairs]
-    return Trials(ids, drafted, accepted, num_sampled)
-
-
-def _all_are_current(requests: Sequence[Any]) -> bool:
-    """Whether all of them run and wait for no output of before a preemption: the rule, and quickly told."""
-    is_running = map(operator.is_, map(_STATUS, requests), itertools.repeat(RequestStatus.RUNNING))
-    return all(is_running) and not any(map(_STALE, requests))
+        pairs = [
+            count_trials(count, passed, notes.certain.get(rid, 0))
+            for rid, count, passed in zip(ids, drafted.tolist(), accepted.tolist(), strict=True)
+        ]
+        drafted, accepted = np.array(pairs, np.int64).reshape(-1, 2).T
+    return Trials(ids, np.minimum(drafted, k_max), np.minimum(accepted, k_max), made)
 
 
 def teach(controller: GoodputController, outcomes: Sequence[Outcome]) -> None:
     """Have a controller learn from finished steps, in their order."""
-    for (ids, drafted, accepted, sampled), features, milliseconds, control, is_probe, is_timed in outcomes:
-        # Drafters may make more than they are asked for: V1's make the full number near the end of the context.
-        tried, passed = (np.minimum(np.array(counts, np.int64), controller.k_max) for counts in (drafted, accepted))
+    for (ids, drafted, accepted, made), features, milliseconds, control, is_probe, is_timed, is_noted in outcomes:
         # What a step takes for control it takes whatever it drafts, and only where it had a plan of its own.
         time = milliseconds - control if is_timed else None
-        made = np.array(sampled, np.int64)
-        controller.observe(ids, tried, passed, features if ids else None, time, is_probe, made)
+        controller.observe(ids, drafted, accepted, features if ids else None, time, is_probe, made, is_noted)
 
 
 def report_outcomes(outcomes: Iterable[Outcome], predict: Callable[[StepFeatures], float], engine_index: int) -> None:
@@ -125,10 +172,10 @@ def report_outcomes(outcomes: Iterable[Outcome], predict: Callable[[StepFeatures
     decoding, last = 0.0, None
     for outcome in outcomes:
         trials = outcome.trials
-        verified += sum(trials.drafted)
-        accepted += sum(trials.accepted)
+        verified += int(np.add.reduce(trials.drafted))
+        accepted += int(np.add.reduce(trials.accepted))
         if outcome.is_timed:
-            tokens += sum(trials.num_sampled)
+            tokens += int(np.add.reduce(trials.made))
             decoding += outcome.milliseconds
             last = outcome
     add, set_gauge = observability.add, observability.set_gauge

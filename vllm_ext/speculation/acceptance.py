@@ -95,8 +95,6 @@ class AcceptanceModel:
         self._totals = np.zeros((0, 3))
         #: The last two outcomes of each slot: with those only noted, and as far as they are learned from.
         self._histories, self._learned_histories = np.zeros(0, np.int64), np.zeros(0, np.int64)
-        #: Steps noted and not yet observed.
-        self._num_noted = 0
         #: Tokens that a step makes on average, [slots], and of an average request.
         self._usual, self._shared_usual = np.zeros(0), 1.0
         self._num_steps = 0
@@ -144,19 +142,23 @@ class AcceptanceModel:
     def note(self, slots: np.ndarray, drafted: np.ndarray, accepted: np.ndarray) -> None:
         """Have a step's outcomes count as the last ones, before they are learned from.
 
-        slots, drafted, accepted: int64 [n]. Steps are to be observed later, each of them, in their order.
+        slots, drafted, accepted: int64 [n]. The step is to be observed later.
         """
         self._compiled.advance_histories(self._histories, slots, drafted, accepted)
-        self._num_noted += 1
         self._last_survival = None
 
     def observe(
-        self, slots: np.ndarray, drafted: np.ndarray, accepted: np.ndarray, made: np.ndarray | None = None
+        self,
+        slots: np.ndarray,
+        drafted: np.ndarray,
+        accepted: np.ndarray,
+        made: np.ndarray | None = None,
+        is_noted: bool = False,
     ) -> None:
         """Learn from one verified step.
 
         slots, drafted, accepted: int [n]; drafts of length 0 let the request drift to what all do.
-        made: int [n], tokens that the step put out; None for accepted + 1.
+        made: int [n], tokens that the step put out; None for accepted + 1. is_noted: whether `note` was told of it.
         Raises ValueError where a request accepted more than it drafted, or drafted more than k_max.
         """
         if not len(slots):
@@ -164,9 +166,7 @@ class AcceptanceModel:
         if (accepted > drafted).any() or drafted.max() > self.k_max or accepted.min() < 0:
             raise ValueError(f"accepted {accepted.tolist()} of drafted {drafted.tolist()} with k_max {self.k_max}")
         drafted, accepted = np.ascontiguousarray(drafted, np.int64), np.ascontiguousarray(accepted, np.int64)
-        if self._num_noted:
-            self._num_noted -= 1
-        else:
+        if not is_noted:
             self._compiled.advance_histories(self._histories, slots, drafted, accepted)
         if self._num_stale >= REFRESH_EVERY:
             self._refresh()
@@ -219,6 +219,11 @@ class AcceptanceModel:
         float64 [n, k_max]."""
         best: np.ndarray = self._compiled.predict_best(*self.describe(slots))
         return best
+
+    def predict_mean(self, slots: np.ndarray) -> np.ndarray:
+        """`predict_survival` of a step that may come after any outcomes, by how often these are: float64 [n, k_max]."""
+        mean: np.ndarray = self._compiled.predict_mean(self._state_counts, *self.describe(slots))
+        return mean
 
     def describe(self, slots: np.ndarray) -> tuple[object, ...]:
         """What chances of requests are predicted from, as the compiled loops take it."""

@@ -25,6 +25,8 @@ from vllm_ext.speculation.step_time import StepFeatures, StepTimeModel
 FIRST_LENGTHS = ((8, 1), (16, 3))
 #: Where all requests have one length, a change of it must promise this part of a usual step: noise is not followed.
 HYSTERESIS = 0.01
+#: Part of the time of drafts that trimming them by the newest outcomes is expected to save.
+TRIM_SHARE = 0.1
 #: Steps of a batch seldom have more than two thirds of the sizes that they could have.
 SHAPE_SLACK = 1.5
 
@@ -63,6 +65,8 @@ class Decision(NamedTuple):
     is_probe: bool
     #: Whether steps that follow may have these lengths too: not those of a trial.
     may_stand: bool = False
+    #: Whether such steps should verify only those of their drafts that are still worth it.
+    trims: bool = True
 
 
 def find_share(steps: int) -> float:
@@ -106,6 +110,7 @@ class LengthChooser:
         #: Whether more may be drafted than is verified: where that takes no pass of a model, what the outcome of the
         #: step in between says of each request is known when its drafts are trimmed.
         self._drafts_ahead = trims and self._uniform is None and not self._has_passes
+        self._trims = trims
         #: What a millisecond is worth and drafts take by the last plan, as long as it stands.
         self._standing_price, self._standing_cost = 0.0, DraftCost(1.0, 0.0)
         #: The length chosen last where all have the same one.
@@ -205,9 +210,13 @@ class LengthChooser:
         Outcomes are tried one step ahead, also for a plan that stands for more: two good steps say hardly more than
         one. Where steps are padded, all requests share the padding here, and one alone may want more.
         """
+        return self._choose_by(outlook, self.acceptance.predict_best, cost).lengths
+
+    def _choose_by(self, outlook: Outlook, predict: Callable[[np.ndarray], np.ndarray], cost: DraftCost) -> Choice:
+        """The best lengths by other chances than those of `outlook`; predict: these of slots."""
         batch, slots = outlook.batch, self.acceptance.find_slots(outlook.batch.request_ids)
-        best = self._value(batch, slots, self.acceptance.predict_best(slots), outlook.price, outlook.weights)
-        return self._choose_each(best, self._limit_unknown(), cost).lengths
+        other = self._value(batch, slots, predict(slots), outlook.price, outlook.weights)
+        return self._choose_each(other, self._limit_unknown(), cost)
 
     def _find_multiple(self, count: int) -> int:
         """What the tokens of a step of so many requests should be a multiple of, so that its shape is likely to be one

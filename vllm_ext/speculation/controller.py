@@ -8,7 +8,7 @@ from collections.abc import Hashable, Mapping, Sequence
 import numpy as np
 
 from vllm_ext.speculation.acceptance import AcceptanceModel, find_usual_rate
-from vllm_ext.speculation.chooser import Batch, Decision, LengthChooser, Outlook, Policy, find_share
+from vllm_ext.speculation.chooser import TRIM_SHARE, Batch, Decision, LengthChooser, Outlook, Policy, find_share
 from vllm_ext.speculation.goodput import (
     Choice,
     DraftCost,
@@ -104,25 +104,32 @@ class GoodputController(LengthChooser):
         #: Whether the last trim left nothing of what it was given.
         self._is_cut = False
 
-    def plan_drafts(self, batch: Batch, steps: int = 1) -> Decision:
+    def plan_drafts(self, batch: Batch, steps: int = 1, trim_time: float = 0.0) -> Decision:
         """Draft lengths for the next step of these requests.
 
         steps: how many there were since the last plan, with this one. A plan that `may_stand` is good for more than one
-        (`pace.Pace`); what they drafted and accepted is to be observed before the next plan.
+        (`pace.Pace`); what they drafted and accepted is to be observed before the next plan. trim_time: milliseconds
+        that trimming takes in each of its steps: few drafts are not worth that, and get lengths that are good after
+        any outcome.
         """
         if steps != self._stood:
             # Values are others where lengths stand for longer.
             self._stood, self._last_outlook = steps, None
         outlook, self._last_outlook = self._look_ahead(batch), None
-        cost = self._describe_cost(batch)
+        cost, verification = self._describe_cost(batch), self._describe_verification(batch)
         choice = self._choose(outlook, cost)
-        if self._drafts_ahead:
-            choice = choice._replace(lengths=np.maximum(choice.lengths, self._find_most(outlook, cost)))
-        decision = self._plan(outlook, choice, steps)
+        most = np.maximum(choice.lengths, self._find_most(outlook, cost)) if self._drafts_ahead else choice.lengths
+        saved = TRIM_SHARE * verification.per_token * float(np.add.reduce(most))
+        trims = self._trims and (not trim_time or saved > trim_time)
+        if trims or not trim_time or self._uniform is not None:
+            choice = choice._replace(lengths=most)
+        else:
+            choice = self._choose_by(outlook, self.acceptance.predict_mean, cost)
+        decision = self._plan(outlook, choice, steps)._replace(trims=trims)
         features = self.describe_step(batch, 0, decision.lengths)
         self._drafting = features.passes, features.drafted
         if decision.may_stand:
-            self._standing_price, self._standing_cost = outlook.price, self._describe_verification(batch)
+            self._standing_price, self._standing_cost = outlook.price, verification
         return decision
 
     def trim_drafts(self, batch: Batch, drafted: np.ndarray, is_probe: bool = False) -> np.ndarray:
@@ -177,11 +184,10 @@ class GoodputController(LengthChooser):
         outlook = self._value(batch, slots, model.predict_survival(slots), price, weights)
         return self._choose_each(outlook, drafted, cost).lengths
 
-    def note(self, request_ids: Sequence[Hashable], drafted: Sequence[int], accepted: Sequence[int]) -> None:
-        """What a step verified and accepted, to be observed before the next plan."""
+    def note(self, request_ids: Sequence[Hashable], drafted: np.ndarray, accepted: np.ndarray) -> None:
+        """What a step verified and accepted, int64 [n], to be observed before the next plan."""
         if request_ids:
-            outcomes = np.minimum(np.array((drafted, accepted), np.int64), self.k_max)
-            self.acceptance.note(self.acceptance.find_slots(request_ids), *outcomes)
+            self.acceptance.note(self.acceptance.find_slots(request_ids), drafted, accepted)
 
     def observe(
         self,
@@ -192,6 +198,7 @@ class GoodputController(LengthChooser):
         milliseconds: float | None = None,
         is_probe: bool = False,
         made: np.ndarray | None = None,
+        is_noted: bool = False,
     ) -> None:
         """Learn from a finished step.
 
@@ -199,7 +206,7 @@ class GoodputController(LengthChooser):
         without padding and without those of prompts; None where they are not known. milliseconds: of the same; None
         where its time says nothing, as beside prompts. is_probe: whether the drafts that this step verified come from a
         plan that was a probe. made: int [n], tokens that each request put out, where others were drafted too than those
-        that count here; None for accepted + 1.
+        that count here; None for accepted + 1. is_noted: whether `note` was told of it.
         """
         if is_probe and self._offered and drafted.any():
             # Nobody asked trim_drafts: all of it was verified.
@@ -208,7 +215,7 @@ class GoodputController(LengthChooser):
             self._offered = None
         if is_probe or (self._probes.is_awaited and drafted.any()):
             self._probes.hear()
-        self.acceptance.observe(self.acceptance.find_slots(request_ids), drafted, accepted, made)
+        self.acceptance.observe(self.acceptance.find_slots(request_ids), drafted, accepted, made, is_noted)
         if features is None:
             return
         self._learn_stretch(features)
@@ -227,6 +234,7 @@ class GoodputController(LengthChooser):
         model.observe(slots, drafted, drafted)
         survival, cost = model.predict_survival(slots), DraftCost(1.0, 1e-3)
         model.predict_best(slots)
+        model.predict_mean(slots)
         values = value_drafts(survival, model.find_usual(slots), 1.0)
         if self._uniform is None:
             if self._graph_sizes:

@@ -12,6 +12,8 @@ SHARE = 0.01
 HOLD_STEPS = 8
 #: What the newest of measured times counts for.
 RATE = 0.1
+#: Control of a step that only trims, over that of a step with a plan of its own.
+TRIM_CONTROL = 0.25
 
 
 class Pace:
@@ -42,6 +44,11 @@ class Pace:
         allowed = self._share * self._step
         # Not through a quotient: the allowed time may be too small to divide by.
         return self._most if self._control >= self._most * allowed else max(1, math.ceil(self._control / allowed))
+
+    @property
+    def trim_time(self) -> float:
+        """Milliseconds that drafts take to be trimmed in each step under the next plan; 0 where each has its own."""
+        return TRIM_CONTROL * self._control if self._control is not None and self.steps > 1 else 0.0
 
     def observe(self, control: float, step: float) -> None:
         """Milliseconds of control in a step that had a plan of its own, and of the rest of that step."""

@@ -21,12 +21,14 @@ class Standing(NamedTuple):
     lengths: Mapping[Hashable, int]
     longest: int
     total: int
+    #: Whether its steps verify only those drafts that are still worth it.
+    trims: bool
 
     @classmethod
-    def begin(cls, steps: int, lengths: Mapping[Hashable, int]) -> Standing:
+    def begin(cls, steps: int, lengths: Mapping[Hashable, int], trims: bool = True) -> Standing:
         """A plan of these draft lengths by request, of whom there are some, for so many steps."""
         count, total = len(lengths), sum(lengths.values())
-        return cls(steps, count, round(total / count), list(lengths), lengths, max(lengths.values()), total)
+        return cls(steps, count, round(total / count), list(lengths), lengths, max(lengths.values()), total, trims)
 
     def lasts(self, stood: int) -> bool:
         """Whether it is another step's too, after so many that had it."""

@@ -21,6 +21,7 @@ from vllm_ext.speculation.compiled.acceptance import (
     learn_outcomes,
     pool_counts,
     predict_best,
+    predict_mean,
     predict_survival,
     sum_first_drafts,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "learn_outcomes",
     "pool_counts",
     "predict_best",
+    "predict_mean",
     "predict_survival",
     "sum_first_drafts",
     "value_drafts",

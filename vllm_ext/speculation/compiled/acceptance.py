@@ -33,6 +33,8 @@ _REQUEST_STRENGTH = 2.0
 #: Logits stay inside: nothing observed in a finite number of steps is impossible or certain.
 _LARGEST_LOGIT = 6.0
 _LARGEST_WEIGHT = 1.5
+#: Trials that a history counts for which was not seen yet.
+_RARE_HISTORY = 1e-3
 #: Part of a step's drafts that may be left out for the sake of its number of tokens.
 _MOST_DROPPED = 0.2
 #: Trials of a step from which on weights follow no faster.
@@ -178,6 +180,35 @@ def predict_best(
             for place in range(k_max):
                 best[row, place] = max(best[row, place], survival[place])
     return best
+
+
+@compile_loop
+def predict_mean(
+    state_counts: np.ndarray,
+    base: np.ndarray,
+    totals: np.ndarray,
+    histories: np.ndarray,
+    slots: np.ndarray,
+    weight: float,
+    pooled: float,
+    lowest: float,
+    highest: float,
+) -> np.ndarray:
+    """`predict_survival` of a step that may come after any two outcomes, by how often drafts were tried after them:
+    float64 [n, k_max]. Long drafts survive more often than chances at each position would say: good steps come in
+    rows."""
+    k_max = base.shape[1]
+    mean, survival, total = np.zeros((len(slots), k_max)), np.empty(k_max), 0.0
+    for history in range(NUM_HISTORIES):
+        total += state_counts[history, 0, 1] + _RARE_HISTORY
+    for row in range(len(slots)):
+        offset = weight * _find_offset(totals[slots[row]], pooled)
+        for history in range(NUM_HISTORIES):
+            share = (state_counts[history, 0, 1] + _RARE_HISTORY) / total
+            _fill_survival(survival, base[history], offset, lowest, highest)
+            for place in range(k_max):
+                mean[row, place] += share * survival[place]
+    return mean
 
 
 @compile_loop
