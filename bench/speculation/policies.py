@@ -9,7 +9,7 @@ import numpy as np
 
 from bench.speculation.simulator import K_MAX, NOISE, PASSES, Observation, Plan, TrueCost, Truth
 from vllm_ext.speculation.acceptance import USUAL_RATE, find_usual_rate
-from vllm_ext.speculation.controller import Batch, GoodputController
+from vllm_ext.speculation.controller import Batch, FinishedStep, GoodputController
 from vllm_ext.speculation.goodput import Choice, DraftCost, choose_lengths, choose_padded, value_drafts
 from vllm_ext.speculation.prior import fit_prior
 from vllm_ext.speculation.standing import Standing
@@ -161,7 +161,7 @@ class Ours:
         )
         self._hold, self._stood = hold, 1
         self._standing: Standing | None = None
-        self._seen: list[Observation] = []
+        self._seen: list[FinishedStep] = []
 
     def trim(self, batch: Batch, given: np.ndarray, is_probe: bool, truth: Truth) -> np.ndarray:
         """The controller's choice among the drafts."""
@@ -189,8 +189,10 @@ class Ours:
 
     def observe(self, observation: Observation) -> None:
         """As the scheduler mixin does after a step."""
-        self._seen.append(observation)
-        self.controller.note(observation.request_ids, observation.drafted, observation.accepted)
+        ids, drafted, accepted, features, milliseconds, is_probe = observation
+        counts = drafted.tolist(), accepted.tolist(), (accepted + 1).tolist()
+        self._seen.append(FinishedStep(ids, *counts, features, milliseconds, is_probe, is_noted=True))
+        self.controller.note(ids, *counts[:2])
         if self._standing is None or not self._standing.lasts(self._stood):
             self._learn()
 
@@ -206,9 +208,8 @@ class Ours:
         self._learn()
 
     def _learn(self) -> None:
-        for ids, drafted, accepted, features, milliseconds, is_probe in self._seen:
-            self.controller.observe(ids, drafted, accepted, features, milliseconds, is_probe, is_noted=True)
         if self._seen:
+            self.controller.observe(self._seen)
             self.controller.forget(dict.fromkeys(self._seen[-1].request_ids))
         self._seen = []
 

@@ -46,20 +46,9 @@ def record_observed(scheduler: Any) -> list[dict[str, Any]]:
     seen: list[dict[str, Any]] = []
     observe = scheduler._controller.observe
 
-    def note(
-        ids: Any,
-        drafted: Any,
-        accepted: Any,
-        features: Any,
-        milliseconds: float | None,
-        is_probe: bool,
-        made: Any,
-        is_noted: bool,
-    ) -> None:
-        told = {"drafted": drafted.tolist(), "accepted": accepted.tolist(), "features": features, "is_probe": is_probe}
-        told |= {"milliseconds": milliseconds, "made": made.tolist(), "is_noted": is_noted, "request_ids": ids}
-        seen.append(told)
-        observe(ids, drafted, accepted, features, milliseconds, is_probe, made, is_noted)
+    def note(steps: Any) -> None:
+        seen.extend(step._asdict() for step in steps)
+        observe(steps)
 
     scheduler._controller.observe = note
     return seen

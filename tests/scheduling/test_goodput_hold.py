@@ -37,9 +37,9 @@ class Script:
         controller.plan_drafts, controller.trim_drafts, controller.trim_again = self.plan, self.trim, self.trim_again
         observe = controller.observe
 
-        def note(*arguments: Any) -> None:
-            self.learned.append(self.step)
-            observe(*arguments)
+        def note(steps: Any) -> None:
+            self.learned += [self.step] * len(steps)
+            observe(steps)
 
         controller.observe = note
 

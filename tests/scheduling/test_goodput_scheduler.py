@@ -177,9 +177,9 @@ def test_asynchronous_steps_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     timed: list[float] = []
     observe = scheduler._controller.observe
 
-    def note(ids: Any, drafted: Any, accepted: Any, features: Any, milliseconds: float, *others: Any) -> None:
-        timed.append(milliseconds)
-        observe(ids, drafted, accepted, features, milliseconds, *others)
+    def note(steps: Any) -> None:
+        timed.extend(step.milliseconds for step in steps)
+        observe(steps)
 
     scheduler._controller.observe = note
     requests = {rid: add_request(scheduler, rid, max_tokens=60) for rid in "abc"}

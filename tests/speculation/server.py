@@ -8,11 +8,11 @@ which is learned before the next plan.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from vllm_ext.speculation.controller import Batch, GoodputController
+from vllm_ext.speculation.controller import Batch, FinishedStep, GoodputController
 from vllm_ext.speculation.standing import Standing
 from vllm_ext.speculation.step_time import COEFFICIENTS, StepFeatures
 
@@ -59,7 +59,7 @@ class Server:
         self._hold, self._stood = hold, 1
         self._standing: Standing | None = None
         #: Outcomes that were noted and not learned from yet.
-        self._seen: list[tuple[Any, ...]] = []
+        self._seen: list[FinishedStep] = []
 
     def serve(self, chance: float, steps: int, matches: float = 1.0) -> list[Step]:
         """Steps of drafts that are accepted with one chance."""
@@ -85,8 +85,7 @@ class Server:
         if standing is not None and not standing.lasts(self._stood):
             standing = self._standing = None
         if standing is None:
-            for outcome in self._seen:
-                self.controller.observe(*outcome)
+            self.controller.observe(self._seen)
             self._seen = []
         if self._trims and kept.any():
             if standing is None:
@@ -109,8 +108,9 @@ class Server:
         time = self.measure(features)
         passed = np.cumprod(self._rng.random((count, self.k_max)) < chance, axis=1).sum(axis=1)
         accepted, measured = np.minimum(passed, kept), time * self._rng.lognormal(0, NOISE)
-        self.controller.note(batch.request_ids, kept, accepted)
-        self._seen.append((batch.request_ids, kept, accepted, features, measured, was_probe))
+        counts = kept.tolist(), accepted.tolist(), (accepted + 1).tolist()
+        self.controller.note(batch.request_ids, *counts[:2])
+        self._seen.append(FinishedStep(batch.request_ids, *counts, features, measured, was_probe, is_noted=True))
         self._given = np.where(self._rng.random(count) < matches, lengths, 0) if matches < 1 else lengths
         made = count + float((chance ** np.arange(1, self.k_max + 1) * (np.arange(self.k_max) < kept[:, None])).sum())
         plain = self.measure(StepFeatures(count, batch.context_tokens, count, self._passes[0], 0))

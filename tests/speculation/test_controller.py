@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.speculation.server import COMPUTE_BOUND, Server, Step, find_recovery, measure_goodput
-from vllm_ext.speculation.controller import Batch, GoodputController
+from vllm_ext.speculation.controller import Batch, FinishedStep, GoodputController
 from vllm_ext.speculation.goodput import load_compiled
 from vllm_ext.speculation.probing import PROBE_SHARE
 from vllm_ext.speculation.step_time import COEFFICIENTS, StepFeatures, StepTimeModel
@@ -184,7 +184,8 @@ def test_one_length_for_all_changes_beside_a_prompt_as_without_it() -> None:
         controller = GoodputController(4, step_time=StepTimeModel(cost), uniform_lengths=(0, 2, 4))
         ids = list(range(4))
         for _ in range(60):
-            controller.observe(ids, np.full(4, 4), np.full(4, 4), StepFeatures(20, 4000, 4, 0, 16, 1), 22.0)
+            features = StepFeatures(20, 4000, 4, 0, 16, 1)
+            controller.observe([FinishedStep(ids, [4] * 4, [4] * 4, [5] * 4, features, 22.0)])
             lengths.append(int(controller.plan_drafts(Batch(ids, 4 + prompt, 4000)).lengths.max()))
     assert lengths[:60] == lengths[60:]
     # Now and then the next one is tried.
@@ -216,7 +217,8 @@ def test_steps_are_filled_up_to_the_size_of_a_graph() -> None:
     controller = GoodputController(6, step_time=StepTimeModel(cost), graph_sizes=sizes)
     batch, ids = Batch(list(range(9)), 9, 9000), list(range(9))
     for _ in range(30):
-        controller.observe(ids, np.full(9, 1), np.array([1, 0, 0] * 3), StepFeatures(18, 9000, 9, 0, 9), 3 + 0.5 * 32)
+        features = StepFeatures(18, 9000, 9, 0, 9)
+        controller.observe([FinishedStep(ids, [1] * 9, [1, 0, 0] * 3, [2, 1, 1] * 3, features, 3 + 0.5 * 32)])
     # A lookup drafts what the outcome of the step in between may make worth verifying.
     assert controller.plan_drafts(batch).lengths.sum() > 7
     assert controller.trim_drafts(batch, np.full(9, 6)).sum() == 7

@@ -12,10 +12,8 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from vllm_ext import observability
-from vllm_ext.speculation.controller import GoodputController
+from vllm_ext.speculation.controller import FinishedStep, GoodputController
 from vllm_ext.speculation.draft_source import count_trials
 from vllm_ext.speculation.step_time import StepFeatures
 
@@ -42,8 +40,8 @@ class StepNotes(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What counts of the output of a finished step. It is read when someone asks for it, with others: by itself, between
-    two forward passes, that would take several times as long."""
+    """What counts of the output of a finished step. It is read when someone asks for it, with others: by itself,
+    between two forward passes, that would take several times as long."""
 
     notes: StepNotes
     request_ids: list[str]
@@ -57,17 +55,18 @@ class Output(NamedTuple):
 
 
 class Trials(NamedTuple):
-    """The requests of a step whose output counts, and of each, int64 [n]: verified drafts, accepted drafts, tokens put
-    out."""
+    """The requests of a step whose output counts, and of each: verified drafts, accepted drafts, tokens put out. No
+    arrays: those are made for all steps that are learned from together."""
 
     request_ids: list[str]
-    drafted: np.ndarray
-    accepted: np.ndarray
-    made: np.ndarray
+    drafted: list[int]
+    accepted: list[int]
+    made: list[int]
 
 
 class Finished(NamedTuple):
-    """A finished step whose output is not read yet. Milliseconds of all of it, and of control if its time was in these."""
+    """A finished step whose output is not read yet. Milliseconds of all of it, and of control if its time was in
+    these."""
 
     output: Output
     milliseconds: float
@@ -127,43 +126,48 @@ def read_outcome(finished: Finished, k_max: int, is_noted: bool) -> Outcome:
 def _read_trials(output: Output, k_max: int) -> Trials:
     notes, ids, drafts, invalid, num_sampled, rows, is_current = output
     if not num_sampled:
-        nothing = np.zeros(0, np.int64)
-        return Trials([], nothing, nothing, nothing)
+        return Trials([], [], [], [])
     # Over maps of bound methods: 256 requests are many for the body of a loop.
-    sampled = list(map(num_sampled.__getitem__, map(rows.__getitem__, ids)))
-    if is_current is not None or 0 in sampled:
-        counts = [count > 0 for count in sampled]
+    made = list(map(num_sampled.__getitem__, map(rows.__getitem__, ids)))
+    if is_current is not None or 0 in made:
+        counts = [count > 0 for count in made]
         if is_current is not None:
             counts = list(map(operator.and_, counts, is_current))
-        ids, sampled = list(itertools.compress(ids, counts)), list(itertools.compress(sampled, counts))
-    made = np.array(sampled, np.int64)
+        ids, made = list(itertools.compress(ids, counts)), list(itertools.compress(made, counts))
     if not drafts:
-        drafted = np.zeros(len(ids), np.int64)
-    else:
-        proposed = set(itertools.compress(notes.request_ids, notes.proposed))
-        if not drafts.keys() <= proposed:
-            drafts = {rid: tokens for rid, tokens in drafts.items() if rid in proposed}
-        counted = list(map(len, map(drafts.get, ids, itertools.repeat(()))))
-        if invalid:
-            # vLLM pads new rows with drafts of -1 and drafts that the grammar forbids with -1: no trials of ours.
-            counted = [max(count - invalid.get(rid, 0), 0) for rid, count in zip(ids, counted, strict=True)]
-        drafted = np.array(counted, np.int64)
-    accepted = np.minimum(made - 1, drafted)
+        return Trials(ids, [0] * len(ids), [0] * len(ids), made)
+    proposed = set(itertools.compress(notes.request_ids, notes.proposed))
+    if not drafts.keys() <= proposed:
+        drafts = {rid: tokens for rid, tokens in drafts.items() if rid in proposed}
+    drafted = list(map(len, map(drafts.get, ids, itertools.repeat(()))))
+    if invalid:
+        # vLLM pads new rows with drafts of -1 and drafts that the grammar forbids with -1: no trials of ours.
+        drafted = [max(count - invalid.get(rid, 0), 0) for rid, count in zip(ids, drafted, strict=True)]
+    accepted = list(map(min, map(operator.sub, made, itertools.repeat(1)), drafted))
     if notes.certain:
-        pairs = [
-            count_trials(count, passed, notes.certain.get(rid, 0))
-            for rid, count, passed in zip(ids, drafted.tolist(), accepted.tolist(), strict=True)
-        ]
-        drafted, accepted = np.array(pairs, np.int64).reshape(-1, 2).T
-    return Trials(ids, np.minimum(drafted, k_max), np.minimum(accepted, k_max), made)
+        trials = zip(ids, drafted, accepted, strict=True)
+        pairs = [count_trials(count, passed, notes.certain.get(rid, 0)) for rid, count, passed in trials]
+        drafted, accepted = [count for count, _ in pairs], [passed for _, passed in pairs]
+    if max(drafted, default=0) > k_max:
+        drafted, accepted = (list(map(min, counts, itertools.repeat(k_max))) for counts in (drafted, accepted))
+    return Trials(ids, drafted, accepted, made)
 
 
 def teach(controller: GoodputController, outcomes: Sequence[Outcome]) -> None:
     """Have a controller learn from finished steps, in their order."""
-    for (ids, drafted, accepted, made), features, milliseconds, control, is_probe, is_timed, is_noted in outcomes:
-        # What a step takes for control it takes whatever it drafts, and only where it had a plan of its own.
-        time = milliseconds - control if is_timed else None
-        controller.observe(ids, drafted, accepted, features if ids else None, time, is_probe, made, is_noted)
+    controller.observe(
+        [
+            FinishedStep(
+                *outcome.trials,
+                outcome.features if outcome.trials.request_ids else None,
+                # What a step takes for control it takes whatever it drafts, and only where it had a plan of its own.
+                outcome.milliseconds - outcome.control if outcome.is_timed else None,
+                outcome.is_probe,
+                outcome.is_noted,
+            )
+            for outcome in outcomes
+        ]
+    )
 
 
 def report_outcomes(outcomes: Iterable[Outcome], predict: Callable[[StepFeatures], float], engine_index: int) -> None:
@@ -172,10 +176,10 @@ def report_outcomes(outcomes: Iterable[Outcome], predict: Callable[[StepFeatures
     decoding, last = 0.0, None
     for outcome in outcomes:
         trials = outcome.trials
-        verified += int(np.add.reduce(trials.drafted))
-        accepted += int(np.add.reduce(trials.accepted))
+        verified += sum(trials.drafted)
+        accepted += sum(trials.accepted)
         if outcome.is_timed:
-            tokens += int(np.add.reduce(trials.made))
+            tokens += sum(trials.made)
             decoding += outcome.milliseconds
             last = outcome
     add, set_gauge = observability.add, observability.set_gauge

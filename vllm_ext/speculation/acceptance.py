@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Container, Hashable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,7 +19,7 @@ REQUEST_MEMORY, IDLE_MEMORY = 0.97, 0.99
 #: Trials after one outcome that the chance of all counts for, and after two outcomes that of the newer one.
 HISTORY_STRENGTH = 6.0
 #: Steps that are learned from together by the same chances: predictions never wait for that many.
-REFRESH_EVERY = 3
+REFRESH_EVERY = 3.0
 #: Weights of what is known of a hazard (`AcceptanceModel`) before anything was seen, and how fast they follow.
 FIRST_WEIGHTS, WEIGHT_RATE = (1.0, 0.8, 0.6, 0.5), 0.03
 #: What a step moves the averages of `find_usual` by; more at first.
@@ -29,6 +31,18 @@ TRIALS_AFTER_CHANGE = 1.0
 def find_usual_rate(num_steps: int) -> float:
     """What the newest of so many steps counts for in an average of usual steps."""
     return max(USUAL_RATE, 1 / num_steps)
+
+
+class Verified(NamedTuple):
+    """A step whose outcome is to be learned: slots of its requests, int64 [n], and of each the drafts verified and
+    accepted and the tokens put out. Drafts of length 0 let a request drift to what all do. is_noted: whether
+    `AcceptanceModel.note` was told of it."""
+
+    slots: np.ndarray
+    drafted: Sequence[int]
+    accepted: Sequence[int]
+    made: Sequence[int]
+    is_noted: bool
 
 
 class AcceptanceModel:
@@ -79,9 +93,20 @@ class AcceptanceModel:
         if k_max < 1:
             raise ValueError(f"k_max must be at least 1, got {k_max}")
         self.k_max = k_max
-        self._initial = initial
-        self._shared_strength = shared_strength
-        self._shared_memory, self._untried_memory = shared_memory, untried_memory
+        #: As `compiled.learn_steps` takes them.
+        self._rates = (
+            initial,
+            shared_strength,
+            HISTORY_STRENGTH,
+            REFRESH_EVERY,
+            USUAL_RATE,
+            WEIGHT_RATE,
+            REQUEST_MEMORY,
+            IDLE_MEMORY,
+            shared_memory,
+            untried_memory,
+            TRIALS_AFTER_CHANGE,
+        )
         self._change = ChangeDetector()
         self._compiled = load_compiled()
         self._slots: dict[Hashable, int] = {}
@@ -95,17 +120,18 @@ class AcceptanceModel:
         self._totals = np.zeros((0, 3))
         #: The last two outcomes of each slot: with those only noted, and as far as they are learned from.
         self._histories, self._learned_histories = np.zeros(0, np.int64), np.zeros(0, np.int64)
-        #: Tokens that a step makes on average, [slots], and of an average request.
-        self._usual, self._shared_usual = np.zeros(0), 1.0
-        self._num_steps = 0
+        #: Tokens that a step makes on average, [slots].
+        self._usual = np.zeros(0)
+        #: Tokens that a step makes of an average request, steps learned from, and of these since chances were found.
+        self._averages = 1.0, 0, 0
+        #: How often all was forgotten because outcomes had changed.
+        self.num_forgotten = 0
         #: The requests asked for last and their slots: a step asks for the same ones when it trims, plans and learns.
         self._last_ids: list[Hashable] = []
         self._last_slots = np.zeros(0, np.int64)
         #: What is predicted of these until something is noted or learned.
         self._last_survival: np.ndarray | None = None
-        #: Steps learned from since chances were computed.
-        self._num_stale = 0
-        self._refresh()
+        self._chances = self._find_chances()
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -139,69 +165,58 @@ class AcceptanceModel:
         """How far recent outcomes were better than expected: `ChangeDetector.above`."""
         return self._change.above
 
-    def note(self, slots: np.ndarray, drafted: np.ndarray, accepted: np.ndarray) -> None:
+    def note(self, slots: np.ndarray, drafted: Sequence[int], accepted: Sequence[int]) -> None:
         """Have a step's outcomes count as the last ones, before they are learned from.
 
-        slots, drafted, accepted: int64 [n]. The step is to be observed later.
+        slots: int64 [n]; drafted, accepted: of each. The step is to be observed later.
         """
-        self._compiled.advance_histories(self._histories, slots, drafted, accepted)
+        self._compiled.advance_histories(self._histories, slots, *np.array((drafted, accepted), np.int64))
         self._last_survival = None
 
     def observe(
-        self,
-        slots: np.ndarray,
-        drafted: np.ndarray,
-        accepted: np.ndarray,
-        made: np.ndarray | None = None,
-        is_noted: bool = False,
+        self, slots: np.ndarray, drafted: np.ndarray, accepted: np.ndarray, made: np.ndarray | None = None
     ) -> None:
-        """Learn from one verified step.
+        """Learn from one verified step; arguments as of `Verified`, made None for accepted + 1."""
+        if len(slots):
+            columns = drafted, accepted, accepted + 1 if made is None else made
+            self.observe_all([Verified(slots, *(column.tolist() for column in columns), is_noted=False)])
 
-        slots, drafted, accepted: int [n]; drafts of length 0 let the request drift to what all do.
-        made: int [n], tokens that the step put out; None for accepted + 1. is_noted: whether `note` was told of it.
+    def observe_all(self, steps: Sequence[Verified]) -> None:
+        """Learn from verified steps, in their order.
+
         Raises ValueError where a request accepted more than it drafted, or drafted more than k_max.
         """
-        if not len(slots):
+        steps = [step for step in steps if len(step.slots)]
+        if not steps:
             return
+        # Over lists: a few numbers of many steps become arrays at once.
+        slots, (drafted, accepted, made) = (
+            np.concatenate([step.slots for step in steps]),
+            np.array([[*itertools.chain(*columns)] for columns in zip(*[step[1:4] for step in steps], strict=True)]),
+        )
         if (accepted > drafted).any() or drafted.max() > self.k_max or accepted.min() < 0:
             raise ValueError(f"accepted {accepted.tolist()} of drafted {drafted.tolist()} with k_max {self.k_max}")
-        drafted, accepted = np.ascontiguousarray(drafted, np.int64), np.ascontiguousarray(accepted, np.int64)
-        if not is_noted:
-            self._compiled.advance_histories(self._histories, slots, drafted, accepted)
-        if self._num_stale >= REFRESH_EVERY:
-            self._refresh()
-        own = self._totals, self._learned_histories
-        first = self._compiled.sum_first_drafts(
-            self._base, *own, slots, self._weights[3], self._pooled, drafted, accepted
-        )
-        if self._change.observe(*first):
-            self._forget_outcomes()
-        self._num_steps += 1
-        rate = find_usual_rate(self._num_steps)
-        made = accepted + 1 if made is None else np.ascontiguousarray(made, np.int64)
-        self._shared_usual += rate * (float(np.add.reduce(made)) / len(slots) - self._shared_usual)
-        self._compiled.learn_outcomes(
+        self._chances, self._averages, forgotten = self._compiled.learn_steps(
             self._state_counts,
             self._shared_counts,
-            *own,
+            self._totals,
+            self._histories,
+            self._learned_histories,
             self._usual,
             self._weights,
-            self._opinions,
-            self._base,
-            self._shared,
-            self._pooled,
+            self._change.sums,
+            self._chances,
+            self._averages,
+            np.cumsum([len(step.slots) for step in steps]),
+            np.array([step.is_noted for step in steps], np.int64),
             slots,
             drafted,
             accepted,
             made,
-            rate,
-            WEIGHT_RATE,
-            REQUEST_MEMORY,
-            IDLE_MEMORY,
-            self._shared_memory,
-            self._untried_memory,
+            self._rates,
+            self._change.limits,
         )
-        self._num_stale += 1
+        self.num_forgotten += forgotten
         self._last_survival = None
 
     def predict_survival(self, slots: np.ndarray) -> np.ndarray:
@@ -227,10 +242,11 @@ class AcceptanceModel:
 
     def describe(self, slots: np.ndarray) -> tuple[object, ...]:
         """What chances of requests are predicted from, as the compiled loops take it."""
-        if self._num_stale:
-            self._refresh()
-        own = self._totals, self._histories, slots
-        return self._base, *own, self._weights[3], self._pooled, LOWEST, HIGHEST
+        usual, num_steps, num_stale = self._averages
+        if num_stale:
+            self._chances, self._averages = self._find_chances(), (usual, num_steps, 0)
+        _, base, _, pooled = self._chances
+        return base, self._totals, self._histories, slots, self._weights[3], pooled, LOWEST, HIGHEST
 
     @property
     def usual(self) -> np.ndarray:
@@ -242,20 +258,12 @@ class AcceptanceModel:
         come, what those of all make."""
         return self._usual[slots]
 
-    def _refresh(self) -> None:
-        """Chances as the counts are now."""
-        compiled = self._compiled
-        self._shared, self._pooled = compiled.pool_counts(self._shared_counts, self._initial, self._shared_strength)
-        self._opinions, self._base = compiled.find_opinions(
-            self._state_counts, self._shared, self._pooled, HISTORY_STRENGTH, self._weights
+    def _find_chances(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+        """`compiled.find_chances` by the counts as they are now."""
+        chances: tuple[np.ndarray, np.ndarray, np.ndarray, float] = self._compiled.find_chances(
+            self._state_counts, self._shared_counts, self._weights, *self._rates[:3]
         )
-        self._num_stale = 0
-
-    def _forget_outcomes(self) -> None:
-        """Keep what was learned as a guess: another text, another load, and none of it holds."""
-        for counts in (self._shared_counts, self._state_counts, self._totals):
-            counts *= min(1.0, TRIALS_AFTER_CHANGE / max(float(counts[..., 1].max(initial=0.0)), 1e-9))
-        self._refresh()
+        return chances
 
     def _add(self, request_id: Hashable) -> int:
         if not self._free:
@@ -270,6 +278,6 @@ class AcceptanceModel:
             self._usual = np.concatenate([self._usual, np.ones(more)])
         slot = self._free.pop()
         self._slots[request_id] = slot
-        self._totals[slot], self._usual[slot] = 0.0, self._shared_usual
+        self._totals[slot], self._usual[slot] = 0.0, self._averages[0]
         self._histories[slot] = self._learned_histories[slot] = 0
         return slot

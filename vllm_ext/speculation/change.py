@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-import math
+import numpy as np
+
+from vllm_ext.speculation.goodput import load_compiled
 
 #: Requests of a batch that count as independent witnesses at most: their estimates share what is wrong with them.
 MOST_WITNESSES = 8
@@ -24,9 +26,21 @@ class ChangeDetector:
 
     def __init__(self, reference: float = 0.5, threshold: float = 8.0) -> None:
         """reference: standard deviations that each surprise is reduced by; threshold: sum that raises the alarm."""
-        self._reference, self._threshold = reference, threshold
+        #: As `compiled.detect_change` takes them.
+        self.limits = reference, threshold, float(MOST_WITNESSES), LARGEST_SURPRISE
         #: The two sums: outcomes better than expected, and worse.
-        self.above = self.below = 0.0
+        self.sums = np.zeros(2)
+        self._detect = load_compiled().detect_change
+
+    @property
+    def above(self) -> float:
+        """How far outcomes were better than expected."""
+        return float(self.sums[0])
+
+    @property
+    def below(self) -> float:
+        """How far they were worse."""
+        return float(self.sums[1])
 
     def observe(self, count: int, expected: float, squares: float, succeeded: int) -> bool:
         """Whether outcomes have changed, after one more step.
@@ -35,15 +49,5 @@ class ChangeDetector:
         chances squared; succeeded: how many were accepted. After an alarm the sums begin anew, with a head start where
         outcomes became better (Lucas and Crosier 1982).
         """
-        if not count:
-            return False
-        variance = (expected - squares) / count / min(count, MOST_WITNESSES)
-        surprise = (succeeded - expected) / count / math.sqrt(max(variance, 1e-6))
-        surprise = min(max(surprise, -LARGEST_SURPRISE), LARGEST_SURPRISE)
-        self.above = max(0.0, self.above + surprise - self._reference)
-        self.below = max(0.0, self.below - surprise - self._reference)
-        if max(self.above, self.below) < self._threshold:
-            return False
-        # Half way to the next alarm: what became better may be better still than it seems after one forgotten past.
-        self.above, self.below = (self._threshold / 2 if self.above >= self._threshold else 0.0), 0.0
-        return True
+        alarm: bool = self._detect(self.sums, count, float(expected), float(squares), succeeded, self.limits)
+        return alarm

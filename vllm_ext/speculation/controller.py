@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from vllm_ext.speculation.acceptance import AcceptanceModel, find_usual_rate
+from vllm_ext.speculation.acceptance import AcceptanceModel, Verified, find_usual_rate
 from vllm_ext.speculation.chooser import TRIM_SHARE, Batch, Decision, LengthChooser, Outlook, Policy, find_share
 from vllm_ext.speculation.goodput import (
     Choice,
@@ -21,14 +22,35 @@ from vllm_ext.speculation.goodput import (
 from vllm_ext.speculation.probing import HOPE, PROBE_EVERY, ProbeBudget
 from vllm_ext.speculation.step_time import StepFeatures, StepTimeModel
 
-__all__ = ["PROBE_EVERY", "Batch", "Decision", "GoodputController", "Policy"]
+__all__ = ["PROBE_EVERY", "Batch", "Decision", "FinishedStep", "GoodputController", "Policy"]
 
 #: While requests speculate, one step in so many drafts one more or one less: lengths that never change do not tell what
 #: a draft costs. Often at first, then seldom.
 EXPLORE_EVERY, EXPLORE_SELDOM, EXPLORE_AT_FIRST = 12, 96, 300
 
+#: Steps that are learned from together of which half are timed.
+MANY_STEPS = 8
+
 #: What must be left, when a lookup's probe is offered, beyond what it is believed to cost.
 OFFER_SPARE = 0.25
+
+
+class FinishedStep(NamedTuple):
+    """What there is to learn from a step."""
+
+    request_ids: Sequence[Hashable]
+    #: Verified and accepted drafts of each request, and tokens put out.
+    drafted: Sequence[int]
+    accepted: Sequence[int]
+    made: Sequence[int]
+    #: Of the whole step, tokens without padding and without those of prompts; None where they are not known.
+    features: StepFeatures | None = None
+    #: Of the same; None where its time says nothing, as beside prompts.
+    milliseconds: float | None = None
+    #: Whether the drafts that this step verified come from a plan that was a probe.
+    is_probe: bool = False
+    #: Whether `note` was told of it.
+    is_noted: bool = False
 
 
 class GoodputController(LengthChooser):
@@ -184,43 +206,31 @@ class GoodputController(LengthChooser):
         outlook = self._value(batch, slots, model.predict_survival(slots), price, weights)
         return self._choose_each(outlook, drafted, cost).lengths
 
-    def note(self, request_ids: Sequence[Hashable], drafted: np.ndarray, accepted: np.ndarray) -> None:
-        """What a step verified and accepted, int64 [n], to be observed before the next plan."""
+    def note(self, request_ids: Sequence[Hashable], drafted: Sequence[int], accepted: Sequence[int]) -> None:
+        """What a step verified and accepted, to be observed before the next plan."""
         if request_ids:
             self.acceptance.note(self.acceptance.find_slots(request_ids), drafted, accepted)
 
-    def observe(
-        self,
-        request_ids: Sequence[Hashable],
-        drafted: np.ndarray,
-        accepted: np.ndarray,
-        features: StepFeatures | None = None,
-        milliseconds: float | None = None,
-        is_probe: bool = False,
-        made: np.ndarray | None = None,
-        is_noted: bool = False,
-    ) -> None:
-        """Learn from a finished step.
-
-        drafted, accepted: int [n], verified and accepted drafts of each request. features: of the whole step, tokens
-        without padding and without those of prompts; None where they are not known. milliseconds: of the same; None
-        where its time says nothing, as beside prompts. is_probe: whether the drafts that this step verified come from a
-        plan that was a probe. made: int [n], tokens that each request put out, where others were drafted too than those
-        that count here; None for accepted + 1. is_noted: whether `note` was told of it.
-        """
-        if is_probe and self._offered and drafted.any():
-            # Nobody asked trim_drafts: all of it was verified.
-            (common, each), width = self._offered, int(np.count_nonzero(drafted))
-            self._probes.pay(common + each * width, width)
-            self._offered = None
-        if is_probe or (self._probes.is_awaited and drafted.any()):
-            self._probes.hear()
-        self.acceptance.observe(self.acceptance.find_slots(request_ids), drafted, accepted, made, is_noted)
-        if features is None:
-            return
-        self._learn_stretch(features)
-        if milliseconds is not None:
-            self.step_time.observe(self._pad(features), milliseconds)
+    def observe(self, steps: Sequence[FinishedStep]) -> None:
+        """Learn from finished steps, in their order."""
+        verified = []
+        for step in steps:
+            if step.is_probe and self._offered and any(step.drafted):
+                # Nobody asked trim_drafts: all of it was verified.
+                (common, each), width = self._offered, sum(count > 0 for count in step.drafted)
+                self._probes.pay(common + each * width, width)
+                self._offered = None
+            if step.is_probe or (self._probes.is_awaited and any(step.drafted)):
+                self._probes.hear()
+            slots = self.acceptance.find_slots(step.request_ids)
+            verified.append(Verified(slots, step.drafted, step.accepted, step.made, step.is_noted))
+        self.acceptance.observe_all(verified)
+        # Steps of one plan take about the same: half of them say enough.
+        for step in steps if len(steps) < MANY_STEPS else steps[::2]:
+            if step.features is not None:
+                self._learn_stretch(step.features)
+                if step.milliseconds is not None:
+                    self.step_time.observe(self._pad(step.features), step.milliseconds)
 
     def forget(self, running: Mapping[Hashable, object]) -> None:
         """Drop every request that is not among the running ones."""
@@ -230,7 +240,7 @@ class GoodputController(LengthChooser):
         """Compile what steps run (`compiled`): seconds on a machine's first start, and no request waits for them."""
         model, drafted = AcceptanceModel(self.k_max), np.array([self.k_max])
         slots = model.find_slots([0])
-        model.note(slots, drafted, drafted)
+        model.note(slots, [self.k_max], [self.k_max])
         model.observe(slots, drafted, drafted)
         survival, cost = model.predict_survival(slots), DraftCost(1.0, 1e-3)
         model.predict_best(slots)

@@ -57,7 +57,7 @@ def advance_histories(histories: np.ndarray, slots: np.ndarray, drafted: np.ndar
 
 
 @compile_loop
-def pool_counts(shared_counts: np.ndarray, initial: float, strength: float) -> tuple[np.ndarray, float]:
+def _pool_counts(shared_counts: np.ndarray, initial: float, strength: float) -> tuple[np.ndarray, float]:
     """Chances of an average request: at each position, float64 [k_max], and over all positions."""
     successes, trials = 0.0, 0.0
     for place in range(len(shared_counts)):
@@ -78,12 +78,12 @@ def _find_logit(chance: float) -> float:
 
 
 @compile_loop
-def find_opinions(
+def _find_opinions(
     state_counts: np.ndarray, shared: np.ndarray, pooled: float, strength: float, weights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """What the counts say of every history and position: (opinions, base).
 
-    shared: float64 [k_max], chances of an average request, pooled: over all positions (`pool_counts`); strength: trials
+    shared: float64 [k_max], chances of an average request, pooled: over all positions (`_pool_counts`); strength: trials
     that the chance of all counts for after one outcome, and that after one outcome for the chance after two.
     """
     k_max, everywhere = len(shared), _find_logit(pooled)
@@ -106,6 +106,22 @@ def find_opinions(
                 base[history, place] = everywhere + weights[0] * opinion[0] + weights[1] * opinion[1]
                 base[history, place] += weights[2] * opinion[2]
     return opinions, base
+
+
+@compile_loop
+def find_chances(
+    state_counts: np.ndarray,
+    shared_counts: np.ndarray,
+    weights: np.ndarray,
+    initial: float,
+    shared_strength: float,
+    history_strength: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """(opinions, base, shared, pooled) as the counts are now: the first two of every history and position, then chances
+    of an average request, float64 [k_max] and over all positions."""
+    shared, pooled = _pool_counts(shared_counts, initial, shared_strength)
+    opinions, base = _find_opinions(state_counts, shared, pooled, history_strength, weights)
+    return opinions, base, shared, pooled
 
 
 @compile_loop
@@ -283,7 +299,7 @@ def choose_again(
 
 
 @compile_loop
-def sum_first_drafts(
+def _sum_first_drafts(
     base: np.ndarray,
     totals: np.ndarray,
     histories: np.ndarray,
@@ -308,7 +324,7 @@ def sum_first_drafts(
 
 
 @compile_loop
-def learn_outcomes(
+def _learn_outcomes(
     state_counts: np.ndarray,
     shared_counts: np.ndarray,
     totals: np.ndarray,
@@ -332,7 +348,7 @@ def learn_outcomes(
 ) -> None:
     """Learn from one step: counts, weights, histories and tokens of usual steps, all in place.
 
-    opinions, base, shared, pooled: by which chances are predicted (`find_opinions`, `pool_counts`); shared_counts:
+    opinions, base, shared, pooled: by which chances are predicted (`find_chances`); shared_counts:
     float64 [k_max, 2]; usual: float64 [slots]; drafted, accepted, made: int64 [n]. weight_rate: how fast weights
     follow; memories: what counts keep at each step.
     """
@@ -378,3 +394,131 @@ def learn_outcomes(
         for kind in range(len(weights)):
             moved = weights[kind] + weight_rate * gradient[kind] / norm
             weights[kind] = min(max(moved, 0.0), _LARGEST_WEIGHT)
+
+
+@compile_loop
+def detect_change(
+    sums: np.ndarray, count: int, expected: float, squares: float, succeeded: int, limits: tuple[float, ...]
+) -> bool:
+    """`change.ChangeDetector.observe`; sums: float64 [2], in place; limits: its four numbers."""
+    reference, threshold, most_witnesses, largest = limits
+    if count == 0:
+        return False
+    variance = (expected - squares) / count / min(float(count), most_witnesses)
+    surprise = (succeeded - expected) / count / math.sqrt(max(variance, 1e-6))
+    surprise = min(max(surprise, -largest), largest)
+    sums[0] = max(0.0, sums[0] + surprise - reference)
+    sums[1] = max(0.0, sums[1] - surprise - reference)
+    if max(sums[0], sums[1]) < threshold:
+        return False
+    # Half way to the next alarm: what became better may be better still than it seems after one forgotten past.
+    sums[0], sums[1] = threshold / 2 if sums[0] >= threshold else 0.0, 0.0
+    return True
+
+
+@compile_loop
+def _fade(counts: np.ndarray, most: float) -> None:
+    """Have the largest count of trials be no more than `most`, in place. counts: float64 [rows, columns], trials in the
+    second column."""
+    largest = 1e-9
+    for row in range(len(counts)):
+        largest = max(largest, counts[row, 1])
+    for row in range(len(counts)):
+        for column in range(counts.shape[1]):
+            counts[row, column] *= min(1.0, most / largest)
+
+
+@compile_loop
+def learn_steps(
+    state_counts: np.ndarray,
+    shared_counts: np.ndarray,
+    totals: np.ndarray,
+    histories: np.ndarray,
+    learned_histories: np.ndarray,
+    usual: np.ndarray,
+    weights: np.ndarray,
+    change: np.ndarray,
+    chances: tuple[np.ndarray, np.ndarray, np.ndarray, float],
+    averages: tuple[float, int, int],
+    ends: np.ndarray,
+    is_noted: np.ndarray,
+    slots: np.ndarray,
+    drafted: np.ndarray,
+    accepted: np.ndarray,
+    made: np.ndarray,
+    rates: tuple[float, ...],
+    limits: tuple[float, ...],
+) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray, float], tuple[float, int, int], int]:
+    """Learn from steps, one after another: (chances, averages, how often the past was forgotten). Counts, histories,
+    weights, usual and change are changed in place.
+
+    usual: float64 [slots], tokens of a request's usual steps; change: float64 [2], of `detect_change`; chances: of
+    `find_chances`; averages: tokens of an average request's usual steps, steps learned from, and of these since chances
+    were found. ends: int64 [steps], where each step's rows end; is_noted: int64 [steps], whether its outcomes are among
+    histories; slots, drafted, accepted, made: int64 [rows]. rates: as `AcceptanceModel` orders them; limits: of
+    `detect_change`.
+    """
+    opinions, base, shared, pooled = chances
+    shared_usual, num_steps, num_stale = averages
+    (
+        initial,
+        shared_strength,
+        history_strength,
+        refresh_every,
+        least_usual_rate,
+        weight_rate,
+        request_memory,
+        idle_memory,
+        shared_memory,
+        untried_memory,
+        trials_after_change,
+    ) = rates
+    begin, num_forgotten = 0, 0
+    for step in range(len(ends)):
+        end = ends[step]
+        where, tried, passed, tokens = slots[begin:end], drafted[begin:end], accepted[begin:end], made[begin:end]
+        count, begin = end - begin, end
+        if is_noted[step] == 0:
+            advance_histories(histories, where, tried, passed)
+        if num_stale >= refresh_every:
+            opinions, base, shared, pooled = find_chances(
+                state_counts, shared_counts, weights, initial, shared_strength, history_strength
+            )
+            num_stale = 0
+        first = _sum_first_drafts(base, totals, learned_histories, where, weights[3], pooled, tried, passed)
+        if detect_change(change, first[0], first[1], first[2], first[3], limits):
+            # What was learned is kept as a guess: another text, another load, and none of it holds.
+            _fade(shared_counts, trials_after_change)
+            _fade(state_counts.reshape(-1, 2), trials_after_change)
+            _fade(totals, trials_after_change)
+            opinions, base, shared, pooled = find_chances(
+                state_counts, shared_counts, weights, initial, shared_strength, history_strength
+            )
+            num_stale, num_forgotten = 0, num_forgotten + 1
+        num_steps += 1
+        usual_rate = max(least_usual_rate, 1.0 / num_steps)
+        shared_usual += usual_rate * (np.sum(tokens) / count - shared_usual)
+        _learn_outcomes(
+            state_counts,
+            shared_counts,
+            totals,
+            learned_histories,
+            usual,
+            weights,
+            opinions,
+            base,
+            shared,
+            pooled,
+            where,
+            tried,
+            passed,
+            tokens,
+            usual_rate,
+            weight_rate,
+            request_memory,
+            idle_memory,
+            shared_memory,
+            untried_memory,
+        )
+        num_stale += 1
+    return (opinions, base, shared, pooled), (shared_usual, num_steps, num_stale), num_forgotten
