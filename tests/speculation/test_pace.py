@@ -14,7 +14,9 @@ def test_every_step_has_its_own_plan_until_something_was_measured() -> None:
     assert Pace().steps == 1
 
 
-@pytest.mark.parametrize(("control", "step", "steps"), [(0.5, 100.0, 1), (0.5, 20.0, 10), (0.5, 5.0, 20), (0.5, 1.0, HOLD_STEPS)])
+@pytest.mark.parametrize(
+    ("control", "step", "steps"), [(0.5, 100.0, 1), (0.5, 20.0, 10), (0.5, 10.0, 14), (0.5, 1.0, HOLD_STEPS)]
+)
 def test_the_shorter_the_step_the_longer_a_plan_stands(control: float, step: float, steps: int) -> None:
     pace = Pace()
     pace.observe(control, step)

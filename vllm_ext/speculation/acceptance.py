@@ -179,7 +179,8 @@ class AcceptanceModel:
         """Learn from one verified step; arguments as of `Verified`, made None for accepted + 1."""
         if len(slots):
             columns = drafted, accepted, accepted + 1 if made is None else made
-            self.observe_all([Verified(slots, *(column.tolist() for column in columns), is_noted=False)])
+            drafts, passed, tokens = (column.tolist() for column in columns)
+            self.observe_all([Verified(slots, drafts, passed, tokens, is_noted=False)])
 
     def observe_all(self, steps: Sequence[Verified]) -> None:
         """Learn from verified steps, in their order.

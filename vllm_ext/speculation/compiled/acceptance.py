@@ -83,8 +83,8 @@ def _find_opinions(
 ) -> tuple[np.ndarray, np.ndarray]:
     """What the counts say of every history and position: (opinions, base).
 
-    shared: float64 [k_max], chances of an average request, pooled: over all positions (`_pool_counts`); strength: trials
-    that the chance of all counts for after one outcome, and that after one outcome for the chance after two.
+    shared: float64 [k_max], chances of an average request, pooled: over all positions (`_pool_counts`); strength:
+    trials that the chance of all counts for after one outcome, and that after one outcome for the chance after two.
     """
     k_max, everywhere = len(shared), _find_logit(pooled)
     opinions, base = np.empty((NUM_HISTORIES, k_max, 3)), np.empty((NUM_HISTORIES, k_max))
