@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The controller against its alternatives on a grid of simulated servers.
 
-    python -m bench.speculation [--out DIR] [--quick] [--hold STEPS] [--dry]
+    python -m bench.speculation [--out DIR] [--quick] [--hold STEPS [--untrimmed]] [--dry]
 
 Every cell is one cost model (with its per-token and drafting costs also 30 % lower and higher), one number of
 concurrent requests and one regime of acceptance; outcomes, noise and the measured prior are drawn several times, and
 the worst draw counts. Written are one record, case `smartspec_simulated`, with the worst draw of every cell, and a
 plot. Simulated: no engine runs, and control takes no time. What is lost where a plan stands for more than one step, as
-it does where control would take too much of a short step, is the arm `ours_held_STEPS` of --hold.
+it does where control would take too much of a short step, is the arm `ours_held_STEPS` of --hold; with --untrimmed
+these plans are never trimmed by the newest outcomes, as those with few drafts are not: `ours_held_STEPS_untrimmed`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bench.records import RESULTS, Metric, Record, describe_environment, write_record
-from bench.speculation.policies import FixedLength, Oracle, Ours, Published, StockTable, measure_prior
+from bench.speculation.policies import HOLD, FixedLength, Hold, Oracle, Ours, Published, StockTable, measure_prior
 from bench.speculation.regimes import REGIMES
 from bench.speculation.simulator import DraftPolicy, Regime, TimedTrace, Trace, TrueCost, Workload, read_costs, simulate
 
@@ -66,7 +67,7 @@ class Group(NamedTuple):
 
 
 def run_group(
-    group: Group, seeds: int = SEEDS, tokens: int = TOKENS, has_prior: bool = True, hold: int = 1
+    group: Group, seeds: int = SEEDS, tokens: int = TOKENS, has_prior: bool = True, hold: Hold = HOLD
 ) -> dict[str, list[Cell]]:
     """Simulate all policies of every cell of a group: the draws by name of the cell."""
     regime, concurrency = group.regime, group.concurrency
@@ -146,7 +147,7 @@ def make_groups(quick: bool) -> list[Group]:
     return groups
 
 
-def run_grid(quick: bool, hold: int = 1) -> dict[str, list[Cell]]:
+def run_grid(quick: bool, hold: Hold = HOLD) -> dict[str, list[Cell]]:
     """The draws of every cell."""
     from rich.console import Console
     from rich.progress import track
@@ -200,7 +201,7 @@ def summarize(cells: Mapping[str, Sequence[Cell]]) -> dict[str, Metric]:
     }
 
 
-def make_record(cells: Mapping[str, Sequence[Cell]], quick: bool, hold: int = 1) -> Record:
+def make_record(cells: Mapping[str, Sequence[Cell]], quick: bool, hold: Hold = HOLD) -> Record:
     """One record: the figures that count, and beside them the worst draw of every cell, as ratios."""
     samples = {
         name: {
@@ -216,10 +217,11 @@ def make_record(cells: Mapping[str, Sequence[Cell]], quick: bool, hold: int = 1)
         "tokens_per_request_slot": TOKENS,
         "draws": SEEDS,
         "quick": quick,
-        "hold": hold,
+        "hold": hold.steps,
+        "trims_held": hold.trims,
         "samples": samples,
     }
-    arm = "ours" if hold == 1 else f"ours_held_{hold}"
+    arm = "ours" if hold == HOLD else f"ours_held_{hold.steps}" + ("" if hold.trims else "_untrimmed")
     return Record(CASE, arm, 0, summarize(cells), **describe_environment(), settings=settings)
 
 
@@ -253,11 +255,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one scale of costs and two batch sizes")
     parser.add_argument("--dry", action="store_true", help="print the figures and write nothing")
     parser.add_argument("--hold", type=int, default=1, help="steps that a plan stands for")
+    parser.add_argument("--untrimmed", action="store_true", help="such plans are not trimmed")
     options = parser.parse_args(argv)
     if options.hold < 1:
         parser.error(f"--hold must be at least 1 step, got {options.hold}")
-    cells = run_grid(options.quick, options.hold)
-    record = make_record(cells, options.quick, options.hold)
+    if options.untrimmed and options.hold == 1:
+        parser.error("--untrimmed is about plans that stand: give --hold")
+    hold = Hold(options.hold, not options.untrimmed)
+    cells = run_grid(options.quick, hold)
+    record = make_record(cells, options.quick, hold)
     if not options.dry:
         draw(cells, write_record(options.out, record).parent / f"{record.arm}.svg")
     from rich.console import Console

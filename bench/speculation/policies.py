@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -149,13 +151,24 @@ class Oracle:
         return choose_lengths(survival, values, caps, cost, price, passes)
 
 
+class Hold(NamedTuple):
+    """Steps that a plan of ours stands for, and whether these trim its drafts by the newest outcomes."""
+
+    steps: int
+    trims: bool
+
+
+#: Every step has a plan of its own.
+HOLD = Hold(1, True)
+
+
 class Ours:
     """The controller of the pack, as the engine has it: told the drafter's passes, the sizes of captured graphs, and
     what a sweep of forward passes took before serving."""
 
-    def __init__(self, cost: TrueCost, prior: Mapping[str, float] | None, hold: int = 1) -> None:
+    def __init__(self, cost: TrueCost, prior: Mapping[str, float] | None, hold: Hold = HOLD) -> None:
         """cost: for the sizes of graphs and the drafter's kind, which the engine's configuration says. prior: of a
-        sweep (`measure_prior`); None for none. hold: steps that a plan stands for."""
+        sweep (`measure_prior`); None for none."""
         self.controller = GoodputController(
             K_MAX, step_time=StepTimeModel(prior), passes=PASSES[cost.drafter], graph_sizes=cost.graph_sizes
         )
@@ -165,10 +178,13 @@ class Ours:
 
     def trim(self, batch: Batch, given: np.ndarray, is_probe: bool, truth: Truth) -> np.ndarray:
         """The controller's choice among the drafts."""
-        standing = self._find_standing(batch)
+        last, standing = self._standing, self._find_standing(batch)
+        if standing is None:
+            self._end_plan()
+        if last is not None and not last.trims and last.covers(len(batch.request_ids)) and given.sum() <= last.total:
+            return given
         if standing is not None:
             return self.controller.trim_again(batch, given)
-        self._end_plan()
         return self.controller.trim_drafts(batch, given, is_probe)
 
     def plan(self, batch: Batch, truth: Truth) -> Plan:
@@ -179,16 +195,18 @@ class Ours:
             self._standing = standing.follow(batch.request_ids)
             return Plan(np.fromiter(self._standing.lengths.values(), np.int64))
         self._end_plan()
-        decision = self.controller.plan_drafts(batch, self._stood)
+        # So long that nothing could be saved.
+        trim_time = 0.0 if self._hold.trims else math.inf
+        decision = self.controller.plan_drafts(batch, self._stood, trim_time)
         self._stood = 1
         # Here a model gives each request its own length; in the engine all get the longest, and the trim cuts them.
         if decision.may_stand:
             lengths = dict(zip(batch.request_ids, decision.lengths.tolist(), strict=True))
-            self._standing = Standing.begin(self._hold, lengths)
+            self._standing = Standing.begin(self._hold.steps, lengths, decision.trims)
         return Plan(decision.lengths, decision.is_probe)
 
     def observe(self, observation: Observation) -> None:
-        """As the scheduler mixin does after a step."""
+        """As the scheduler mixin does where drafts are trimmed at every step."""
         ids, drafted, accepted, features, milliseconds, is_probe = observation
         counts = drafted.tolist(), accepted.tolist(), (accepted + 1).tolist()
         self._seen.append(FinishedStep(ids, *counts, features, milliseconds, is_probe, is_noted=True))

@@ -219,6 +219,19 @@ def test_the_output_of_aborted_requests_is_no_trial(tmp_path: Path) -> None:
     assert [told["request_ids"] for told in seen] == [["a", "b"], ["a", "b"], ["b"]]
 
 
+def test_asynchronous_output_of_aborted_requests_is_no_trial(tmp_path: Path) -> None:
+    scheduler = build_scheduler(K, tmp_path, base="AsyncScheduler", method="ngram_gpu")
+    seen = record_observed(scheduler)
+    add_request(scheduler, "a")
+    add_request(scheduler, "b")
+    flying = [scheduler.schedule(), scheduler.schedule()]
+    assert [list(output.num_scheduled_tokens) for output in flying] == [["a", "b"]] * 2
+    scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
+    for output in flying:
+        scheduler.update_from_output(output, run_model(output, lambda rid, tokens: [*tokens[:1], 9]))
+    assert [told["request_ids"] for told in seen] == [["b"], ["b"]]
+
+
 def test_a_model_that_drafts_more_than_asked_is_trimmed_at_every_step(tmp_path: Path) -> None:
     """It makes the longest number for all, so what a shorter length asks for is up to the trim."""
     scheduler, script = build(tmp_path)
@@ -250,7 +263,7 @@ def test_asynchronous_steps_share_plans(tmp_path: Path) -> None:
     gaps = [steps for _, steps in script.asked]
     assert max(gaps) == HOLD
     # Of fifteen finished steps those since the last plan are still to be learned from.
-    assert len(seen) + len(scheduler._outcomes) + len(scheduler._finished_steps) == 15
+    assert len(seen) + len(scheduler._outcomes) + len(scheduler._unread) == 15
     assert all(told["drafted"] == [2] for told in seen[2:])
 
 

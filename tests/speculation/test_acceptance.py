@@ -78,6 +78,7 @@ def test_a_change_is_followed() -> None:
         for _ in range(60):
             drafted = np.full(4, 4)
             model.observe(slots, drafted, draw_accepted(rng, np.full((4, 4), hazard), drafted))
+        assert model.num_forgotten >= (hazard < 0.5)
         assert abs(model.predict_survival(slots)[:, 0].mean() - hazard) < 0.1
 
 
@@ -278,6 +279,58 @@ def test_noted_outcomes_are_not_counted_twice() -> None:
             later.observe_all([Verified(slots, *outcome, outcome[1] + 1, True)])
             assert (later._histories == newest).all()
     assert (later.predict_survival(later.find_slots("abc")) == at_once.predict_survival(slots)).all()
+
+
+def test_steps_learned_together_are_learned_as_one_by_one() -> None:
+    """Also of other requests each, with some of them noted, past fresh chances and past an alarm."""
+    rng, steps = np.random.default_rng(0), []
+    for step in range(60):
+        ids = [f"{row}" for row in range(1 + step % 4)]
+        drafted = rng.integers(1, 4, len(ids))
+        passed = rng.random(len(ids)) < (0.02 if step < 40 else 0.98)
+        steps.append((ids, drafted, drafted * passed))
+    single, together = AcceptanceModel(3), AcceptanceModel(3)
+    for model in (single, together):
+        model.find_slots("0123")
+    for ids, drafted, accepted in steps:
+        single.observe(single.find_slots(ids), drafted, accepted)
+    for place in range(0, 60, 12):
+        batch = []
+        for row, (ids, drafted, accepted) in enumerate(steps[place : place + 12]):
+            slots, counts = together.find_slots(ids), (drafted.tolist(), accepted.tolist(), (accepted + 1).tolist())
+            if row < 5:
+                together.note(slots, *counts[:2])
+            batch.append(Verified(slots, *counts, is_noted=row < 5))
+        together.observe_all(batch)
+    assert single.num_forgotten == together.num_forgotten > 0
+    expected, found = (model.predict_survival(model.find_slots("0123")) for model in (single, together))
+    assert (expected == found).all()
+    assert (single.usual == together.usual).all()
+    with pytest.raises(ValueError, match="k_max 3"):
+        together.observe_all([Verified(together.find_slots("0"), [4], [0], [1], False)])
+
+
+def test_the_mean_of_what_a_step_may_come_after() -> None:
+    """As often as drafts were tried after two outcomes, so often is their chance in it."""
+    rng, model = np.random.default_rng(2), AcceptanceModel(3)
+    slots = model.find_slots("ab")
+    none = model.predict_mean(slots)
+    assert none == pytest.approx(model.predict_survival(slots))
+    is_good = np.array([True, False])
+    for _ in range(200):
+        accepted = draw_accepted(rng, np.where(is_good, 0.95, 0.1)[:, None] * np.ones(3), np.full(2, 3))
+        model.observe(slots, np.full(2, 3), accepted)
+        is_good = np.where(rng.random(2) < 0.1, ~is_good, is_good)
+    mean, survivals = model.predict_mean(slots), []
+    for history in range(16):
+        model._histories[:] = history
+        model._last_survival = None
+        survivals.append(model.predict_survival(slots))
+    tried = model._state_counts[:, 0, 1] + 1e-3
+    assert mean == pytest.approx(np.tensordot(tried / tried.sum(), survivals, 1))
+    assert (np.diff(mean, axis=1) <= 0).all()
+    # Good steps come in rows, so long drafts survive more often than their positions' chances would say.
+    assert mean[0, 2] > 1.1 * mean[0, 0] ** 3
 
 
 def test_the_best_that_a_step_may_bring() -> None:

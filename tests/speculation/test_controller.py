@@ -320,3 +320,63 @@ def test_a_probe_that_is_offered_can_be_paid_for(count: int, drafted: float, onc
     offered = [step for step in steps if step.is_probe]
     verified = sum(step.verified.any() for step in offered)
     assert 0 < verified >= 0.8 * len(offered)
+
+
+def teach(controller: GoodputController, ids: list[int], accepted: int, steps: int = 1) -> None:
+    """Steps of 4 verified drafts for each request, each in the time that the controller expects."""
+    features = StepFeatures(5 * len(ids), 1000, len(ids), 0, 4 * len(ids), 1)
+    for _ in range(steps):
+        counts = [4] * len(ids), [accepted] * len(ids), [accepted + 1] * len(ids)
+        controller.observe([FinishedStep(ids, *counts, features, controller.predict(features))])
+
+
+def test_few_drafts_get_lengths_that_are_good_after_any_outcome() -> None:
+    """Where trimming takes longer than it saves, as it does for one request, the newest outcome is not followed."""
+    lengths: dict[tuple[int, float], list[int]] = {}
+    trims = {}
+    for count, trim_time in ((1, 0.0), (1, 0.2), (16, 0.2)):
+        # A drafter that is a model: a lookup's plans are as long as any outcome may want.
+        controller, ids = make_controller(passes=PASSES), list(range(count))
+        batch = Batch(ids, count, 1000)
+        for accepted in (4, 4, 4, 0, 0) * 20:
+            teach(controller, ids, accepted)
+        for accepted in (4, 0):
+            teach(controller, ids, accepted, 2)
+            decision = controller.plan_drafts(batch, trim_time=trim_time)
+            trims[count, trim_time] = decision.trims
+            lengths.setdefault((count, trim_time), []).append(int(decision.lengths.max()))
+    assert trims == {(1, 0.0): True, (1, 0.2): False, (16, 0.2): True}
+    # Good steps come after two bad ones, always, and bad ones after good ones.
+    after_good, after_bad = lengths[1, 0.0]
+    assert after_good < after_bad
+    assert abs(lengths[1, 0.2][0] - lengths[1, 0.2][1]) <= 1
+
+
+@pytest.mark.parametrize("settings", [{"kept_shapes": 2}, {"is_ragged": False}])
+def test_some_drafts_are_trimmed_whatever_it_takes(settings: dict[str, Any]) -> None:
+    """Where the sizes of steps matter, and where all get as many as the one that gets most."""
+    controller, ids = make_controller({**COMPUTE_BOUND, "tokens": 0.3}, **settings), list(range(3))
+    teach(controller, ids, 4, 40)
+    assert controller.plan_drafts(Batch(ids, 3, 1000), trim_time=1e9).trims
+    alone = controller.plan_drafts(Batch(ids[:1], 1, 1000), trim_time=1e9)
+    assert alone.trims == ("kept_shapes" in settings)
+
+
+def test_lengths_in_common_are_trimmed_by_nobody() -> None:
+    controller = make_controller({**COMPUTE_BOUND, "tokens": 0.3}, uniform_lengths=(0, 2, 4))
+    ids = list(range(3))
+    teach(controller, ids, 4, 40)
+    assert controller.plan_drafts(Batch(ids, 3, 1000), trim_time=1e9).lengths.tolist() == [4, 4, 4]
+
+
+def test_half_of_the_steps_of_a_plan_are_timed() -> None:
+    """The first among them: it verifies what the plan before it asked for."""
+    controller = make_controller()
+    timed: list[int] = []
+    controller.step_time.observe = lambda features, time: timed.append(int(time))  # type: ignore[method-assign]
+    features = StepFeatures(2, 1000, 1, 0, 1, 1)
+    steps = [FinishedStep([0], [1], [1], [2], features, float(step)) for step in range(9)]
+    controller.observe(steps)
+    assert timed == [0, 2, 4, 6, 8]
+    controller.observe(steps[:7])
+    assert timed[5:] == list(range(7))

@@ -62,11 +62,14 @@ def test_senseless_bounds_are_refused() -> None:
         Pace(0)
 
 
-def test_trimming_takes_a_part_of_control_where_plans_stand() -> None:
+def test_trimming_takes_a_part_of_a_plan_where_plans_stand() -> None:
     pace = Pace()
+    pace.observe_plan(0.1)
     assert pace.trim_time == 0
     pace.observe(0.4, 5.0)
-    assert pace.trim_time == pytest.approx(0.1)
-    pace = Pace()
-    pace.observe(0.4, 500.0)
+    assert pace.trim_time == pytest.approx(0.06)
+    pace.observe_plan(0.2)
+    assert 0.06 < pace.trim_time < 0.08
+    for _ in range(100):
+        pace.observe(0.4, 500.0)
     assert pace.trim_time == 0

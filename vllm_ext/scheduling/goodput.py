@@ -13,9 +13,9 @@ import numpy as np
 from vllm_ext import observability
 from vllm_ext.scheduling import goodput_setup
 from vllm_ext.scheduling.outcomes import (
-    Finished,
     Outcome,
     StepNotes,
+    UnreadStep,
     keep_output,
     read_outcome,
     report_outcomes,
@@ -33,7 +33,7 @@ class GoodputMixin:
     schedule                trims drafts before super() counts tokens and KV slots for them
     _update_after_schedule  sets how much the step drafts: `num_spec_tokens_to_schedule`, which all model runners
                             read, and `draft_lengths` by request, which the V1 runner's patch reads
-    update_from_output      accepted drafts by request, and the time of the step
+    update_from_output      keeps what it says of accepted drafts, and the time of the step
 
     Where control would take more than a hundredth of a step, a plan stands for a few steps (`pace.Pace`). These trim
     by what every request's last outcomes say, if there are drafts enough for that, and learn nothing; the next step
@@ -83,7 +83,7 @@ class GoodputMixin:
         self._stood = 1
         #: Finished steps whose output was not read yet, those that nothing was learned from yet, and drafts planned
         #: that were not counted yet.
-        self._finished_steps: list[Finished] = []
+        self._unread: list[UnreadStep] = []
         self._outcomes: list[Outcome] = []
         self._planned = 0
         #: Whether a step is finished before the next is scheduled, and none of its requests was aborted meanwhile.
@@ -108,14 +108,14 @@ class GoodputMixin:
         self._is_probe = self._decision is not None and self._decision.is_probe
         self._control, self._is_undisturbed = 0.0, True
         self._drafted = list(map(len, [request.spec_token_ids for request in running]))
-        planned = self._standing
-        if planned is not None and (self.certain_drafts or not planned.covers(len(running))):
-            planned = None
-        is_covered = planned is not None and planned.lasts(self._stood)
+        standing = self._standing
+        if standing is not None and (self.certain_drafts or not standing.covers(len(running))):
+            standing = None
+        is_covered = standing is not None and standing.lasts(self._stood)
         if not is_covered:
             self._standing = None
             self._learn()
-        is_worth_it = planned is None or planned.trims or sum(self._drafted) > planned.total
+        is_worth_it = standing is None or standing.trims or sum(self._drafted) > standing.total
         if is_worth_it and self._plan.trims and any(self._drafted):
             given = np.array(self._drafted, np.int64)
             kept = self._trim_again(given) if is_covered else self._trim(running, given)
@@ -216,6 +216,7 @@ class GoodputMixin:
         began = time.perf_counter()
         # Prompts go on, say, and a plan that stood when the step began does so no longer.
         self._learn()
+        learned = time.perf_counter()
         decision = self._decision = self._controller.plan_drafts(batch, self._stood, self._pace.trim_time)
         self._stood, ids = 1, list(scheduler_output.num_scheduled_tokens)
         lengths = [0] * len(ids) if self._is_drafter_full else decision.lengths.tolist()
@@ -226,6 +227,7 @@ class GoodputMixin:
         if decision.may_stand and batch.tokens == len(ids) and not self._is_drafter_full:
             self._standing = Standing.begin(self._pace.steps, scheduler_output.draft_lengths, decision.trims)
         self._control += time.perf_counter() - began
+        self._pace.observe_plan((time.perf_counter() - learned) * 1e3)
         return planned
 
     def _look_ahead(self, scheduled: Mapping[str, int]) -> int:
@@ -236,7 +238,7 @@ class GoodputMixin:
         return self._add_prompts(len(scheduled), [count for count in left if count > 0])
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        """As vLLM's; outcomes are read before it, since it drops the requests that finish."""
+        """As vLLM's; what counts of the output is kept before it, since it drops the requests that finish."""
         notes = self._notes.pop(id(scheduler_output), None)
         if notes is None:
             return super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
@@ -253,7 +255,7 @@ class GoodputMixin:
         spent = now - max(notes.started, self._finished)
         milliseconds = (spent + gap if self._goes_on and gap < spent else spent) * 1e3
         self._goes_on = bool(self.running)  # type: ignore[attr-defined]
-        self._finished_steps.append(Finished(output, milliseconds, control))
+        self._unread.append(UnreadStep(output, milliseconds, control))
         self._finished = now
         standing = self._standing
         if standing is None or not standing.lasts(self._stood) or not self.running:  # type: ignore[attr-defined]
@@ -272,7 +274,7 @@ class GoodputMixin:
 
     def _learn(self) -> None:
         """Teach the controller what became of the steps since it was asked last, and count them."""
-        if not self._finished_steps and not self._outcomes:
+        if not self._unread and not self._outcomes:
             return
         began = time.perf_counter()
         self._read_outcomes(is_noted=False)
@@ -289,7 +291,7 @@ class GoodputMixin:
 
     def _read_outcomes(self, is_noted: bool) -> list[Outcome]:
         """Read the output of finished steps that nobody has read; is_noted: whether the controller is told at once."""
-        steps, self._finished_steps = self._finished_steps, []
+        steps, self._unread = self._unread, []
         outcomes = [read_outcome(step, self._controller.k_max, is_noted) for step in steps]
         self._outcomes += outcomes
         return outcomes

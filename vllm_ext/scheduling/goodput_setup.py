@@ -163,6 +163,7 @@ def make_controller(vllm_config: Any, plan: ControlPlan, requests: Mapping[str, 
         plans_drafts=plan.plans_drafts,
         trims=plan.trims,
         kept_shapes=KEPT_SHAPES if current_platform.is_cpu() else 0,
+        is_ragged=describe_drafter(vllm_config).is_ragged,
         probe_every=settings.probe_every or PROBE_EVERY,
         policy=make_policy(settings.policy, requests),
     )

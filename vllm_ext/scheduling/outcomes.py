@@ -22,8 +22,8 @@ class StepNotes(NamedTuple):
     """What the mixin keeps of a scheduled step until its output arrives."""
 
     started: float  # seconds of time.perf_counter, at the start of schedule()
-    #: Running requests at that time, and how many drafts of a drafter each had. What else vLLM schedules as drafts is
-    #: padding.
+    #: Running requests at that time, and how many drafts of a drafter each had after the trim. What else vLLM schedules
+    #: as drafts is padding.
     request_ids: list[str]
     proposed: list[int]
     #: Of these, how many at the front were certain, by request: no trials of the drafter.
@@ -64,7 +64,7 @@ class Trials(NamedTuple):
     made: list[int]
 
 
-class Finished(NamedTuple):
+class UnreadStep(NamedTuple):
     """A finished step whose output is not read yet. Milliseconds of all of it, and of control if its time was in
     these."""
 
@@ -74,8 +74,8 @@ class Finished(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """A finished step as `Finished`, read; is_timed: whether its time says anything about drafts; is_noted: whether the
-    controller was told of its trials (`GoodputController.note`)."""
+    """A finished step as `UnreadStep`, read; is_timed: whether its time says anything about drafts; is_noted: whether
+    the controller was told of its trials (`GoodputController.note`)."""
 
     trials: Trials
     features: StepFeatures
@@ -114,7 +114,7 @@ def keep_output(
     )
 
 
-def read_outcome(finished: Finished, k_max: int, is_noted: bool) -> Outcome:
+def read_outcome(finished: UnreadStep, k_max: int, is_noted: bool) -> Outcome:
     """What a finished step verified and accepted. k_max: drafts of a request that count at most: drafters may make more
     than they are asked for, V1's the full number near the end of the context."""
     output, milliseconds, control = finished

@@ -19,7 +19,7 @@ REQUEST_MEMORY, IDLE_MEMORY = 0.97, 0.99
 #: Trials after one outcome that the chance of all counts for, and after two outcomes that of the newer one.
 HISTORY_STRENGTH = 6.0
 #: Steps that are learned from together by the same chances: predictions never wait for that many.
-REFRESH_EVERY = 3.0
+REFRESH_EVERY = 3
 #: Weights of what is known of a hazard (`AcceptanceModel`) before anything was seen, and how fast they follow.
 FIRST_WEIGHTS, WEIGHT_RATE = (1.0, 0.8, 0.6, 0.5), 0.03
 #: What a step moves the averages of `find_usual` by; more at first.
@@ -98,7 +98,7 @@ class AcceptanceModel:
             initial,
             shared_strength,
             HISTORY_STRENGTH,
-            REFRESH_EVERY,
+            float(REFRESH_EVERY),
             USUAL_RATE,
             WEIGHT_RATE,
             REQUEST_MEMORY,
@@ -191,9 +191,10 @@ class AcceptanceModel:
         if not steps:
             return
         # Over lists: a few numbers of many steps become arrays at once.
-        slots, (drafted, accepted, made) = (
-            np.concatenate([step.slots for step in steps]),
-            np.array([[*itertools.chain(*columns)] for columns in zip(*[step[1:4] for step in steps], strict=True)]),
+        slots = np.concatenate([step.slots for step in steps])
+        drafted, accepted, made = (
+            np.array([*itertools.chain(*columns)], np.int64)
+            for columns in zip(*[(step.drafted, step.accepted, step.made) for step in steps], strict=True)
         )
         if (accepted > drafted).any() or drafted.max() > self.k_max or accepted.min() < 0:
             raise ValueError(f"accepted {accepted.tolist()} of drafted {drafted.tolist()} with k_max {self.k_max}")
@@ -237,7 +238,8 @@ class AcceptanceModel:
         return best
 
     def predict_mean(self, slots: np.ndarray) -> np.ndarray:
-        """`predict_survival` of a step that may come after any outcomes, by how often these are: float64 [n, k_max]."""
+        """`predict_survival` of a step that may come after any two outcomes, by how often drafts of anybody were tried
+        after them: float64 [n, k_max]."""
         mean: np.ndarray = self._compiled.predict_mean(self._state_counts, *self.describe(slots))
         return mean
 

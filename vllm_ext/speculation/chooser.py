@@ -89,6 +89,7 @@ class LengthChooser:
         policy: Policy | None,
         trims: bool,
         kept_shapes: int,
+        is_ragged: bool,
     ) -> None:
         """As `GoodputController`. Raises ValueError for lengths that k_max does not allow, and for passes that do not
         fit it."""
@@ -110,7 +111,7 @@ class LengthChooser:
         #: Whether more may be drafted than is verified: where that takes no pass of a model, what the outcome of the
         #: step in between says of each request is known when its drafts are trimmed.
         self._drafts_ahead = trims and self._uniform is None and not self._has_passes
-        self._trims = trims
+        self._trims, self._is_ragged = trims, is_ragged
         #: What a millisecond is worth and drafts take by the last plan, as long as it stands.
         self._standing_price, self._standing_cost = 0.0, DraftCost(1.0, 0.0)
         #: The length chosen last where all have the same one.
@@ -217,6 +218,18 @@ class LengthChooser:
         batch, slots = outlook.batch, self.acceptance.find_slots(outlook.batch.request_ids)
         other = self._value(batch, slots, predict(slots), outlook.price, outlook.weights)
         return self._choose_each(other, self._limit_unknown(), cost)
+
+    def _is_worth_trimming(self, lengths: np.ndarray, cost: DraftCost, trim_time: float) -> bool:
+        """Whether drafts of a plan of these lengths should be trimmed in each of its steps, for that many milliseconds.
+
+        cost: of verifying them. Always where the drafter makes the longest number for all, and where sizes of steps
+        matter, which only the drafts that there are can be cut to.
+        """
+        if not trim_time:
+            return True
+        if (not self._is_ragged and len(lengths) > 1) or self._find_multiple(len(lengths)) > 1:
+            return True
+        return TRIM_SHARE * cost.per_token * float(np.add.reduce(lengths)) > trim_time
 
     def _find_multiple(self, count: int) -> int:
         """What the tokens of a step of so many requests should be a multiple of, so that its shape is likely to be one

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vllm_ext.speculation.acceptance import AcceptanceModel, Verified, find_usual_rate
-from vllm_ext.speculation.chooser import TRIM_SHARE, Batch, Decision, LengthChooser, Outlook, Policy, find_share
+from vllm_ext.speculation.chooser import Batch, Decision, LengthChooser, Outlook, Policy, find_share
 from vllm_ext.speculation.goodput import (
     Choice,
     DraftCost,
@@ -90,6 +90,7 @@ class GoodputController(LengthChooser):
         plans_drafts: bool = True,
         trims: bool = True,
         kept_shapes: int = 0,
+        is_ragged: bool = True,
     ) -> None:
         """k_max: longest draft.
 
@@ -98,7 +99,8 @@ class GoodputController(LengthChooser):
         longest draft is k; None for a drafter that is no model and makes none. probe_every: steps before the first
         probe. policy: weights of requests. plans_drafts: whether plan_drafts is asked; where the number of drafts is
         not ours, trim_drafts probes. trims: whether trim_drafts is asked. kept_shapes: how many numbers of tokens the
-        device has kernels at hand for, others being prepared anew; 0 where that is no matter.
+        device has kernels at hand for, others being prepared anew; 0 where that is no matter. is_ragged: whether the
+        drafter makes as many drafts for each request as a plan says, and not the longest number for all.
         Raises ValueError for lengths that k_max does not allow, and for passes that do not fit it.
         """
         super().__init__(
@@ -111,6 +113,7 @@ class GoodputController(LengthChooser):
             policy=policy,
             trims=trims and plans_drafts,
             kept_shapes=kept_shapes,
+            is_ragged=is_ragged,
         )
         self._plans_drafts = plans_drafts
         self._probes = ProbeBudget(probe_every)
@@ -141,8 +144,7 @@ class GoodputController(LengthChooser):
         cost, verification = self._describe_cost(batch), self._describe_verification(batch)
         choice = self._choose(outlook, cost)
         most = np.maximum(choice.lengths, self._find_most(outlook, cost)) if self._drafts_ahead else choice.lengths
-        saved = TRIM_SHARE * verification.per_token * float(np.add.reduce(most))
-        trims = self._trims and (not trim_time or saved > trim_time)
+        trims = self._trims and self._is_worth_trimming(most, verification, trim_time)
         if trims or not trim_time or self._uniform is not None:
             choice = choice._replace(lengths=most)
         else:
@@ -225,12 +227,14 @@ class GoodputController(LengthChooser):
             slots = self.acceptance.find_slots(step.request_ids)
             verified.append(Verified(slots, step.drafted, step.accepted, step.made, step.is_noted))
         self.acceptance.observe_all(verified)
-        # Steps of one plan take about the same: half of them say enough.
-        for step in steps if len(steps) < MANY_STEPS else steps[::2]:
+        for step in steps:
             if step.features is not None:
                 self._learn_stretch(step.features)
-                if step.milliseconds is not None:
-                    self.step_time.observe(self._pad(step.features), step.milliseconds)
+        # Steps of one plan take about the same: half of them say enough. The first verifies the drafts of the plan
+        # before, which may have been a trial: it is among them.
+        for step in steps if len(steps) < MANY_STEPS else steps[::2]:
+            if step.features is not None and step.milliseconds is not None:
+                self.step_time.observe(self._pad(step.features), step.milliseconds)
 
     def forget(self, running: Mapping[Hashable, object]) -> None:
         """Drop every request that is not among the running ones."""
