@@ -25,8 +25,9 @@ from vllm_ext.speculation.step_time import StepFeatures, StepTimeModel
 FIRST_LENGTHS = ((8, 1), (16, 3))
 #: Where all requests have one length, a change of it must promise this part of a usual step: noise is not followed.
 HYSTERESIS = 0.01
-#: Part of the time of drafts that trimming them by the newest outcomes is expected to save.
-TRIM_SHARE = 0.1
+#: Part of the time of drafts that trimming them by the newest outcomes is expected to win. Simulated, it wins 0.13 % of
+#: a step over all loads; measured, less than it takes at 4 requests, and about 1 % of the step at 32.
+TRIM_SHARE = 0.025
 #: Steps of a batch seldom have more than two thirds of the sizes that they could have.
 SHAPE_SLACK = 1.5
 
