@@ -181,7 +181,7 @@ class Ours:
         last, standing = self._standing, self._find_standing(batch)
         if standing is None:
             self._end_plan()
-        if last is not None and not last.trims and last.covers(len(batch.request_ids)) and given.sum() <= last.total:
+        if last is not None and last.covers(len(batch.request_ids)) and last.keeps_all(int(given.sum())):
             return given
         if standing is not None:
             return self.controller.trim_again(batch, given)

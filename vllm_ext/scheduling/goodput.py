@@ -115,8 +115,8 @@ class GoodputMixin:
         if not is_covered:
             self._standing = None
             self._learn()
-        is_worth_it = standing is None or standing.trims or sum(self._drafted) > standing.total
-        if is_worth_it and self._plan.trims and any(self._drafted):
+        keeps_all = standing is not None and standing.keeps_all(sum(self._drafted))
+        if self._plan.trims and not keeps_all and any(self._drafted):
             given = np.array(self._drafted, np.int64)
             kept = self._trim_again(given) if is_covered else self._trim(running, given)
             for row in np.flatnonzero(kept < given).tolist():
@@ -226,8 +226,9 @@ class GoodputMixin:
         self._report_plan(decision, planned)
         if decision.may_stand and batch.tokens == len(ids) and not self._is_drafter_full:
             self._standing = Standing.begin(self._pace.steps, scheduler_output.draft_lengths, decision.trims)
-        self._control += time.perf_counter() - began
-        self._pace.observe_plan((time.perf_counter() - learned) * 1e3)
+        ended = time.perf_counter()
+        self._control += ended - began
+        self._pace.observe_plan((ended - learned) * 1e3)
         return planned
 
     def _look_ahead(self, scheduled: Mapping[str, int]) -> int:

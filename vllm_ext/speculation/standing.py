@@ -38,6 +38,10 @@ class Standing(NamedTuple):
         """Whether a batch is about as large as the one that this was made for."""
         return abs(num_requests / self.num_requests - 1) <= BATCH_CHANGE
 
+    def keeps_all(self, num_drafts: int) -> bool:
+        """Whether a step with so many drafts verifies them untrimmed: no more than were asked for."""
+        return not self.trims and num_drafts <= self.total
+
     def follow(self, ids: Sequence[Hashable]) -> Standing:
         """The same for the requests of another step."""
         if ids == self.request_ids:
