@@ -30,6 +30,7 @@ from bench.serve.server import (
 )
 from bench.workloads import Workload as PreparedWorkload
 from bench.workloads import prepare_workload
+from bench.workloads.requests import OFFLINE_FIELDS, read_lines
 
 PERCENTILES = "50,90,99"
 CLIENT_LOG_LINES = 15
@@ -84,6 +85,8 @@ def prepare_load(workload: Workload, tokenizer: str, seed: int, folder: Path) ->
             args.append("--ignore-eos")
     else:
         prepared = _prepare_file(workload, tokenizer, seed, folder)
+        if offline := sorted(set(OFFLINE_FIELDS) & set().union(*read_lines(prepared.path))):
+            raise RunFailed(f"workload {workload.name}: only an offline engine obeys {offline[0]} of single requests")
         args, environment = list(prepared.client_args), prepared.environment
         if workload.extra_body and "--extra-body" in args:
             raise RunFailed(f"workload {workload.name} sends a request body of its own; remove workload.extra_body")
@@ -112,7 +115,11 @@ def prepare_requests(workload: Workload, tokenizer: str, seed: int, folder: Path
     return Load(
         workload.num_requests,
         requests=[
-            {"prompt": one["prompt"], "output_tokens": int(one["output_tokens"]) if asked < 0 else asked}
+            {
+                "prompt": one["prompt"],
+                "output_tokens": int(one["output_tokens"]) if asked < 0 else asked,
+                **{name: one[name] for name in OFFLINE_FIELDS if name in one},
+            }
             for one in contents[: workload.num_requests]
         ],
         max_concurrency=most,

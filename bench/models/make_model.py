@@ -4,9 +4,11 @@
     python -m bench.models.make_model tiny-qwen3-moe -o DIR
     python -m bench.models.make_model qwen3-30b-a3b -o DIR --layers 2
     python -m bench.models.make_model tiny-llama-gptq -o DIR --group-size 64
+    python -m bench.models.make_model tiny-moe-wide -o DIR --moe-intermediate 2048
 
 The result is a normal Hugging Face directory: per-expert tensors under their usual names, and the tokenizer and chat
-template of the shipped small MoE, its vocabulary filled up with unused tokens to the model's.
+template of the shipped small MoE, its vocabulary filled up with unused tokens to the model's. `tiny-moe-wide` alone is
+not random: it is the shipped MoE with wider experts (`bench.models.wide_moe`).
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 TOKENIZER_DIRECTORY = Path(__file__).parent / "tiny_moe"
+#: The shipped MoE with wider experts.
+WIDE = "tiny-moe-wide"
 
 #: Standard deviation of the logits. 2 keeps the likeliest token clear of rounding noise and the distribution broad.
 LOGITS_STD = 2.0
@@ -204,22 +208,24 @@ def make_model(
 ) -> Path:
     """Write a random model into an empty or new directory, and return the directory.
 
-    name: a key of PRESETS. dtype: a key of DTYPES. overrides: keys of OVERRIDES, for example `layers=2`.
+    name: a key of PRESETS, or WIDE with `moe_intermediate` alone. dtype: a key of DTYPES. overrides: keys of OVERRIDES,
+    for example `layers=2`.
     group_size: weights along K that share a scale, for GPTQ presets. One seed gives one model on one version of torch.
     Linear weights have standard deviation 1/sqrt(fan-in), so activations keep their size through the layers, and
     logits have standard deviation LOGITS_STD.
     Raises ValueError, naming value and fix, for an unknown name or override, shapes that do not fit together,
     a directory that holds files, and a model larger than the machine's memory allows.
     """
+    if name == WIDE:
+        return _make_wide(Path(output_dir), dtype, seed, overrides)
     preset = PRESETS.get(name)
     if preset is None:
-        raise ValueError(f"unknown model {name!r}{_nearest(name, PRESETS)}; known: {', '.join(PRESETS)}")
+        raise ValueError(f"unknown model {name!r}{_nearest(name, PRESETS)}; known: {', '.join((*PRESETS, WIDE))}")
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     values = _apply_overrides(name, preset.values, overrides)
     output = Path(output_dir)
-    if output.exists() and any(output.iterdir()):
-        raise ValueError(f"{output} is not empty; give a new directory")
+    _check_empty(output)
 
     tokenizer = extend_tokenizer(values["vocab_size"])
 
@@ -249,6 +255,20 @@ def make_model(
 
         quantize_directory(output, group_size)
     return output
+
+
+def _make_wide(output: Path, dtype: str, seed: int, overrides: Mapping[str, int]) -> Path:
+    if set(overrides) != {"moe_intermediate"} or dtype != "bf16":
+        raise ValueError(f"{WIDE} takes moe_intermediate and nothing else, and is bf16")
+    _check_empty(output)
+    from bench.models.wide_moe import widen_experts
+
+    return widen_experts(TOKENIZER_DIRECTORY, output, overrides["moe_intermediate"], seed)
+
+
+def _check_empty(output: Path) -> None:
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output} is not empty; give a new directory")
 
 
 def fill_weights(model: torch.nn.Module, seed: int) -> None:
@@ -350,8 +370,8 @@ def _nearest(key: str, known: Mapping[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; prints the directory and its size. Exit codes: 0 ok, 1 failed, 2 bad usage."""
-    parser = argparse.ArgumentParser(description="Write a random-weight model.")
-    parser.add_argument("name", metavar="NAME", choices=PRESETS, help=", ".join(PRESETS))
+    parser = argparse.ArgumentParser(description="Write a model.")
+    parser.add_argument("name", metavar="NAME", choices=(*PRESETS, WIDE), help=", ".join((*PRESETS, WIDE)))
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="DIR", help="new or empty directory")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--seed", type=int, default=0)

@@ -8,13 +8,14 @@
     {"requests": [{"prompt": text} or {"input_len": n}, each with "output_tokens"], "seed": s, "max_concurrency": c}
 
 where `input_len` asks for so many random tokens, and `max_concurrency` for a client that has so many requests in
-flight and sends the next one when one is answered; null sends all at once. It answers with the fields that
+flight and sends the next one when one is answered; null sends all at once. A request may have a "temperature", and a
+"max_concurrency" of its own, which counts while it is the next to be sent. It answers with the fields that
 `vllm bench serve` gives for a run.
 """
 
 from __future__ import annotations
 
-import itertools
+import collections
 import json
 import sys
 import time
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 def run_requests(
     engine: LLM, requests: list[dict[str, Any]], seed: int, max_concurrency: int | None = None
 ) -> dict[str, Any]:
-    """Generate for requests, greedily and to the asked length; the result as the client's fields."""
+    """Generate for requests to the asked length, greedily where they do not say otherwise; the client's fields."""
     from vllm import SamplingParams
 
     generator = np.random.default_rng(seed)
@@ -46,12 +47,14 @@ def run_requests(
             prompts.append({"prompt_token_ids": generator.integers(vocabulary, size=request["input_len"]).tolist()})
         else:
             prompts.append(request["prompt"])
-        parameters.append(SamplingParams(temperature=0, max_tokens=request["output_tokens"], ignore_eos=True))
+        temperature, length = request.get("temperature", 0), request["output_tokens"]
+        parameters.append(SamplingParams(temperature=temperature, max_tokens=length, ignore_eos=True))
     began = time.perf_counter()
-    if max_concurrency is None:
+    limits = [request.get("max_concurrency", max_concurrency) or len(requests) for request in requests]
+    if min(limits, default=0) >= len(requests):
         outputs = engine.generate(prompts, parameters, use_tqdm=False)
     else:
-        outputs = _generate_in_turn(engine.llm_engine, prompts, parameters, max_concurrency)
+        outputs = generate_in_turn(engine.llm_engine, prompts, parameters, limits)
     duration = time.perf_counter() - began
     total_input = sum(len(output.prompt_token_ids or ()) for output in outputs)
     total_output = sum(len(output.outputs[0].token_ids) for output in outputs)
@@ -67,14 +70,18 @@ def run_requests(
     }
 
 
-def _generate_in_turn(engine: Any, prompts: list[Any], parameters: list[Any], max_concurrency: int) -> list[Any]:
-    """Outputs in the order in which requests end; none is left behind in the engine where one is refused."""
-    waiting = iter(zip(prompts, parameters, strict=True))
+def generate_in_turn(engine: Any, prompts: list[Any], parameters: list[Any], limits: list[int]) -> list[Any]:
+    """Outputs in the order in which requests end; none is left behind in the engine where one is refused.
+
+    limits: requests in flight, by request, that its being sent makes at most.
+    """
+    waiting = collections.deque(zip(prompts, parameters, limits, strict=True))
     outputs: list[Any] = []
     in_flight: set[str] = set()
     try:
         while True:
-            for prompt, asked in itertools.islice(waiting, max_concurrency - len(in_flight)):
+            while waiting and len(in_flight) < waiting[0][2]:
+                prompt, asked, _ = waiting.popleft()
                 request_id = uuid.uuid4().hex
                 engine.add_request(request_id, prompt, asked)
                 in_flight.add(request_id)

@@ -190,7 +190,8 @@ def compare_draws(records: Sequence[Record], arm: str) -> Beside:
             draws.setdefault(record.settings["started_for_repetition"], []).append(log)
     logs = np.array([np.mean(each) for each in draws.values()])
     low, high = bound_mean(logs, CONFIDENCE)
-    stock, ours = (float(np.median(list(each.values()))) for each in (values[arm], values[OURS]))
+    both = values[arm].keys() & values[OURS].keys()
+    stock, ours = (float(np.median([each[number] for number in both])) for each in (values[arm], values[OURS]))
     return Beside(arm, stock, ours, float(np.exp(logs.mean())), float(np.exp(low)), float(np.exp(high)))
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draft lengths from goodput against every setting of stock, within one engine.
 
-    python -m bench.speculation.switched [CASE ...] [--repetitions 15] [--model DIR] [--out DIR] [--resume]
+    python -m bench.speculation.switched [CASE ...] [--repetitions 15] [--finals 0] [--model DIR] [--out DIR] [--resume]
 
 CASE as in `bench.speculation.engines`, which has an engine for every setting. Here one engine, the pack's, answers the
 same requests once with smartspec and once with each of stock's settings: for these vLLM's own scheduler runs, and the
@@ -9,7 +9,8 @@ number of drafts that it asks for is the setting's. That leaves out what two pro
 on a small machine is more than what is to be found out, and also what differs between their settings before any draft
 is made: no speculation at all is here an engine with a drafter that is asked for nothing. Runs are short and many,
 because a small machine's speed drifts; a table by batch size that asks for one number at a case's concurrency is left
-out, being one of the other settings.
+out, being one of the other settings. With --finals, so many more repetitions follow of smartspec and those of stock's
+settings that are within a tenth of the best: the others have lost, and take the longest.
 Written is one record for each case, setting and repetition, in the case `switched_CASE`; printed is how smartspec
 compares with the best setting. With --resume, cases whose records are there are not measured again.
 Exit codes: 0 ok, 1 failed, 2 bad usage.
@@ -37,7 +38,9 @@ from bench.speculation.engines import (
     FILES,
     OFF,
     OURS,
+    compare_draws,
     describe_case,
+    find_records,
     is_measured,
     name_setting,
     print_comparison,
@@ -53,6 +56,8 @@ PREFIX = "switched"
 BYPASSED = ("schedule", "_update_after_schedule", "update_from_output", "finish_requests")
 #: Requests of a run for each that runs at once, and at least.
 REQUESTS_PER_SLOT, FEWEST_REQUESTS = 3, 4
+#: Of stock's settings, those that are less than this factor slower than the best may be it.
+CLOSE = 1.1
 
 
 def read_lengths(arguments: Sequence[str], most: int, max_num_seqs: int) -> list[int]:
@@ -160,11 +165,22 @@ def list_arms(case: Case, most: int, max_num_seqs: int) -> dict[str, list[int] |
     return arms
 
 
-def is_whole(case: Case, repetitions: int, out: Path, code: str) -> bool:
+def find_finalists(case: Case, repetitions: int, out: Path, code: str) -> list[str]:
+    """Of stock's settings, those that may be the best by a case's first repetitions."""
+    records = [one for one in find_records(out, case, code, PREFIX) if one.repetition < repetitions]
+    stock = sorted({record.arm for record in records} - {OURS})
+    ratios = {arm: compare_draws(records, arm).ratio for arm in stock}
+    return [arm for arm, ratio in ratios.items() if ratio < CLOSE * min(ratios.values())]
+
+
+def is_whole(case: Case, repetitions: int, finals: int, out: Path, code: str) -> bool:
     """Whether a case's records are all there, found out without its engine."""
     speculative = json.loads(case.pack.args[case.pack.args.index("--speculative-config") + 1])
     arms = list_arms(case, speculative["num_speculative_tokens"], case.workload.options["max_concurrency"])
-    return is_measured(case, arms, range(repetitions), out, code, PREFIX)
+    if not is_measured(case, arms, range(repetitions), out, code, PREFIX):
+        return False
+    last = [OURS, *find_finalists(case, repetitions, out, code)]
+    return is_measured(case, last, range(repetitions, repetitions + finals), out, code, PREFIX)
 
 
 def shorten(case: Case) -> Case:
@@ -174,7 +190,13 @@ def shorten(case: Case) -> Case:
 
 
 def measure_case(
-    engine: SwitchedEngine, case: Case, model: str, repetitions: int, environment: Mapping[str, Any], out: Path
+    engine: SwitchedEngine,
+    case: Case,
+    model: str,
+    repetitions: int,
+    finals: int,
+    environment: Mapping[str, Any],
+    out: Path,
 ) -> None:
     """All settings of a case in turn, the other way round every other time; writes their records. Raises RunFailed."""
 
@@ -187,10 +209,13 @@ def measure_case(
     load = prepare(WARMUP_SEED)
     for lengths in arms.values():
         engine.run(load, lengths, WARMUP_SEED)
-    for repetition in range(repetitions):
+    names = list(arms)
+    for repetition in range(repetitions + finals):
+        if repetition == repetitions:
+            names = [OURS, *find_finalists(case, repetitions, out, environment["git_hash"])]
         seed = case.seed + repetition
         load = prepare(seed)
-        for name in list(arms) if repetition % 2 == 0 else list(arms)[::-1]:
+        for name in names if repetition % 2 == 0 else names[::-1]:
             metrics = engine.run(load, arms[name], seed)
             # Repetitions of one process: each is a draw of its own, of all but the process.
             described = {**settings, "drafts": arms[name], "started_for_repetition": repetition}
@@ -200,16 +225,19 @@ def measure_case(
                     f"{PREFIX}_{case.name}", name, repetition, metrics, seed=seed, settings=described, **environment
                 ),
             )
-    print(f"{PREFIX}_{case.name}: {repetitions} repetitions of {len(arms)} settings", file=sys.stderr, flush=True)
+    more = f", {finals} more of {', '.join(names)}" if finals else ""
+    print(f"{PREFIX}_{case.name}: {repetitions} repetitions of {len(arms)} settings{more}", file=sys.stderr, flush=True)
 
 
-def measure_cases(cases: Sequence[Case], repetitions: int, environment: Mapping[str, Any], out: Path) -> None:
+def measure_cases(
+    cases: Sequence[Case], repetitions: int, finals: int, environment: Mapping[str, Any], out: Path
+) -> None:
     """One engine for cases that share theirs. Raises RunFailed, and what vLLM raises where it cannot start."""
     with tempfile.TemporaryDirectory(prefix="vllm-ext-switched-model-") as folder:
         model = find_model(cases[0], "pack", Path(folder))
         engine = SwitchedEngine(cases[0], model)
         for case in cases:
-            measure_case(engine, case, model, repetitions, environment, out)
+            measure_case(engine, case, model, repetitions, finals, environment, out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -219,12 +247,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("cases", nargs="*", default=FILES, metavar="CASE")
     parser.add_argument("--repetitions", type=int, default=15, metavar="N", help="of each setting")
+    parser.add_argument("--finals", type=int, default=0, metavar="N", help="more, of those that may be the best")
     parser.add_argument("--model", metavar="DIR", help="instead of the cases' own")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="folder of the records")
     parser.add_argument("--resume", action="store_true", help="do not measure again what is there")
     options = parser.parse_args(argv)
     if options.repetitions < 1:
         parser.error("--repetitions must be at least 1")
+    if options.finals < 0:
+        parser.error("--finals must be at least 0")
     try:
         cases = [shorten(case) for case in read_cases(options.cases, options.model)]
         # Before an engine is started for minutes.
@@ -235,10 +266,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     leave_on_signals()
     environment, out = describe_environment(), options.out.resolve()
     code = environment["git_hash"]
-    left = [case for case in cases if not (options.resume and is_whole(case, options.repetitions, out, code))]
+    asked = options.repetitions, options.finals
+    left = [case for case in cases if not (options.resume and is_whole(case, *asked, out, code))]
     try:
         if left:
-            measure_cases(left, options.repetitions, environment, out)
+            measure_cases(left, *asked, environment, out)
     except (RunFailed, RuntimeError, ValueError) as error:
         print(f"speculation.switched: {error}", file=sys.stderr)
         return 1

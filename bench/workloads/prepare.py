@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from bench.quality.perplexity import load_tokenizer
-from bench.workloads import local_files, prompts, tool_calls, traces
+from bench.workloads import local_files, prompts, stretches, tool_calls, traces
 from bench.workloads.corpus import Tokenizer
 from bench.workloads.requests import Request, write_requests, write_trace
 
@@ -40,7 +40,7 @@ TEXT_WORKLOADS: dict[str, Callable[..., Any]] = {
     "rag": prompts.make_rag,
     "repetitive": prompts.make_repetitive,
     "code": prompts.make_code,
-    "changing": prompts.make_changing,
+    "changing": stretches.make_changing,
     "mixed": prompts.make_mixed,
     "long_context": prompts.make_long_context,
     "tool_calls": tool_calls.make_tool_calls,

@@ -8,9 +8,6 @@ tokens or a chat template.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import numpy as np
 
 from bench.workloads.corpus import Corpus, Tokenizer, fit_tokens, load_corpus
@@ -151,34 +148,6 @@ def make_repetitive(
         passage = corpus.slice(generator, period).strip()
         lines = (f"{number}. {passage}\n" for number in range(1, prompt_tokens // period + 2))
         requests.append(Request(corpus.fit("".join(lines), prompt_tokens), output_tokens))
-    return requests
-
-
-def make_changing(
-    generator: np.random.Generator,
-    tokenizer: Tokenizer,
-    num_requests: int,
-    *,
-    max_model_len: int = 2048,
-    output_tokens: int = 128,
-    scale: float = 1.0,
-    stretches: Sequence[str] = ("chat", "repetitive", "code", "repetitive"),
-) -> list[Request]:
-    """Requests that change their kind: equal stretches of `chat`, `repetitive` and `code`, one after the other.
-
-    What suits one stretch does not suit the next: settings that are fixed are right for a part of it only. `scale`
-    multiplies the median prompts of chat and code.
-    """
-    makers: dict[str, Callable[..., Any]] = {"chat": make_chat, "code": make_code, "repetitive": make_repetitive}
-    if not stretches or not set(stretches) <= makers.keys():
-        raise ValueError(f"stretches is {list(stretches)}, expected a list of {', '.join(makers)}")
-    requests: list[Request] = []
-    for place, kind in enumerate(stretches, start=1):
-        count = num_requests * place // len(stretches) - len(requests)
-        scaled = {} if kind == "repetitive" else {"scale": scale}
-        requests += makers[kind](
-            generator, tokenizer, count, max_model_len=max_model_len, output_tokens=output_tokens, **scaled
-        )
     return requests
 
 

@@ -11,6 +11,9 @@ from typing import Any
 
 #: Tokens that share one hash id in a trace; vLLM's default for `--timed-trace-chunk-hash-size`.
 CHUNK_TOKENS = 16
+#: Fields beside prompt and length that an offline engine obeys, by request, and `vllm bench serve` cannot: the most
+#: requests that may be in flight beside this one when it is sent, itself included, and its temperature.
+OFFLINE_FIELDS = ("max_concurrency", "temperature")
 
 
 @dataclass(frozen=True)

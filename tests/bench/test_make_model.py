@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from bench.models.gptq import pack_linear, pack_words, unpack_linear, unpack_words
-from bench.models.make_model import LOGITS_STD, main, make_model
+from bench.models.make_model import LOGITS_STD, TOKENIZER_DIRECTORY, WIDE, main, make_model
 
 SMALL: dict[str, Any] = {"layers": 1, "hidden": 64, "heads": 2, "kv_heads": 1}
 
@@ -210,3 +210,28 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "is not empty" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["huge-llama", "-o", str(tmp_path / "n")])
+
+
+def test_wider_experts_write_the_same_text(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    made = make_model(WIDE, tmp_path / "wide", moe_intermediate=320)
+    weights = load_file(made / "model.safetensors")
+    gate, down = (weights[f"model.layers.0.mlp.experts.3.{name}_proj.weight"] for name in ("gate", "down"))
+    assert (tuple(gate.shape), tuple(down.shape)) == ((320, 256), (256, 320))
+    # What is new is computed like the rest, and adds nothing.
+    assert 0.5 < gate[128:].float().std() * 16 < 2
+    assert not down[:, 128:].any()
+    ids = torch.arange(3, 67).view(1, -1)
+    with torch.inference_mode():
+        logits = [
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(ids).logits
+            for path in (TOKENIZER_DIRECTORY, made)
+        ]
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"moe_intermediate": 64}, {"moe_intermediate": 256, "layers": 2}])
+def test_what_a_wide_model_does_not_take(tmp_path: Path, overrides: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="moe_intermediate"):
+        make_model(WIDE, tmp_path, **overrides)

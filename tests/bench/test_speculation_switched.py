@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from bench.records import load_records
+from bench.records import Metric, Record, describe_environment, load_records, write_record
 from bench.speculation.engines import OFF, OURS, read_cases
-from bench.speculation.switched import Switch, list_arms, main, read_lengths, shorten
+from bench.speculation.switched import PREFIX, Switch, find_finalists, list_arms, main, read_lengths, shorten
 from tests.scheduling.real_scheduler import add_request, build_scheduler, hand_drafts, run_model
 
 TABLE = (
@@ -33,6 +33,20 @@ def test_a_setting_counts_once() -> None:
     assert list(list_arms(few, 8, 32)) == [OURS, OFF, "k1", "k3", "k5", "k8"]
     assert list(list_arms(many, 8, 32)) == [OURS, OFF, "k1", "k3", "k5", "k8", "table8_3_1", "table5_1_0"]
     assert (few.workload.num_requests, many.workload.num_requests) == (4, 48)
+
+
+def test_who_may_be_the_best_goes_on(tmp_path: Path) -> None:
+    """By the repetitions of all, not by those that only some have."""
+    [case] = read_cases(["smartspec_chat_c4"], None)
+    environment = describe_environment()
+    for arm, values in {OURS: [100, 100, 100], OFF: [50, 50], "k3": [96, 98], "k8": [110, 100, 1]}.items():
+        for repetition, value in enumerate(values):
+            metrics = {"output_throughput": Metric(float(value), "tokens/s", "higher")}
+            settings = {"model": case.model, "started_for_repetition": repetition}
+            write_record(
+                tmp_path, Record(f"{PREFIX}_{case.name}", arm, repetition, metrics, settings=settings, **environment)
+            )
+    assert find_finalists(case, 2, tmp_path, environment["git_hash"]) == ["k3", "k8"]
 
 
 def run_step(scheduler: Any, drafts: int) -> Any:
@@ -64,7 +78,9 @@ def test_stock_runs_until_the_pack_is_asked_for(tmp_path: Path) -> None:
     assert len(taught) == 1
 
 
-@pytest.mark.parametrize("arguments", [["--repetitions", "0"], ["no_such_case"], ["smartspec_chat", "idle"]])
+@pytest.mark.parametrize(
+    "arguments", [["--repetitions", "0"], ["--finals", "-1"], ["no_such_case"], ["smartspec_chat", "idle"]]
+)
 def test_bad_usage(arguments: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
@@ -73,9 +89,12 @@ def test_bad_usage(arguments: list[str]) -> None:
 @pytest.mark.engine
 @pytest.mark.slow
 def test_a_round_of_all_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["smartspec_chat_c4", "--repetitions", "1", "--out", str(tmp_path)]
+    arguments = ["smartspec_chat_c4", "--repetitions", "1", "--finals", "1", "--out", str(tmp_path)]
     assert main(arguments) == 0
-    records = {record.arm: record for record in load_records(tmp_path)}
+    finals = {record.arm for record in load_records(tmp_path) if record.repetition == 1}
+    assert OURS in finals
+    assert OFF not in finals
+    records = {record.arm: record for record in load_records(tmp_path) if record.repetition == 0}
     assert set(records) == {OURS, OFF, "k1", "k3", "k5", "k8"}
     assert all(record.status == "ok" and record.case == "switched_smartspec_chat_c4" for record in records.values())
     # The switch does something: more drafts, fewer steps.

@@ -249,15 +249,3 @@ def test_lines_are_objects_or_an_error(text: str, tmp_path_factory: pytest.TempP
         message = "lines.jsonl, line"
     assert "lines.jsonl, line" in message
     assert all(isinstance(entry, dict) for entry in entries)
-
-
-def test_changing_texts_have_equal_stretches_in_order() -> None:
-    words = Words()
-    made = prompts.make_changing(generator(), words, 10, max_model_len=1024, output_tokens=16)
-    assert len(made) == 10
-    # A fresh corpus slice repeats itself nowhere; lines of a repetitive prompt are numbered.
-    numbered = [request.prompt.startswith("1. ") for request in made]
-    assert numbered == [False] * 2 + [True] * 3 + [False] * 2 + [True] * 3
-    assert {request.output_tokens for request in made} <= set(range(1, 17))
-    with pytest.raises(ValueError, match=r"stretches is \['prose'\], expected a list of chat, code, repetitive"):
-        prompts.make_changing(generator(), words, 10, stretches=["prose"])

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stream of prompts that changes its kind, and if asked its load, from one stretch to the next."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bench.workloads.corpus import Tokenizer
+from bench.workloads.prompts import make_chat, make_code, make_repetitive
+from bench.workloads.requests import OFFLINE_FIELDS, Request
+
+MAKERS: dict[str, Callable[..., list[Request]]] = {
+    "chat": make_chat,
+    "code": make_code,
+    "repetitive": make_repetitive,
+}
+
+
+def make_changing(
+    generator: np.random.Generator,
+    tokenizer: Tokenizer,
+    num_requests: int,
+    *,
+    max_model_len: int = 2048,
+    output_tokens: int = 128,
+    scale: float = 1.0,
+    stretches: Sequence[str | Mapping[str, Any]] = ("chat", "repetitive", "code", "repetitive"),
+) -> list[Request]:
+    """Requests that change their kind: stretches of `chat`, `repetitive` and `code`, one after the other.
+
+    What suits one stretch does not suit the next: settings that are fixed are right for a part of it only. `scale`
+    multiplies the median prompts of chat and code. A stretch is a kind, or {kind, share, max_concurrency, temperature}:
+    `share` is how many of the requests it has beside the others (1: as many), and the last two go with its requests,
+    for an offline engine (`bench.serve.offline`). Raises ValueError for a stretch that is none of these.
+    """
+    read = [_read_stretch(one) for one in stretches]
+    if not read:
+        raise ValueError("stretches is empty, expected at least one of " + ", ".join(sorted(MAKERS)))
+    ends = np.cumsum([share for _, share, _ in read])
+    requests: list[Request] = []
+    for (kind, _, extra), end in zip(read, ends, strict=True):
+        count = int(num_requests * end / ends[-1] + 1e-9) - len(requests)
+        scaled = {} if kind == "repetitive" else {"scale": scale}
+        made = MAKERS[kind](
+            generator, tokenizer, count, max_model_len=max_model_len, output_tokens=output_tokens, **scaled
+        )
+        requests += [dataclasses.replace(one, extra={**one.extra, **extra}) for one in made]
+    return requests
+
+
+def _read_stretch(stretch: str | Mapping[str, Any]) -> tuple[str, float, dict[str, Any]]:
+    """Kind, share and what goes with each request."""
+    given = {"kind": stretch} if isinstance(stretch, str) else dict(stretch)
+    kind, share = given.pop("kind", None), given.pop("share", 1)
+    if kind not in MAKERS:
+        raise ValueError(f"a stretch is of {kind!r}, expected one of {', '.join(sorted(MAKERS))}")
+    if not isinstance(share, int | float) or not share > 0:
+        raise ValueError(f"the share of a stretch of {kind} is {share!r}, expected a number above 0")
+    if unknown := sorted(given.keys() - set(OFFLINE_FIELDS)):
+        known = ", ".join(("kind", "share", *OFFLINE_FIELDS))
+        raise ValueError(f"a stretch of {kind} has no {unknown[0]!r}; it has: {known}")
+    concurrency, temperature = given.get("max_concurrency", 1), given.get("temperature", 0)
+    if type(concurrency) is not int or concurrency < 1:
+        raise ValueError(f"max_concurrency of a stretch of {kind} is {concurrency!r}, expected at least 1")
+    if not isinstance(temperature, int | float) or temperature < 0:
+        raise ValueError(f"temperature of a stretch of {kind} is {temperature!r}, expected at least 0")
+    return kind, float(share), given
