@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 REQUESTS, K, STEPS, WARMUP = 256, 8, 160, 20
 #: Seconds of a step that the mixin may take, by policy and by steps that a plan stands for: what it took, and a fifth
 #: of that. The goal is 300 us, which steps with a plan of their own miss; docs/smartspec-figures.md says so.
-MIXIN_LIMITS = {("equal", 1): 600e-6, ("priority+deadline", 1): 950e-6, ("equal", 8): 400e-6}
+MIXIN_LIMITS = {("equal", 1): 570e-6, ("priority+deadline", 1): 700e-6, ("equal", 8): 360e-6}
 #: Seconds of the choice alone.
 CHOICE_LIMIT = 50e-6
 #: Of the time of vLLM's scheduler in the same steps.

@@ -119,10 +119,11 @@ class GoodputMixin:
         if self._plan.trims and not keeps_all and any(self._drafted):
             given = np.array(self._drafted, np.int64)
             kept = self._trim_again(given) if is_covered else self._trim(running, given)
+            self._drafted = kept.tolist()
             for row in np.flatnonzero(kept < given).tolist():
                 # A new list: asynchronous scheduling gives all requests the same one.
-                running[row].spec_token_ids = running[row].spec_token_ids[: kept[row]]
-            self._drafted = kept.tolist()
+                request = running[row]
+                request.spec_token_ids = request.spec_token_ids[: self._drafted[row]]
         if not is_covered:
             self._control = time.perf_counter() - self._started
         return super().schedule(*args, **kwargs)  # type: ignore[misc]

@@ -127,8 +127,7 @@ def _read_trials(output: Output, k_max: int) -> Trials:
     notes, ids, drafts, invalid, num_sampled, rows, is_current = output
     if not num_sampled:
         return Trials([], [], [], [])
-    # Over maps of bound methods: 256 requests are many for the body of a loop.
-    made = list(map(num_sampled.__getitem__, map(rows.__getitem__, ids)))
+    made = [num_sampled[rows[rid]] for rid in ids]
     if is_current is not None or 0 in made:
         counts = [count > 0 for count in made]
         if is_current is not None:
@@ -143,7 +142,8 @@ def _read_trials(output: Output, k_max: int) -> Trials:
     if invalid:
         # vLLM pads new rows with drafts of -1 and drafts that the grammar forbids with -1: no trials of ours.
         drafted = [max(count - invalid.get(rid, 0), 0) for rid, count in zip(ids, drafted, strict=True)]
-    accepted = list(map(min, map(operator.sub, made, itertools.repeat(1)), drafted))
+    # No min(): 256 requests are many for a call each.
+    accepted = [count - 1 if count <= most else most for count, most in zip(made, drafted, strict=True)]
     if notes.certain:
         trials = zip(ids, drafted, accepted, strict=True)
         pairs = [count_trials(count, passed, notes.certain.get(rid, 0)) for rid, count, passed in trials]

@@ -193,7 +193,7 @@ class AcceptanceModel:
         # Over lists: a few numbers of many steps become arrays at once.
         slots = np.concatenate([step.slots for step in steps])
         drafted, accepted, made = (
-            np.array([*itertools.chain(*columns)], np.int64)
+            np.fromiter(itertools.chain(*columns), np.int64, len(slots))
             for columns in zip(*[(step.drafted, step.accepted, step.made) for step in steps], strict=True)
         )
         if (accepted > drafted).any() or drafted.max() > self.k_max or accepted.min() < 0:

@@ -239,13 +239,16 @@ def drop_least(lengths: np.ndarray, values: np.ndarray, base_tokens: int, multip
     excess = (base_tokens + total) % multiple
     if excess > _MOST_DROPPED * total:
         return
-    while excess > 0:
-        worst = -1
-        for row in range(len(lengths)):
-            if lengths[row] > 0 and (worst < 0 or values[row, lengths[row] - 1] < values[worst, lengths[worst] - 1]):
-                worst = row
+    if excess == 0:
+        return
+    last = np.full(len(lengths), np.inf)
+    for row in range(len(lengths)):
+        if lengths[row] > 0:
+            last[row] = values[row, lengths[row] - 1]
+    for _ in range(excess):
+        worst = np.argmin(last)
         lengths[worst] -= 1
-        excess -= 1
+        last[worst] = values[worst, lengths[worst] - 1] if lengths[worst] > 0 else np.inf
 
 
 @compile_loop
