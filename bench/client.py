@@ -118,7 +118,8 @@ def prepare_requests(workload: Workload, tokenizer: str, seed: int, folder: Path
             {
                 "prompt": one["prompt"],
                 "output_tokens": int(one["output_tokens"]) if asked < 0 else asked,
-                **{name: one[name] for name in OFFLINE_FIELDS if name in one},
+                # Of our own making: what a user's file has beside prompts is the client's, which does not read it.
+                **{name: one[name] for name in OFFLINE_FIELDS if name in one and workload.name != "custom"},
             }
             for one in contents[: workload.num_requests]
         ],

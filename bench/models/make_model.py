@@ -20,7 +20,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -220,7 +220,9 @@ def make_model(
         return _make_wide(Path(output_dir), dtype, seed, overrides)
     preset = PRESETS.get(name)
     if preset is None:
-        raise ValueError(f"unknown model {name!r}{_nearest(name, PRESETS)}; known: {', '.join((*PRESETS, WIDE))}")
+        raise ValueError(
+            f"unknown model {name!r}{_nearest(name, (*PRESETS, WIDE))}; known: {', '.join((*PRESETS, WIDE))}"
+        )
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     values = _apply_overrides(name, preset.values, overrides)
@@ -261,7 +263,9 @@ def _make_wide(output: Path, dtype: str, seed: int, overrides: Mapping[str, int]
     if set(overrides) != {"moe_intermediate"} or dtype != "bf16":
         raise ValueError(f"{WIDE} takes moe_intermediate and nothing else, and is bf16")
     _check_empty(output)
-    from bench.models.wide_moe import widen_experts
+    from bench.models.wide_moe import measure_weights, widen_experts
+
+    _check_memory(WIDE, measure_weights(TOKENIZER_DIRECTORY, overrides["moe_intermediate"]))
 
     return widen_experts(TOKENIZER_DIRECTORY, output, overrides["moe_intermediate"], seed)
 
@@ -363,7 +367,7 @@ def _check_memory(name: str, num_bytes: int) -> None:
         )
 
 
-def _nearest(key: str, known: Mapping[str, Any]) -> str:
+def _nearest(key: str, known: Collection[str]) -> str:
     close = difflib.get_close_matches(key, known, 1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 

@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 COPIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
+def measure_weights(source: Path, moe_intermediate: int) -> int:
+    """Bytes of the weights that `widen_experts` would write, at most."""
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    wider = max(1.0, moe_intermediate / config["moe_intermediate_size"])
+    return int((source / "model.safetensors").stat().st_size * wider)
+
+
 def widen_experts(source: Path, output: Path, moe_intermediate: int, seed: int = 0) -> Path:
     """Write the model of `source`, with `moe_intermediate` channels in each expert, into `output`; returns `output`.
 

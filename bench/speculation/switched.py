@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 from bench.arms import WARMUP_SEED, find_model, make_environment
 from bench.case import Case
 from bench.client import Load, RunFailed, prepare_requests
-from bench.records import RESULTS, Metric, Record, describe_environment, write_record
+from bench.records import RESULTS, Metric, Record, describe_environment, record_path, write_record
 from bench.run import leave_on_signals
 from bench.speculation.engines import (
     FILES,
@@ -198,13 +198,18 @@ def measure_case(
     environment: Mapping[str, Any],
     out: Path,
 ) -> None:
-    """All settings of a case in turn, the other way round every other time; writes their records. Raises RunFailed."""
+    """All settings of a case in turn, the other way round every other time; writes their records. Raises RunFailed.
+
+    Records of this case and code that are there go: two runs that are not one after the other are no pair.
+    """
 
     def prepare(seed: int) -> Load:
         with tempfile.TemporaryDirectory(prefix="vllm-ext-switched-") as folder:
             return prepare_requests(case.workload, model, seed, Path(folder))
 
     arms = list_arms(case, engine.most, engine.max_num_seqs)
+    for old in find_records(out, case, environment["git_hash"], PREFIX):
+        record_path(out, old.case, old.arm, old.repetition).unlink()
     settings = {**describe_case(case), "args": [*case.args, *case.pack.args]}
     load = prepare(WARMUP_SEED)
     for lengths in arms.values():

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -37,9 +38,9 @@ def make_changing(
     `share` is how many of the requests it has beside the others (1: as many), and the last two go with its requests,
     for an offline engine (`bench.serve.offline`). Raises ValueError for a stretch that is none of these.
     """
+    if isinstance(stretches, str) or not stretches:
+        raise ValueError(f"stretches is {stretches!r}, expected a list of {', '.join(sorted(MAKERS))}")
     read = [_read_stretch(one) for one in stretches]
-    if not read:
-        raise ValueError("stretches is empty, expected at least one of " + ", ".join(sorted(MAKERS)))
     ends = np.cumsum([share for _, share, _ in read])
     requests: list[Request] = []
     for (kind, _, extra), end in zip(read, ends, strict=True):
@@ -52,13 +53,13 @@ def make_changing(
     return requests
 
 
-def _read_stretch(stretch: str | Mapping[str, Any]) -> tuple[str, float, dict[str, Any]]:
+def _read_stretch(stretch: Any) -> tuple[str, float, dict[str, Any]]:
     """Kind, share and what goes with each request."""
-    given = {"kind": stretch} if isinstance(stretch, str) else dict(stretch)
+    given = dict(stretch) if isinstance(stretch, Mapping) else {"kind": stretch}
     kind, share = given.pop("kind", None), given.pop("share", 1)
-    if kind not in MAKERS:
+    if not isinstance(kind, str) or kind not in MAKERS:
         raise ValueError(f"a stretch is of {kind!r}, expected one of {', '.join(sorted(MAKERS))}")
-    if not isinstance(share, int | float) or not share > 0:
+    if not _is_number(share) or share == 0:
         raise ValueError(f"the share of a stretch of {kind} is {share!r}, expected a number above 0")
     if unknown := sorted(given.keys() - set(OFFLINE_FIELDS)):
         known = ", ".join(("kind", "share", *OFFLINE_FIELDS))
@@ -66,6 +67,10 @@ def _read_stretch(stretch: str | Mapping[str, Any]) -> tuple[str, float, dict[st
     concurrency, temperature = given.get("max_concurrency", 1), given.get("temperature", 0)
     if type(concurrency) is not int or concurrency < 1:
         raise ValueError(f"max_concurrency of a stretch of {kind} is {concurrency!r}, expected at least 1")
-    if not isinstance(temperature, int | float) or temperature < 0:
+    if not _is_number(temperature):
         raise ValueError(f"temperature of a stretch of {kind} is {temperature!r}, expected at least 0")
     return kind, float(share), given
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value >= 0

@@ -55,6 +55,10 @@ def test_no_request_is_lost(num_requests: int, shares: list[float]) -> None:
     ("stretch", "message"),
     [
         ("prose", "a stretch is of 'prose', expected one of chat, code, repetitive"),
+        (5, "a stretch is of 5"),
+        ({"kind": ["chat"]}, "a stretch is of \\['chat'\\]"),
+        ({"kind": "chat", "share": float("inf")}, "share of a stretch of chat is inf"),
+        ({"kind": "chat", "temperature": float("nan")}, "temperature of a stretch of chat is nan"),
         ({"share": 1}, "a stretch is of None"),
         ({"kind": "chat", "share": 0}, "share of a stretch of chat is 0, expected a number above 0"),
         ({"kind": "chat", "rate": 1}, "a stretch of chat has no 'rate'; it has: kind, share, max_concurrency, temp"),
@@ -65,8 +69,12 @@ def test_no_request_is_lost(num_requests: int, shares: list[float]) -> None:
 def test_a_stretch_that_is_none(stretch: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(4, stretches=[stretch])
-    with pytest.raises(ValueError, match="stretches is empty"):
-        make(4, stretches=[])
+
+
+@pytest.mark.parametrize("stretches", [[], "chat"])
+def test_stretches_are_a_list(stretches: Any) -> None:
+    with pytest.raises(ValueError, match="expected a list of chat, code, repetitive"):
+        make(4, stretches=stretches)
 
 
 def make_workload(mode: str) -> Workload:
