@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from vllm import _custom_ops
 from vllm.model_executor.layers.attention.attention import Attention
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.linear import LinearMethodBase, UnquantizedLinearMethod
@@ -19,7 +18,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder
 
 from vllm_ext.quantization.linear import MxMoELinearMethod
-from vllm_ext.scheduling.semipd.scratch import list_kernels, lock_scratch, without_onednn
+from vllm_ext.scheduling.semipd.scratch import list_kernels, lock_scratch
 
 
 class Visitors:
@@ -176,16 +175,3 @@ def test_compiled_layers_are_refused(model: Any, visitors: Visitors) -> None:
     dense.attention = make_attention(visitors)
     dense.linear = make_layer(make_method(UnquantizedLinearMethod, visitors))
     assert lock_scratch(dense, [], is_compiled=True) == 1
-
-
-def test_linear_layers_of_torch() -> None:
-    before = _custom_ops._supports_onednn
-
-    def fail() -> None:
-        with without_onednn():
-            assert not _custom_ops._supports_onednn
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        fail()
-    assert _custom_ops._supports_onednn is before

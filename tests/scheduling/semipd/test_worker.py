@@ -155,7 +155,8 @@ def test_reloaded_layers_are_those_of_torch(worker: LaneCPUWorker, monkeypatch: 
     seen: list[Any] = []
     monkeypatch.setattr(_custom_ops, "_supports_onednn", True)
     monkeypatch.setattr(CPUWorker, "reload_weights", lambda self, *args: seen.append(_custom_ops._supports_onednn))
+    monkeypatch.setattr(LaneCPUWorker, "_pack_linear_layers", lambda self: seen.append("packed"))
     monkeypatch.setattr(LaneCPUWorker, "_lock_scratch", lambda self: seen.append("locked"))
     worker.reload_weights()
-    assert seen == [False, "locked"]
+    assert seen == [False, "packed", "locked"]
     assert _custom_ops._supports_onednn

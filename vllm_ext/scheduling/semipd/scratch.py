@@ -10,10 +10,9 @@ torch's dispatcher, would hold Python's as well (`call_boxed` of torch 2.13), an
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -63,7 +62,7 @@ def list_kernels(module: torch.nn.Module) -> list[tuple[Any, str]]:
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
     method = getattr(module, "quant_method", None)
-    # Without oneDNN unquantized layers are torch's; those of attention are scales alone.
+    # Unquantized layers are torch's (`linear.without_onednn`); those of attention are scales alone.
     safe = (type(None), UnquantizedLinearMethod, UnquantizedEmbeddingMethod, BaseKVCacheMethod)
     if isinstance(method, safe) or type(method).__module__.startswith("vllm_ext."):
         return []
@@ -72,21 +71,6 @@ def list_kernels(module: torch.nn.Module) -> list[tuple[Any, str]]:
         if (experts := getattr(kernel, "fused_experts", None)) is not None:
             return [(experts, "apply")]
     return [(method, name) for name in ("apply", "apply_monolithic") if hasattr(method, name)]
-
-
-@contextlib.contextmanager
-def without_onednn() -> Iterator[None]:
-    """Models loaded within get torch's linear layers, which two lanes run at once: vLLM's oneDNN ones keep a call's
-    operands and scratch in their handles, and two lanes in one of them end the process.
-    """
-    from vllm import _custom_ops
-
-    before = _custom_ops._supports_onednn
-    _custom_ops._supports_onednn = False
-    try:
-        yield
-    finally:
-        _custom_ops._supports_onednn = before
 
 
 def _hold(original: Callable[..., Any]) -> Callable[..., Any]:

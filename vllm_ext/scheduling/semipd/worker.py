@@ -17,7 +17,8 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_ext.scheduling.phases.view import Lane
-from vllm_ext.scheduling.semipd.scratch import lock_scratch, without_onednn
+from vllm_ext.scheduling.semipd.linear import pack_linear_layers, without_onednn
+from vllm_ext.scheduling.semipd.scratch import lock_scratch
 
 
 class SharedCounts(dict[str, int]):
@@ -75,12 +76,14 @@ class LaneCPUWorker(CPUWorker):
         """As vLLM's, once, with linear layers that two threads may run."""
         with without_onednn():
             super().load_model(**kwargs)
+        self._pack_linear_layers()
         self.second_runner.share(self.model_runner)
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
         """As vLLM's, which makes layers anew."""
         with without_onednn():
             super().reload_weights(*args, **kwargs)
+        self._pack_linear_layers()
         self._lock_scratch()
 
     def update_config(self, overrides: dict[str, Any]) -> None:
@@ -103,9 +106,16 @@ class LaneCPUWorker(CPUWorker):
         self.second_runner.initialize_kv_cache(kv_cache_config)
         self._lock_scratch()
 
+    @property
+    def _is_compiled(self) -> bool:
+        return bool(self.vllm_config.compilation_config.mode != CompilationMode.NONE)
+
+    def _pack_linear_layers(self) -> None:
+        if not self._is_compiled:
+            pack_linear_layers(self.model_runner.model)
+
     def _lock_scratch(self) -> None:
-        is_compiled = self.vllm_config.compilation_config.mode != CompilationMode.NONE
-        lock_scratch(self.model_runner.model, self.runners.values(), is_compiled=is_compiled)
+        lock_scratch(self.model_runner.model, self.runners.values(), is_compiled=self._is_compiled)
 
     @torch.inference_mode()
     def run_lane(self, lane: Lane, output: Any, grammar: Any) -> Any:
