@@ -48,8 +48,9 @@ def test_packed_layers_compute_the_same(dtype: torch.dtype, has_bias: bool) -> N
     weight = torch.randn(OUT, IN).to(dtype)
     bias = torch.randn(OUT).to(dtype) if has_bias else None
     packed = PackedLinear(weight)
-    for shape in ((1, IN), (17, IN), (2, 5, IN)):
-        x = torch.randn(shape).to(dtype)
+    inputs = [torch.randn(shape).to(dtype) for shape in ((1, IN), (17, IN), (2, 5, IN))]
+    # The last one is a part of something wider.
+    for x in (*inputs, torch.randn(9, 2 * IN).to(dtype)[:, IN:]):
         found = packed(x, torch.empty(0), bias)
         assert found.dtype == dtype
         exact = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
