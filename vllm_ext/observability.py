@@ -198,12 +198,6 @@ METRICS: tuple[Metric, ...] = (
         "Of the decode lane's time, that of batches into which prompts may go.",
     ),
     Metric(
-        "vllm_ext:semipd_mixed_tokens",
-        "gauge",
-        "Prompt tokens that a batch with decoding requests may have, for it to end within slo_tpot_ms, at least 16; "
-        "0 where nothing limits them.",
-    ),
-    Metric(
         "vllm_ext:semipd_max_queued_tokens",
         "gauge",
         "Prompt tokens beyond which who comes in is late, as neither objective can be met; 0 where nobody is.",

@@ -172,14 +172,12 @@ def test_what_is_refused(splits: list[Split], objectives: Objectives, match: str
 class MixingDevice:
     """Serves by whatever is in force: lanes at their shares, or full batches of both phases. Times are exact."""
 
-    def __init__(
-        self, objectives: Objectives, *, mixed_ratio: float = 1.0, start: int = 2, cuts_prompts: bool = True
-    ) -> None:
+    def __init__(self, objectives: Objectives, *, mixed_ratio: float = 1.0, start: int = 2) -> None:
         splits = SPLITS[1:6]
-        self.controller = SplitController(splits, objectives, start=start, mix_budget=512, cuts_prompts=cuts_prompts)
+        self.controller = SplitController(splits, objectives, start=start, mix_budget=512)
         self.objectives, self.mixed_ratio = objectives, mixed_ratio
         self.token_time, self.step_time = 1e-4, 0.01
-        self.now, self.mixes, self.tokens = 0.0, False, 512
+        self.now, self.mixes = 0.0, False
         self.decisions: list[Decision] = []
 
     def time_token(self, share: float) -> float:
@@ -194,8 +192,8 @@ class MixingDevice:
             for _ in range(rate):
                 self.controller.observe_arrival(self.now, tokens)
                 if self.mixes:
-                    time = (self.time_step(1.0) + self.tokens * self.time_token(1.0)) * self.mixed_ratio
-                    self.controller.observe_mixed(self.now, self.now + time, self.tokens)
+                    time = (self.time_step(1.0) + 500 * self.time_token(1.0)) * self.mixed_ratio
+                    self.controller.observe_mixed(self.now, self.now + time, 500)
                 else:
                     time = tokens * self.time_token(split.prefill)
                     self.controller.observe_prefill(self.now, self.now + time, tokens, split.prefill)
@@ -210,7 +208,6 @@ class MixingDevice:
             self.now += 1
             decision = self.controller.decide(self.now, 0)
             self.decisions.append(decision)
-            self.tokens = decision.mixed_tokens or 512
             if decision.is_switch:
                 self.mixes = decision.mixes
                 self.controller.note_switch(self.now)
@@ -228,25 +225,6 @@ def test_prompts_and_tokens_are_mixed_where_that_is_better() -> None:
     device.run(20, 6)
     assert not device.mixes
     assert device.decisions[-1].tpot < 0.018
-
-
-def test_mixed_batches_are_as_long_as_tokens_may_take() -> None:
-    objectives = Objectives(ttft=0.15, tpot=0.06)
-    device = MixingDevice(objectives)
-    device.run(10, 5)
-    assert device.mixes
-    assert device.decisions[0].mixed_tokens is None
-    # (0.9 * 0.06 - 0.01) / 1e-4, and a multiple of 16.
-    assert device.decisions[-1].mixed_tokens == 432
-    device.mixed_ratio = 1.1
-    device.run(40, 5)
-    assert device.mixes
-    assert device.decisions[-1].mixed_tokens == 384
-    # Where prompts cannot be cut, nothing limits them.
-    device = MixingDevice(objectives, cuts_prompts=False)
-    device.run(10, 5)
-    assert device.mixes
-    assert device.decisions[-1].mixed_tokens is None
 
 
 def test_mixing_ends_when_its_batches_are_too_slow() -> None:

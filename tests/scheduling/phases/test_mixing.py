@@ -3,32 +3,24 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from vllm_ext.scheduling.phases.latency import ShareModel
-from vllm_ext.scheduling.phases.mixing import CHUNK, MixedModel
+from vllm_ext.scheduling.phases.mixing import MixedModel
 
 TOKEN, STEP, BUDGET = 1e-4, 0.01, 512
 PROMPTS, OUTPUTS = np.full(100, 800.0), [200, 100, 300]
 
 
-def make_model(pace: float = math.inf) -> MixedModel:
+@pytest.fixture
+def model() -> MixedModel:
     """On a device whose times at full share are known."""
     token_time, step_time = ShareModel(0.9, memory=10), ShareModel(0.4, memory=10)
     for _ in range(10):
         token_time.observe(1.0, TOKEN)
         step_time.observe(1.0, STEP)
-    return MixedModel(BUDGET, 0.9, token_time, step_time, pace)
-
-
-@pytest.fixture
-def model() -> MixedModel:
-    return make_model()
+    return MixedModel(BUDGET, 0.9, token_time, step_time)
 
 
 def test_latencies_follow_from_both_phases(model: MixedModel) -> None:
@@ -48,30 +40,6 @@ def test_no_batch_is_longer_than_a_full_one(model: MixedModel) -> None:
     # Nothing is known of requests: all of their batches may be full; but not without prompts.
     assert model.predict(PROMPTS, 4.0, 0, [])[1] == full
     assert model.predict(PROMPTS, 0.0, 0, [])[1] == pytest.approx(STEP, rel=0.02)
-
-
-def test_no_batch_is_longer_than_tokens_may_take() -> None:
-    model = make_model(pace=0.03)
-    # (0.03 - 0.01) / 1e-4, and a multiple of the chunk.
-    assert model.num_tokens == 192
-    assert model.predict(PROMPTS, 1e6, 0, OUTPUTS)[1] == pytest.approx(STEP + 192 * TOKEN, rel=0.02)
-    # The step is shared by fewer prompt tokens, so that first tokens come later.
-    assert model.token > make_model().token
-    assert make_model(pace=1.0).num_tokens == BUDGET
-    # Prompts go on where a step alone takes longer than that.
-    assert make_model(pace=STEP / 2).num_tokens == CHUNK
-
-
-@given(st.floats(0.5, 2.0), st.floats(0.015, 0.05))
-def test_batches_end_within_the_pace_whatever_the_device_takes(slower: float, pace: float) -> None:
-    model = make_model(pace)
-    for _ in range(400):
-        tokens = model.num_tokens
-        model.observe(slower * (STEP + tokens * TOKEN), tokens)
-    took = slower * (STEP + model.num_tokens * TOKEN)
-    assert took <= 1.02 * pace or model.num_tokens == CHUNK
-    # And are no shorter than they must be.
-    assert took + 1.05 * slower * CHUNK * TOKEN > 0.98 * pace or model.num_tokens == BUDGET
 
 
 def test_few_long_prompts_are_worse_than_many_short_ones(model: MixedModel) -> None:

@@ -108,13 +108,11 @@ def test_who_is_held_back_says_nothing_about_the_device() -> None:
 def test_what_is_decided_beside_the_split() -> None:
     controller = Recorder()
     pacer = Pacer(controller, SPLITS, Objectives(1.0, 0.1))
-    answers = iter([Decision(SPLITS[0], 0, 0, 500, True, True, 64), Decision(SPLITS[0], 0, 0, None, False, True)])
+    answers = iter([Decision(SPLITS[0], 0, 0, 500, True, True), Decision(SPLITS[0], 0, 0, None, False, True)])
     controller.decide = lambda now, queued_tokens: next(answers)  # type: ignore[method-assign]
     pacer.decide(0.0, 0)
-    assert pacer.mixed_tokens == 64
     assert (pacer.is_mixing, pacer.max_queued_tokens, pacer.counts.switches) == (True, 500, 1)
     pacer.decide(PERIOD, 0)
-    assert pacer.mixed_tokens is None
     assert (pacer.is_mixing, pacer.max_queued_tokens, pacer.counts.switches) == (True, None, 1)
 
 

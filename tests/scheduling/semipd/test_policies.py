@@ -83,10 +83,9 @@ def test_every_metric_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     report_policies(Policies(None, None, None), pacer, LaneCounts(), 0)
     assert written.keys() <= {metric.name for metric in observability.METRICS}
     assert set(written.values()) == {0.0}
-    pacer.max_queued_tokens, pacer.mixed_tokens = 0, 96
+    pacer.max_queued_tokens = 0
     settings = parse(slo_ttft_ms=300, slo_tpot_ms=50, fairness=2, decode_priority_ms=100)
     report_policies(make_policies(settings, "fcfs"), pacer, LaneCounts(mixed=3), 0)
     # No token may wait; but who comes while nothing waits is served.
     assert written["vllm_ext:semipd_max_queued_tokens"] == 1.0
     assert written["vllm_ext:semipd_mixed_batches_total"] == 3.0
-    assert written["vllm_ext:semipd_mixed_tokens"] == 96.0

@@ -72,35 +72,6 @@ def test_both_phases_in_one_batch() -> None:
     assert scheduler.reset_prefix_cache()
 
 
-def test_a_batch_of_both_phases_is_as_long_as_tokens_may_take() -> None:
-    scheduler = build_lanes(40, 64, asynchronous=False)
-    begin_decoding(scheduler, "a", "b")
-    scheduler.pacer.is_mixing, scheduler.pacer.mixed_tokens = True, 32
-    scheduler.add_request(make_request("c", [9] * 100, 3))
-    assert turn(scheduler) == [(Lane.DECODE, {"a": 1, "b": 1, "c": 32})]
-    assert turn(scheduler) == [(Lane.DECODE, {"a": 1, "b": 1, "c": 32})]
-    # Nobody waits for a batch of prompts alone.
-    scheduler.finish_requests(["a", "b"], RequestStatus.FINISHED_ABORTED)
-    assert scheduler.max_num_scheduled_tokens == 64
-    turned = [turn(scheduler), turn(scheduler)]
-    assert next(tokens for batches in turned for _, tokens in batches if tokens) == {"c": 36}
-
-
-def test_who_decodes_is_served_before_older_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    scheduler = build_lanes(40, 64, asynchronous=False)
-    # Schedulers of these tests share their configuration.
-    monkeypatch.setattr(scheduler.scheduler_config, "long_prefill_token_threshold", 40)
-    scheduler.add_request(make_request("old", [9] * 200, 3))
-    scheduler.add_request(make_request("young", [8] * 10, 30))
-    turn(scheduler)
-    scheduler.pacer.is_mixing, scheduler.pacer.mixed_tokens = True, 32
-    assert [one.request_id for one in scheduler.running] == ["old", "young"]
-    for _ in range(3):
-        assert turn(scheduler) == [(Lane.DECODE, {"young": 1, "old": 32})]
-    # Whose turn it is to be preempted is still a matter of age.
-    assert [one.request_id for one in scheduler.running] == ["old", "young"]
-
-
 def test_a_prompt_goes_from_lane_to_lane() -> None:
     scheduler = build_lanes(40, 64, asynchronous=False)
     begin_decoding(scheduler, "a")

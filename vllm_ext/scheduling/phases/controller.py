@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -61,8 +60,6 @@ class Decision(NamedTuple):
     is_switch: bool
     #: Whether prompts go into the batches of decode, on the whole device; the split is what comes after that.
     mixes: bool = False
-    #: Prompt tokens of such a batch, for tokens to come at their pace; None where batches are not mixed.
-    mixed_tokens: int | None = None
 
 
 class PhaseController(Protocol):
@@ -104,8 +101,7 @@ class SplitController:
     a/y + b, of the time that prefill runs beside decode. Both are corrected by what is measured. Samples that span a
     switch belong to no split and are left out. Where no split meets both objectives, tokens come first and waiting
     prompts are bounded. Mixed batches are one candidate more, whose latencies follow from the times of both phases on
-    the whole device, and which have as many prompt tokens as end within the objective of TPOT; its costs are compared
-    with those of splits.
+    the whole device; so are its costs compared with those of splits.
 
     Source: semi-PD, Algorithm 1 (`published.PublishedController`). It moves in steps towards the objective that is
     violated without asking what the other one suffers, and does nothing while both are or none is.
@@ -120,12 +116,10 @@ class SplitController:
         full_when_alone: bool = True,
         refuses: bool = True,
         mix_budget: int | None = None,
-        cuts_prompts: bool = True,
     ) -> None:
         """splits: what the device can do. start: the index of the first one, default the middle.
         full_when_alone: a lane has the whole device while the other is idle. refuses: whether prompts may be refused.
-        mix_budget: tokens of a mixed batch, None where there are none. cuts_prompts: whether a batch may end in the
-        middle of a prompt, and so be as short as tokens have to come.
+        mix_budget: tokens of a mixed batch, None where there are none.
 
         Raises ValueError for no splits, a share outside (0, 1], objectives that are not positive, or a budget below 1.
         """
@@ -139,11 +133,9 @@ class SplitController:
         self._full_when_alone, self._refuses = full_when_alone, refuses
         self._token_time = ShareModel(PREFILL_SCALING, memory=PREFILL_MEMORY)
         self._step_time = ShareModel(DECODE_SCALING, memory=DECODE_MEMORY)
-        self._mixed, self._mixes, self._cuts_prompts = None, False, cuts_prompts
+        self._mixed, self._mixes = None, False
         if mix_budget is not None:
-            # Between two batches is a turn of the engine, and half of them take longer than the model's mean.
-            pace = COMFORT * objectives.tpot if cuts_prompts else math.inf
-            self._mixed = MixedModel(mix_budget, objectives.quantile, self._token_time, self._step_time, pace)
+            self._mixed = MixedModel(mix_budget, objectives.quantile, self._token_time, self._step_time)
         self._rate = ArrivalRate(RATE_MEMORY)
         self._prompts: deque[int] = deque(maxlen=SAMPLES)
         self._ttft: deque[float] = deque(maxlen=SAMPLES)
@@ -218,7 +210,7 @@ class SplitController:
             best = int(np.argmin(costs))
             limit = self._limit_queue(best, prompts, predicted[best][1]) if self._refuses else None
         is_switch = self._agree(best, costs)
-        return Decision(self.split, *predicted[self._current], limit, is_switch, self._mixes, self._limit_mixed())
+        return Decision(self.split, *predicted[self._current], limit, is_switch, self._mixes)
 
     def predict(
         self, splits: Sequence[Split], prompts: np.ndarray, rate: float, queued_tokens: int = 0
@@ -255,10 +247,6 @@ class SplitController:
             services = prompts * self._token_time.predict(self.split.prefill)
             predicted = float(find_ttft_quantile(services, rate, quantile))
             self._correction = follow(self._correction, measured / predicted, 0.3, CORRECTION)
-
-    def _limit_mixed(self) -> int | None:
-        """What is to be kept to where batches are mixed from now on."""
-        return self._mixed.num_tokens if self._mixed is not None and self._mixes and self._cuts_prompts else None
 
     def _limit_queue(self, index: int, prompts: np.ndarray, tpot: float) -> int:
         """Tokens that can wait at a split, or for mixed batches, and still have their first token in time."""

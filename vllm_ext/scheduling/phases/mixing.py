@@ -15,8 +15,6 @@ from vllm_ext.scheduling.phases.latency import FULL, ShareModel, find_ttft_quant
 MEMORY = 50
 #: How far what is measured may move the model, either way.
 CORRECTION = 2.0
-#: Prompt tokens that a batch has a multiple of, and has where a step alone takes longer than the pace: prompts go on.
-CHUNK = 16
 
 
 class MixedModel:
@@ -24,39 +22,26 @@ class MixedModel:
 
     A batch takes the time of its prompt tokens and that of a step, both on the whole device, times a ratio that is
     measured: below 1 where weights are read once for both. Prompts take what part of the time they take, and steps
-    share the rest; no batch is longer than one that is full, or than the pace at which tokens are to come, unless a
-    step alone is. Nor are batches without decoding requests, as far as predicted: where those are many, that is too
-    long for first tokens. How much prompt work falls into a request's time varies as
+    share the rest; no batch is longer than one that is full. How much prompt work falls into a request's time varies as
     a compound Poisson process does, so that few long prompts are worse than many short ones. Both latencies are
     corrected by what is measured while batches are mixed.
     """
 
-    def __init__(
-        self, budget: int, quantile: float, token_time: ShareModel, step_time: ShareModel, pace: float = math.inf
-    ) -> None:
-        """budget: most tokens of a batch. token_time, step_time: fits of the seconds of a prompt token and of a step.
-        pace: seconds that no batch should take longer than.
+    def __init__(self, budget: int, quantile: float, token_time: ShareModel, step_time: ShareModel) -> None:
+        """budget: tokens of a batch. token_time, step_time: fits of the seconds of a prompt token and of a step.
 
         Raises ValueError for a budget below 1.
         """
         if budget < 1:
             raise ValueError(f"mix_budget {budget} must be at least one token")
         self._budget, self._quantile = budget, quantile
-        self._token_time, self._step_time, self._pace = token_time, step_time, pace
+        self._token_time, self._step_time = token_time, step_time
         self._ratio = self._ttft_correction = self._tpot_correction = 1.0
 
     @property
     def token(self) -> float:
         """Seconds of a prompt token in a full batch, with its part of the step."""
-        return (self._token_time.predict(1.0) + self._step_time.predict(1.0) / self.num_tokens) * self._ratio
-
-    @property
-    def num_tokens(self) -> int:
-        """Prompt tokens of a full batch: what ends within the pace, beside a token of everyone who decodes."""
-        token, step = (model.predict(1.0) * self._ratio for model in (self._token_time, self._step_time))
-        if token * self._budget + step <= self._pace:
-            return self._budget
-        return min(self._budget, max(CHUNK, int((self._pace - step) / token) // CHUNK * CHUNK))
+        return (self._token_time.predict(1.0) + self._step_time.predict(1.0) / self._budget) * self._ratio
 
     def observe(self, time: float, prompt_tokens: int) -> None:
         """A batch of so many prompt tokens, and a token of everyone who decodes, took so many seconds."""
@@ -92,7 +77,7 @@ class MixedModel:
 
     def _measure_pace(self, prompts: np.ndarray, rate: float, outputs: Sequence[int]) -> float:
         token, step = (model.predict(1.0) * self._ratio for model in (self._token_time, self._step_time))
-        full, services = step + self.num_tokens * token, prompts * token
+        full, services = step + self._budget * token, prompts * token
         mean = step / (1 - min(rate * float(services.mean()), FULL))
         if not outputs:
             return full if rate > 0 else step

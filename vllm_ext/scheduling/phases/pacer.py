@@ -48,8 +48,6 @@ class Pacer:
         self.index = 0 if controller is None else splits.index(controller.split)
         #: Whether prompts go into the batches of decode.
         self.is_mixing = False
-        #: Prompt tokens of such a batch, None for as many as vLLM allows.
-        self.mixed_tokens: int | None = None
         #: Prompt tokens beyond which who comes in is late, None where nobody is.
         self.max_queued_tokens: int | None = None
         self._controller, self._splits, self._objectives = controller, splits, objectives
@@ -130,13 +128,13 @@ class Pacer:
         return self._controller is not None and now - self._decided >= PERIOD
 
     def decide(self, now: float, queued_tokens: int) -> int:
-        """The number of the split from now on; asks the controller at most once a period. Sets `is_mixing`,
-        `mixed_tokens` and `max_queued_tokens` too.
+        """The number of the split from now on; asks the controller at most once a period. Sets `is_mixing` and
+        `max_queued_tokens` too.
         """
         if self._controller is not None and self.is_due(now):
             self._decided = now
             decision = self._controller.decide(now, queued_tokens)
-            self.max_queued_tokens, self.mixed_tokens = decision.max_queued_tokens, decision.mixed_tokens
+            self.max_queued_tokens = decision.max_queued_tokens
             if decision.is_switch:
                 self.index, self.is_mixing = self._splits.index(decision.split), decision.mixes
                 self.counts.switches += 1

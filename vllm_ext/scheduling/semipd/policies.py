@@ -89,7 +89,6 @@ def report_policies(policies: Policies, pacer: Pacer, counts: LaneCounts, index:
         "mixing_active": pacer.is_mixing,
         "mixed_batches_total": counts.mixed,
         "mixed_busy_seconds_total": pacer.counts.mixed_busy,
-        "mixed_tokens": pacer.mixed_tokens or 0,
         # 0 is for no limit; and where nothing waits, one prompt can always come in.
         "max_queued_tokens": 0 if limit is None else max(limit, 1),
         "held_requests": len(policies.late) if policies.late is not None else 0,

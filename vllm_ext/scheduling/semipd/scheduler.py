@@ -132,14 +132,8 @@ class LaneMixin(PromptsMixin):
         decoding = {one.request_id for one in self.running if find_phase(one) is Lane.DECODE} if is_mixed else set()
         view = self.lanes.open_mixed(self.running) if is_mixed else self.lanes.open_batch(lane, self.running)
         max_active, waiting, sessions = self.max_num_active_reqs, self.waiting, self.kv_holding_waiting
-        max_tokens, mine = self.max_num_scheduled_tokens, view.mine
-        if decoding and self.pacer.mixed_tokens is not None:
-            # Who decodes waits no longer than tokens may take; where nobody does, nobody waits. vLLM goes through them
-            # in their order: an older prompt would take the tokens of those behind it.
-            self.max_num_scheduled_tokens = min(max_tokens, len(decoding) + self.pacer.mixed_tokens)
-            mine = sorted(mine, key=lambda one: one.request_id not in decoding)
         # vLLM replaces what is in the set, not the set.
-        self.running, self._lane, self.prev_step_scheduled_req_ids = mine, lane, self._previous[lane]
+        self.running, self._lane, self.prev_step_scheduled_req_ids = view.mine, lane, self._previous[lane]
         admits = is_mixed or (lane is Lane.PREFILL and not only_tells)
         if admits:
             self.max_num_active_reqs = view.limit_active(max_active)
@@ -153,7 +147,7 @@ class LaneMixin(PromptsMixin):
         try:
             output = super().schedule(throttle_prefills)  # type: ignore[misc]
         finally:
-            self._lane, self.max_num_active_reqs, self.max_num_scheduled_tokens = None, max_active, max_tokens
+            self._lane, self.max_num_active_reqs = None, max_active
             if not admits:
                 preempted, self.waiting, self.kv_holding_waiting = self.waiting, waiting, sessions
                 # From the front of one queue to that of the other: taken one by one, they would change their order.

@@ -125,7 +125,6 @@ def make_pacer(vllm_config: Any) -> Pacer:
             full_when_alone=settings.mode != "always",
             refuses=policies.limits_queue(settings),
             mix_budget=vllm_config.scheduler_config.max_num_batched_tokens if settings.mode == "auto" else None,
-            cuts_prompts=vllm_config.scheduler_config.enable_chunked_prefill,
         )
     return Pacer(controller, splits, objectives)
 
