@@ -197,6 +197,10 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+#: All models that `make_model` makes.
+NAMES = (*PRESETS, WIDE)
+
+
 def make_model(
     name: str,
     output_dir: str | Path,
@@ -220,9 +224,7 @@ def make_model(
         return _make_wide(Path(output_dir), dtype, seed, overrides)
     preset = PRESETS.get(name)
     if preset is None:
-        raise ValueError(
-            f"unknown model {name!r}{_nearest(name, (*PRESETS, WIDE))}; known: {', '.join((*PRESETS, WIDE))}"
-        )
+        raise ValueError(f"unknown model {name!r}{_nearest(name, NAMES)}; known: {', '.join(NAMES)}")
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     values = _apply_overrides(name, preset.values, overrides)
@@ -266,7 +268,6 @@ def _make_wide(output: Path, dtype: str, seed: int, overrides: Mapping[str, int]
     from bench.models.wide_moe import measure_weights, widen_experts
 
     _check_memory(WIDE, measure_weights(TOKENIZER_DIRECTORY, overrides["moe_intermediate"]))
-
     return widen_experts(TOKENIZER_DIRECTORY, output, overrides["moe_intermediate"], seed)
 
 
@@ -375,7 +376,7 @@ def _nearest(key: str, known: Collection[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; prints the directory and its size. Exit codes: 0 ok, 1 failed, 2 bad usage."""
     parser = argparse.ArgumentParser(description="Write a model.")
-    parser.add_argument("name", metavar="NAME", choices=(*PRESETS, WIDE), help=", ".join((*PRESETS, WIDE)))
+    parser.add_argument("name", metavar="NAME", choices=NAMES, help=", ".join(NAMES))
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="DIR", help="new or empty directory")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--seed", type=int, default=0)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.case import ARMS, CASES, Case, find_case, find_cases, load_cases, parse_case, resolve_model
-from bench.models.make_model import PRESETS, WIDE
+from bench.models.make_model import NAMES
 from bench.records import RESULTS, read_record, record_path
 from bench.strict import CaseError
 
@@ -38,7 +38,7 @@ def test_shipped_cases_are_valid(path: Path) -> None:
         assert case.repetitions >= 5
         assert Path(resolve_model(case.model), "config.json").is_file()
         # Where a model is made, that directory gives its tokenizer.
-        assert not case.make_model or case.make_model[0] in (*PRESETS, WIDE)
+        assert not case.make_model or case.make_model[0] in NAMES
         # CPU time stands beside wall time.
         assert "cpu_per_step" in case.metrics
 

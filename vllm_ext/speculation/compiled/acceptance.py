@@ -237,9 +237,7 @@ def drop_least(lengths: np.ndarray, values: np.ndarray, base_tokens: int, multip
     """
     total = np.sum(lengths)
     excess = (base_tokens + total) % multiple
-    if excess > _MOST_DROPPED * total:
-        return
-    if excess == 0:
+    if excess == 0 or excess > _MOST_DROPPED * total:
         return
     last = np.full(len(lengths), np.inf)
     for row in range(len(lengths)):
