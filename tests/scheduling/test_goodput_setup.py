@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from vllm.config import CUDAGraphMode
+from vllm.sampling_params import SamplingParams
 
 from tests.scheduling.configurations import K, describe_engine, pretend_cuda
 from vllm_ext import config
-from vllm_ext.scheduling.goodput_setup import check_engine, describe_plan, plan_control
+from vllm_ext.scheduling.goodput_setup import check_engine, describe_plan, find_group, plan_control
 from vllm_ext.speculation.pace import HOLD_STEPS
 
 SPLIT = CUDAGraphMode.FULL_AND_PIECEWISE
@@ -21,6 +23,14 @@ def check_plan(engine: Any, plan: tuple[Any, ...], line: str) -> None:
     found = plan_control(engine)
     assert found == (*plan, HOLD_STEPS if found.plans_drafts else 1)
     assert line in describe_plan(engine, found)
+
+
+def test_greedy_and_sampled_requests_are_apart() -> None:
+    chosen = {"greedy": 0.0, "seeded": 0.7, "sampled": 1.0}
+    requests = {rid: SimpleNamespace(sampling_params=SamplingParams(temperature=t)) for rid, t in chosen.items()}
+    requests["seeded"].sampling_params.seed = 1
+    requests["pooled"] = SimpleNamespace(sampling_params=None)
+    assert [find_group(requests, rid) for rid in (*requests, "gone")] == [0, 1, 1, 0, 0]
 
 
 @pytest.mark.parametrize("policy", ["equal", "priority", "deadline", "priority+deadline"])

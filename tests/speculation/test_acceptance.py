@@ -105,6 +105,50 @@ def test_new_requests_start_where_the_others_are_and_slots_are_used_again() -> N
     assert model.predict_survival(model.find_slots(["new"]))[0, 2] > 0.7
 
 
+def test_groups_learn_nothing_of_each_other() -> None:
+    """A group that comes back after a while finds what it knew, whatever the other one did in between."""
+    model = AcceptanceModel(4, find_group=lambda request: int(str(request) > "m"))
+    most = np.full(3, 4)
+    for _ in range(60):
+        model.observe(model.find_slots("abc"), most, most)
+    known = model.predict_survival(model.find_slots("d"))[0].copy()
+    usual = model.find_usual(model.find_slots("d"))[0]
+    model.keep_only("d")
+    assert known[3] > 0.9
+    for step in range(300):
+        slots = model.find_slots("xyz")
+        if not step:
+            # The other group's first request is at the prior, and not where this one is.
+            assert model.predict_survival(slots)[0, 0] == pytest.approx(AcceptanceModel(4)._rates[0], abs=0.01)
+        model.observe(slots, most, np.zeros(3, np.int64))
+    assert model.predict_survival(model.find_slots("x"))[0, 0] < 0.05
+    assert (model.predict_survival(model.find_slots("e"))[0] == known).all()
+    assert model.find_usual(model.find_slots("e"))[0] == usual == pytest.approx(5, abs=0.1)
+    assert model.find_usual(model.find_slots("z"))[0] == pytest.approx(1, abs=0.1)
+
+
+@given(st.integers(0, 1000), st.lists(st.tuples(st.booleans(), st.integers(0, 3)), min_size=1, max_size=30))
+def test_a_batch_of_both_groups_is_two_batches(seed: int, steps: list[tuple[bool, int]]) -> None:
+    """One model that sees both groups in the same steps says what two say that see one group each."""
+    rng = np.random.default_rng(seed)
+    mixed = AcceptanceModel(3, find_group=lambda request: int(str(request) > "m"))
+    alone = AcceptanceModel(3), AcceptanceModel(3)
+    for is_both, drafted in steps:
+        ids = "axby" if is_both else "xy"
+        counts = np.full(len(ids), drafted)
+        passed = np.minimum(rng.integers(0, 4, len(ids)), counts)
+        mixed.observe(mixed.find_slots(ids), counts, passed)
+        for group, model in enumerate(alone):
+            rows = [row for row, request in enumerate(ids) if (request > "m") == group]
+            model.observe(model.find_slots([ids[row] for row in rows]), counts[rows], passed[rows])
+    for group, ids in enumerate(("ab", "xy")):
+        for predict in ("predict_survival", "predict_best", "predict_mean"):
+            found, expected = (getattr(model, predict)(model.find_slots(ids)) for model in (mixed, alone[group]))
+            assert found == pytest.approx(expected)
+        assert mixed.hope == pytest.approx(alone[group].hope)
+    assert mixed.num_forgotten == sum(model.num_forgotten for model in alone)
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5), st.integers(0, 5)), max_size=40),
     st.lists(st.integers(0, 7), min_size=5, max_size=5),
@@ -326,7 +370,7 @@ def test_the_mean_of_what_a_step_may_come_after() -> None:
         model._histories[:] = history
         model._last_survival = None
         survivals.append(model.predict_survival(slots))
-    tried = model._state_counts[:, 0, 1] + 1e-3
+    tried = model._state_counts[:16, 0, 1] + 1e-3
     assert mean == pytest.approx(np.tensordot(tried / tried.sum(), survivals, 1))
     assert (np.diff(mean, axis=1) <= 0).all()
     # Good steps come in rows, so long drafts survive more often than their positions' chances would say.

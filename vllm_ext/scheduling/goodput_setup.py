@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
 from vllm.platforms import current_platform
+from vllm.sampling_params import SamplingType
 
 from vllm_ext import config
 from vllm_ext.scheduling import graphs, step_times, trie_proposer
 from vllm_ext.scheduling.drafters import REFUSED_METHOD, describe_drafter
 from vllm_ext.scheduling.policy import make_policy
+from vllm_ext.speculation.acceptance import AcceptanceModel
 from vllm_ext.speculation.controller import PROBE_EVERY, GoodputController
 from vllm_ext.speculation.pace import HOLD_STEPS
 from vllm_ext.speculation.step_time import StepTimeModel
@@ -143,10 +146,19 @@ def describe_plan(vllm_config: Any, plan: ControlPlan) -> str:
     return f"method {method}, {runner} model runner, cudagraph_mode {mode}: {drafts}, {trims}"
 
 
+def find_group(requests: Mapping[str, Any], request_id: Hashable) -> int:
+    """0 for a greedy request, 1 for one that is sampled: their chances are learned apart (`AcceptanceModel`).
+
+    requests: the scheduler's, by id. One that is gone, whose last outcome is read later, is as good as greedy.
+    """
+    parameters = getattr(requests.get(str(request_id)), "sampling_params", None)
+    return int(parameters is not None and parameters.sampling_type != SamplingType.GREEDY)
+
+
 def make_controller(vllm_config: Any, plan: ControlPlan, requests: Mapping[str, Any]) -> GoodputController:
     """The controller, with the step times that a start-up sweep measured for this model and device.
 
-    requests: the scheduler's, by id, which a policy weighs.
+    requests: the scheduler's, by id, which a policy weighs and whose sampling tells them apart.
     """
     settings = config.read_settings(vllm_config).smartspec
     assert settings is not None
@@ -156,6 +168,7 @@ def make_controller(vllm_config: Any, plan: ControlPlan, requests: Mapping[str, 
         logger.info("smartspec: no measured step times; starting from a guess that serving replaces")
     controller = GoodputController(
         plan.k_max,
+        acceptance=AcceptanceModel(plan.k_max, find_group=functools.partial(find_group, requests)),
         step_time=StepTimeModel(prior),
         uniform_lengths=plan.uniform_lengths,
         graph_sizes=plan.graph_sizes,

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container, Hashable, Sequence
+from collections.abc import Callable, Container, Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +12,8 @@ import numpy as np
 from vllm_ext.speculation.change import ChangeDetector
 from vllm_ext.speculation.goodput import load_compiled
 
+#: Groups of requests that learn nothing of each other (`AcceptanceModel`).
+NUM_GROUPS = 2
 #: Estimates stay inside: nothing observed in a finite number of steps is impossible or certain.
 LOWEST, HIGHEST = 0.01, 0.995
 #: What a request's totals keep at each step that verified a draft of it, and at each that did not.
@@ -69,6 +71,10 @@ class AcceptanceModel:
 
     Counts fade with time; where outcomes change at once (`ChangeDetector`), they are forgotten at once.
 
+    Requests that are sampled have fewer drafts accepted than greedy ones on the same text: a draft passes with the
+    chance that the model gives it, not whenever it is the likeliest token. Such groups, known before a request has its
+    first draft, learn nothing of each other, and one that comes back after a while finds what it knew.
+
     Source: SmartSpec keeps one moving average of accepted / drafted for all requests (section 4.2), which is biased by
     the censoring and blind to positions and requests. Mixing in the logistic domain with weights learned online is that
     of the PAQ compressors (Mahoney 2005, "Adaptive weighing of context models").
@@ -82,12 +88,13 @@ class AcceptanceModel:
         shared_strength: float = 0.8,
         shared_memory: float = 0.985,
         untried_memory: float = 0.995,
+        find_group: Callable[[Hashable], int] | None = None,
     ) -> None:
         """k_max: longest draft. initial: chance before anything was seen.
 
         shared_strength: trials that the chance over all positions counts for at one position; shared_memory: what
         counts keep at each later step; untried_memory: what the counts of all requests keep of a position that a step
-        did not try.
+        did not try. find_group: the group of a request that has just come, 0 to NUM_GROUPS - 1; None for one of all.
         Raises ValueError for a k_max below 1.
         """
         if k_max < 1:
@@ -107,31 +114,42 @@ class AcceptanceModel:
             untried_memory,
             TRIALS_AFTER_CHANGE,
         )
-        self._change = ChangeDetector()
-        self._compiled = load_compiled()
+        self._find_group = find_group
+        self._compiled = compiled = load_compiled()
         self._slots: dict[Hashable, int] = {}
         self._free: list[int] = []
-        #: Discounted successes and trials: after each history of two outcomes, [16, k_max, 2], and of all requests
-        #: together, by the number of requests, [k_max, 2].
-        self._state_counts = np.zeros((self._compiled.NUM_HISTORIES, k_max, 2))
-        self._shared_counts = np.zeros((k_max, 2))
-        self._weights = np.array(FIRST_WEIGHTS)
+        groups = NUM_GROUPS
+        self._change_sums = np.zeros((groups, 2))
+        self._changes = [ChangeDetector(sums=sums) for sums in self._change_sums]
+        #: Discounted successes and trials: after each history of two outcomes, and of all requests of a group together,
+        #: by the number of requests.
+        self._state_counts = np.zeros((groups * compiled.NUM_HISTORIES, k_max, 2))
+        self._shared_counts = np.zeros((groups, k_max, 2))
+        self._weights = np.tile(FIRST_WEIGHTS, (groups, 1))
         #: Of each slot: successes, trials, successes that were expected of anybody.
         self._totals = np.zeros((0, 3))
-        #: The last two outcomes of each slot: with those only noted, and as far as they are learned from.
+        #: Group and last two outcomes of each slot: with those only noted, and as far as they are learned from.
         self._histories, self._learned_histories = np.zeros(0, np.int64), np.zeros(0, np.int64)
         #: Tokens that a step makes on average, [slots].
         self._usual = np.zeros(0)
-        #: Tokens that a step makes of an average request, steps learned from, and of these since chances were found.
-        self._averages = 1.0, 0, 0
-        #: How often all was forgotten because outcomes had changed.
+        #: Tokens that a step makes of an average request of each group, and steps learned from.
+        self._averages = np.tile([1.0, 0.0], (groups, 1))
+        #: How often a group's past was forgotten because outcomes had changed.
         self.num_forgotten = 0
         #: The requests asked for last and their slots: a step asks for the same ones when it trims, plans and learns.
         self._last_ids: list[Hashable] = []
         self._last_slots = np.zeros(0, np.int64)
         #: What is predicted of these until something is noted or learned.
         self._last_survival: np.ndarray | None = None
-        self._chances = self._find_chances()
+        #: As `compiled.find_chances` sets them, and steps that each group was learned from since then.
+        self._chances = (
+            np.zeros((*self._state_counts.shape[:2], 3)),
+            np.zeros(self._state_counts.shape[:2]),
+            np.zeros((groups, k_max)),
+            np.zeros(groups),
+        )
+        self._stale = np.ones(groups, np.int64)
+        self._refresh()
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -162,8 +180,9 @@ class AcceptanceModel:
 
     @property
     def hope(self) -> float:
-        """How far recent outcomes were better than expected: `ChangeDetector.above`."""
-        return self._change.above
+        """How far recent outcomes were better than expected, of the requests asked for last: `ChangeDetector.above`."""
+        groups = set((self._histories[self._last_slots] // self._compiled.NUM_HISTORIES).tolist())
+        return max((self._changes[group].above for group in groups), default=0.0)
 
     def note(self, slots: np.ndarray, drafted: Sequence[int], accepted: Sequence[int]) -> None:
         """Have a step's outcomes count as the last ones, before they are learned from.
@@ -198,7 +217,7 @@ class AcceptanceModel:
         )
         if (accepted > drafted).any() or drafted.max() > self.k_max or accepted.min() < 0:
             raise ValueError(f"accepted {accepted.tolist()} of drafted {drafted.tolist()} with k_max {self.k_max}")
-        self._chances, self._averages, forgotten = self._compiled.learn_steps(
+        self.num_forgotten += self._compiled.learn_steps(
             self._state_counts,
             self._shared_counts,
             self._totals,
@@ -206,8 +225,9 @@ class AcceptanceModel:
             self._learned_histories,
             self._usual,
             self._weights,
-            self._change.sums,
+            self._change_sums,
             self._chances,
+            self._stale,
             self._averages,
             np.cumsum([len(step.slots) for step in steps]),
             np.array([step.is_noted for step in steps], np.int64),
@@ -216,9 +236,8 @@ class AcceptanceModel:
             accepted,
             made,
             self._rates,
-            self._change.limits,
+            self._changes[0].limits,
         )
-        self.num_forgotten += forgotten
         self._last_survival = None
 
     def predict_survival(self, slots: np.ndarray) -> np.ndarray:
@@ -245,11 +264,9 @@ class AcceptanceModel:
 
     def describe(self, slots: np.ndarray) -> tuple[object, ...]:
         """What chances of requests are predicted from, as the compiled loops take it."""
-        usual, num_steps, num_stale = self._averages
-        if num_stale:
-            self._chances, self._averages = self._find_chances(), (usual, num_steps, 0)
+        self._refresh()
         _, base, _, pooled = self._chances
-        return base, self._totals, self._histories, slots, self._weights[3], pooled, LOWEST, HIGHEST
+        return base, self._totals, self._histories, slots, self._weights, pooled, LOWEST, HIGHEST
 
     @property
     def usual(self) -> np.ndarray:
@@ -258,15 +275,14 @@ class AcceptanceModel:
 
     def find_usual(self, slots: np.ndarray) -> np.ndarray:
         """Tokens that a step of each request makes on average, float64 [n], at least 1; of a request that has just
-        come, what those of all make."""
+        come, what those of its group make."""
         return self._usual[slots]
 
-    def _find_chances(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-        """`compiled.find_chances` by the counts as they are now."""
-        chances: tuple[np.ndarray, np.ndarray, np.ndarray, float] = self._compiled.find_chances(
-            self._state_counts, self._shared_counts, self._weights, *self._rates[:3]
+    def _refresh(self) -> None:
+        """Have chances say what the counts do now."""
+        self._compiled.find_chances(
+            self._chances, self._stale, 1.0, self._state_counts, self._shared_counts, self._weights, self._rates
         )
-        return chances
 
     def _add(self, request_id: Hashable) -> int:
         if not self._free:
@@ -281,6 +297,7 @@ class AcceptanceModel:
             self._usual = np.concatenate([self._usual, np.ones(more)])
         slot = self._free.pop()
         self._slots[request_id] = slot
-        self._totals[slot], self._usual[slot] = 0.0, self._averages[0]
-        self._histories[slot] = self._learned_histories[slot] = 0
+        group = 0 if self._find_group is None else self._find_group(request_id)
+        self._totals[slot], self._usual[slot] = 0.0, self._averages[group, 0]
+        self._histories[slot] = self._learned_histories[slot] = group * self._compiled.NUM_HISTORIES
         return slot

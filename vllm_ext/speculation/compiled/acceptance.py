@@ -6,14 +6,19 @@ has changed.
 
 Arrays that several functions share:
 
-    histories     int64 [slots]                 the last two outcomes of each request: 4 * older + newer
-    state_counts  float64 [16, k_max, 2]        successes and trials after each history
-    opinions      float64 [16, k_max, 3]        logits of the chance at each position, each less the one before: of all
-                                                requests less over all positions, after the newer outcome, after both
-    base          float64 [16, k_max]           these mixed: logit over all positions + opinions @ weights[:3]
-    totals        float64 [slots, 3]            of each request: successes, trials, successes expected of anybody
-    weights       float64 [4]                   of the three, and of what a request does better than anybody
-    slots         int64 [n]                     places of the requests of a step
+    histories      int64 [slots]               each request's group and last two outcomes: 16 group + 4 older + newer
+    state_counts   float64 [16 g, k_max, 2]    successes and trials after each history, g groups
+    shared_counts  float64 [g, k_max, 2]       the same whatever the history, by the number of requests
+    opinions       float64 [16 g, k_max, 3]    logits of the chance at each position, each less the one before: of all
+                                               requests less over all positions, after the newer outcome, after both
+    base           float64 [16 g, k_max]       these mixed: logit over all positions + opinions @ weights[group, :3]
+    shared         float64 [g, k_max]          chances of an average request at each position
+    pooled         float64 [g]                 and over all of them
+    weights        float64 [g, 4]              of the three opinions, and of what a request does better than anybody
+    totals         float64 [slots, 3]          of each request: successes, trials, successes expected of anybody
+    slots          int64 [n]                   places of the requests of a step
+
+"Anybody" and "all" are the requests of a group: nothing that one group does is learned of another.
 """
 
 from __future__ import annotations
@@ -42,10 +47,15 @@ _MOST_TRIALS = 64
 
 
 @compile_loop
+def _follow(history: int, outcome: int) -> int:
+    return NUM_HISTORIES * (history // NUM_HISTORIES) + NUM_OUTCOMES * (history % NUM_OUTCOMES) + outcome
+
+
+@compile_loop
 def _advance(history: int, drafted: int, accepted: int) -> int:
     """The history after one more step of so many verified and accepted drafts."""
     outcome = 0 if drafted == 0 else 1 if accepted == 0 else 2 if accepted < drafted else 3
-    return NUM_OUTCOMES * (history % NUM_OUTCOMES) + outcome
+    return _follow(history, outcome)
 
 
 @compile_loop
@@ -57,17 +67,16 @@ def advance_histories(histories: np.ndarray, slots: np.ndarray, drafted: np.ndar
 
 
 @compile_loop
-def _pool_counts(shared_counts: np.ndarray, initial: float, strength: float) -> tuple[np.ndarray, float]:
-    """Chances of an average request: at each position, float64 [k_max], and over all positions."""
+def _pool_counts(shared_counts: np.ndarray, shared: np.ndarray, initial: float, strength: float) -> float:
+    """The chance of an average request of one group over all positions; those at each position are set in `shared`."""
     successes, trials = 0.0, 0.0
     for place in range(len(shared_counts)):
         successes += shared_counts[place, 0]
         trials += shared_counts[place, 1]
     pooled = (successes + initial) / (trials + 1.0)
-    shared = np.empty(len(shared_counts))
     for place in range(len(shared_counts)):
         shared[place] = (shared_counts[place, 0] + strength * pooled) / (shared_counts[place, 1] + strength)
-    return shared, pooled
+    return pooled
 
 
 @compile_loop
@@ -79,17 +88,22 @@ def _find_logit(chance: float) -> float:
 
 @compile_loop
 def _find_opinions(
-    state_counts: np.ndarray, shared: np.ndarray, pooled: float, strength: float, weights: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """What the counts say of every history and position: (opinions, base).
+    opinions: np.ndarray,
+    base: np.ndarray,
+    state_counts: np.ndarray,
+    shared: np.ndarray,
+    pooled: float,
+    strength: float,
+    weights: np.ndarray,
+) -> None:
+    """What the counts of one group say of every history and position: opinions and base, in place.
 
-    shared: float64 [k_max], chances of an average request, pooled: over all positions (`_pool_counts`); strength:
-    trials that the chance of all counts for after one outcome, and that after one outcome for the chance after two.
+    strength: trials that the chance of all counts for after one outcome, and that after one outcome for the chance
+    after two.
     """
-    k_max, everywhere = len(shared), _find_logit(pooled)
-    opinions, base = np.empty((NUM_HISTORIES, k_max, 3)), np.empty((NUM_HISTORIES, k_max))
+    everywhere = _find_logit(pooled)
     for newer in range(NUM_OUTCOMES):
-        for place in range(k_max):
+        for place in range(len(shared)):
             successes, trials = 0.0, 0.0
             for older in range(NUM_OUTCOMES):
                 successes += state_counts[NUM_OUTCOMES * older + newer, place, 0]
@@ -105,34 +119,60 @@ def _find_opinions(
                 opinion[2] = after_both - after_newer
                 base[history, place] = everywhere + weights[0] * opinion[0] + weights[1] * opinion[1]
                 base[history, place] += weights[2] * opinion[2]
-    return opinions, base
 
 
 @compile_loop
 def find_chances(
+    chances: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+    stale: np.ndarray,
+    least_stale: float,
     state_counts: np.ndarray,
     shared_counts: np.ndarray,
     weights: np.ndarray,
-    initial: float,
-    shared_strength: float,
-    history_strength: float,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-    """(opinions, base, shared, pooled) as the counts are now: the first two of every history and position, then chances
-    of an average request, float64 [k_max] and over all positions."""
-    shared, pooled = _pool_counts(shared_counts, initial, shared_strength)
-    opinions, base = _find_opinions(state_counts, shared, pooled, history_strength, weights)
-    return opinions, base, shared, pooled
+    rates: tuple[float, ...],
+) -> None:
+    """Set chances, (opinions, base, shared, pooled), to what the counts are now, of every group that at least so many
+    steps were learned from since its own were found: `stale`, int64 [groups], which is set to 0 there.
+
+    rates: as `AcceptanceModel` orders them.
+    """
+    initial, shared_strength, history_strength = rates[:3]
+    opinions, base, shared, pooled = chances
+    for group in range(len(stale)):
+        if stale[group] >= least_stale:
+            begin, end = NUM_HISTORIES * group, NUM_HISTORIES * (group + 1)
+            pooled[group] = _pool_counts(shared_counts[group], shared[group], initial, shared_strength)
+            _find_opinions(
+                opinions[begin:end],
+                base[begin:end],
+                state_counts[begin:end],
+                shared[group],
+                pooled[group],
+                history_strength,
+                weights[group],
+            )
+            stale[group] = 0
 
 
 @compile_loop
 def _find_offset(totals: np.ndarray, pooled: float) -> float:
-    """How much better one request does than anybody would at the same positions, as a difference of logits.
+    """How much better one request does than anybody of its group would at the same positions, as a difference of
+    logits.
 
     totals: float64 [3].
     """
     prior = _REQUEST_STRENGTH * pooled
     all_trials = totals[1] + _REQUEST_STRENGTH
     return _find_logit((totals[0] + prior) / all_trials) - _find_logit((totals[2] + prior) / all_trials)
+
+
+@compile_loop
+def _weigh_offset(
+    totals: np.ndarray, histories: np.ndarray, slot: int, weights: np.ndarray, pooled: np.ndarray
+) -> float:
+    """What a request does better counts for, as a difference of logits."""
+    group = histories[slot] // NUM_HISTORIES
+    return weights[group, 3] * _find_offset(totals[slot], pooled[group])
 
 
 @compile_loop
@@ -155,19 +195,19 @@ def predict_survival(
     totals: np.ndarray,
     histories: np.ndarray,
     slots: np.ndarray,
-    weight: float,
-    pooled: float,
+    weights: np.ndarray,
+    pooled: np.ndarray,
     lowest: float,
     highest: float,
 ) -> np.ndarray:
     """P(the first j drafts are all accepted): float64 [n, k_max].
 
-    weight: of what a request does better than anybody; lowest, highest: bounds of the chance at one position.
+    lowest, highest: bounds of the chance at one position.
     """
     survival = np.empty((len(slots), base.shape[1]))
     for row in range(len(slots)):
         slot = slots[row]
-        offset = weight * _find_offset(totals[slot], pooled)
+        offset = _weigh_offset(totals, histories, slot, weights, pooled)
         _fill_survival(survival[row], base[histories[slot]], offset, lowest, highest)
     return survival
 
@@ -178,8 +218,8 @@ def predict_best(
     totals: np.ndarray,
     histories: np.ndarray,
     slots: np.ndarray,
-    weight: float,
-    pooled: float,
+    weights: np.ndarray,
+    pooled: np.ndarray,
     lowest: float,
     highest: float,
 ) -> np.ndarray:
@@ -189,9 +229,9 @@ def predict_best(
     best, survival = np.zeros((len(slots), k_max)), np.empty(k_max)
     for row in range(len(slots)):
         slot = slots[row]
-        offset = weight * _find_offset(totals[slot], pooled)
+        offset = _weigh_offset(totals, histories, slot, weights, pooled)
         for outcome in range(NUM_OUTCOMES):
-            history = NUM_OUTCOMES * (histories[slot] % NUM_OUTCOMES) + outcome
+            history = _follow(histories[slot], outcome)
             _fill_survival(survival, base[history], offset, lowest, highest)
             for place in range(k_max):
                 best[row, place] = max(best[row, place], survival[place])
@@ -205,8 +245,8 @@ def predict_mean(
     totals: np.ndarray,
     histories: np.ndarray,
     slots: np.ndarray,
-    weight: float,
-    pooled: float,
+    weights: np.ndarray,
+    pooled: np.ndarray,
     lowest: float,
     highest: float,
 ) -> np.ndarray:
@@ -214,13 +254,14 @@ def predict_mean(
     float64 [n, k_max]. Long drafts survive more often than chances at each position would say: good steps come in
     rows."""
     k_max = base.shape[1]
-    mean, survival, total = np.zeros((len(slots), k_max)), np.empty(k_max), 0.0
-    for history in range(NUM_HISTORIES):
-        total += state_counts[history, 0, 1] + _RARE_HISTORY
+    mean, survival, total = np.zeros((len(slots), k_max)), np.empty(k_max), np.zeros(len(pooled))
+    for history in range(len(state_counts)):
+        total[history // NUM_HISTORIES] += state_counts[history, 0, 1] + _RARE_HISTORY
     for row in range(len(slots)):
-        offset = weight * _find_offset(totals[slots[row]], pooled)
-        for history in range(NUM_HISTORIES):
-            share = (state_counts[history, 0, 1] + _RARE_HISTORY) / total
+        offset = _weigh_offset(totals, histories, slots[row], weights, pooled)
+        group = histories[slots[row]] // NUM_HISTORIES
+        for history in range(NUM_HISTORIES * group, NUM_HISTORIES * (group + 1)):
+            share = (state_counts[history, 0, 1] + _RARE_HISTORY) / total[group]
             _fill_survival(survival, base[history], offset, lowest, highest)
             for place in range(k_max):
                 mean[row, place] += share * survival[place]
@@ -255,13 +296,13 @@ def choose_again(
     totals: np.ndarray,
     histories: np.ndarray,
     slots: np.ndarray,
-    weight: float,
-    pooled: float,
+    weights: np.ndarray,
+    pooled: np.ndarray,
     lowest: float,
     highest: float,
     usual: np.ndarray,
     share: float,
-    weights: np.ndarray,
+    request_weights: np.ndarray,
     caps: np.ndarray,
     price: float,
     per_token: float,
@@ -271,16 +312,16 @@ def choose_again(
     """`choose_lengths` by `value_drafts` of `predict_survival` in one go, where a step's time does not depend on its
     longest draft: int64 [n].
 
-    usual: float64 [slots]; caps: int64 [n]; once: what any drafts at all take more; multiple: as `drop_least`; all else
-    as there.
+    usual: float64 [slots]; request_weights: float64 [n], or empty; caps: int64 [n]; once: what any drafts at all take
+    more; multiple: as `drop_least`; all else as there.
     """
     least, gained = price * per_token, 0.0
     lengths, values = np.zeros(len(slots), np.int64), np.empty((len(slots), base.shape[1]))
     for row in range(len(slots)):
         slot = slots[row]
         opinion = base[histories[slot]]
-        offset, alive = weight * _find_offset(totals[slot], pooled), 1.0
-        request_weight = weights[row] if len(weights) else 1.0
+        offset, alive = _weigh_offset(totals, histories, slot, weights, pooled), 1.0
+        request_weight = request_weights[row] if len(request_weights) else 1.0
         average = usual[slot] + share * (1.0 - usual[slot])
         for place in range(min(len(opinion), caps[row])):
             alive *= _find_chance(opinion[place] + offset, lowest, highest)
@@ -304,18 +345,22 @@ def _sum_first_drafts(
     base: np.ndarray,
     totals: np.ndarray,
     histories: np.ndarray,
-    slots: np.ndarray,
+    group: int,
     weight: float,
     pooled: float,
+    slots: np.ndarray,
     drafted: np.ndarray,
     accepted: np.ndarray,
 ) -> tuple[int, float, float, int]:
-    """(how many first drafts were tried, sum of their chances, of these squared, how many were accepted)."""
+    """Of one group: (how many first drafts were tried, sum of their chances, of these squared, how many were accepted).
+
+    weight, pooled: the group's.
+    """
     count, total, squares, passed = 0, 0.0, 0.0, 0
     for row in range(len(slots)):
-        if drafted[row] > 0:
-            slot = slots[row]
-            logit = base[histories[slot], 0] + weight * _find_offset(totals[slot], pooled)
+        history = histories[slots[row]]
+        if drafted[row] > 0 and history // NUM_HISTORIES == group:
+            logit = base[history, 0] + weight * _find_offset(totals[slots[row]], pooled)
             chance = _find_chance(logit, 0.0, 1.0)
             count += 1
             total += chance
@@ -326,16 +371,18 @@ def _sum_first_drafts(
 
 @compile_loop
 def _learn_outcomes(
-    state_counts: np.ndarray,
-    shared_counts: np.ndarray,
-    totals: np.ndarray,
-    histories: np.ndarray,
-    usual: np.ndarray,
-    weights: np.ndarray,
+    group: int,
     opinions: np.ndarray,
     base: np.ndarray,
     shared: np.ndarray,
     pooled: float,
+    state_counts: np.ndarray,
+    shared_counts: np.ndarray,
+    weights: np.ndarray,
+    totals: np.ndarray,
+    histories: np.ndarray,
+    usual: np.ndarray,
+    num_requests: int,
     slots: np.ndarray,
     drafted: np.ndarray,
     accepted: np.ndarray,
@@ -347,22 +394,24 @@ def _learn_outcomes(
     shared_memory: float,
     untried_memory: float,
 ) -> None:
-    """Learn from one step: counts, weights, histories and tokens of usual steps, all in place.
+    """Learn from what one group did in one step: counts, weights, histories and tokens of usual steps, all in place.
 
-    opinions, base, shared, pooled: by which chances are predicted (`find_chances`); shared_counts:
-    float64 [k_max, 2]; usual: float64 [slots]; drafted, accepted, made: int64 [n]. weight_rate: how fast weights
-    follow; memories: what counts keep at each step.
+    opinions, base, shared, pooled: by which chances are predicted (`find_chances`), the last two of the group, as are
+    shared_counts and weights; num_requests: of the group in the step. usual: float64 [slots]; drafted, accepted, made:
+    int64 [n]. weight_rate: how fast weights follow; memories: what counts keep at each step.
     """
-    num_requests, k_max = len(slots), len(shared)
+    k_max = len(shared)
     successes, trials = np.zeros(k_max), np.zeros(k_max)
     gradient, num_trials = np.zeros(len(weights)), 0
-    for history in range(NUM_HISTORIES):
+    for history in range(NUM_HISTORIES * group, NUM_HISTORIES * (group + 1)):
         for place in range(k_max):
             state_counts[history, place, 0] *= shared_memory
             state_counts[history, place, 1] *= shared_memory
-    for row in range(num_requests):
+    for row in range(len(slots)):
         slot, given, right = slots[row], drafted[row], accepted[row]
         history, own = histories[slot], totals[slot]
+        if history // NUM_HISTORIES != group:
+            continue
         usual[slot] += usual_rate * (made[row] - usual[slot])
         offset = _find_offset(own, pooled)
         histories[slot] = _advance(history, given, right)
@@ -430,6 +479,16 @@ def _fade(counts: np.ndarray, most: float) -> None:
 
 
 @compile_loop
+def _fade_requests(totals: np.ndarray, histories: np.ndarray, group: int, most: float) -> None:
+    """The same of one group's requests."""
+    mine = np.flatnonzero(histories // NUM_HISTORIES == group)
+    counts = totals[mine]
+    _fade(counts, most)
+    for row in range(len(mine)):
+        totals[mine[row]] = counts[row]
+
+
+@compile_loop
 def learn_steps(
     state_counts: np.ndarray,
     shared_counts: np.ndarray,
@@ -439,8 +498,9 @@ def learn_steps(
     usual: np.ndarray,
     weights: np.ndarray,
     change: np.ndarray,
-    chances: tuple[np.ndarray, np.ndarray, np.ndarray, float],
-    averages: tuple[float, int, int],
+    chances: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+    stale: np.ndarray,
+    averages: np.ndarray,
     ends: np.ndarray,
     is_noted: np.ndarray,
     slots: np.ndarray,
@@ -449,22 +509,20 @@ def learn_steps(
     made: np.ndarray,
     rates: tuple[float, ...],
     limits: tuple[float, ...],
-) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray, float], tuple[float, int, int], int]:
-    """Learn from steps, one after another: (chances, averages, how often the past was forgotten). Counts, histories,
-    weights, usual and change are changed in place.
+) -> int:
+    """Learn from steps, one after another: how often a group's past was forgotten. What comes before `ends` is changed
+    in place.
 
-    usual: float64 [slots], tokens of a request's usual steps; change: float64 [2], of `detect_change`; chances: of
-    `find_chances`; averages: tokens of an average request's usual steps, steps learned from, and of these since chances
-    were found. ends: int64 [steps], where each step's rows end; is_noted: int64 [steps], whether its outcomes are among
-    histories; slots, drafted, accepted, made: int64 [rows]. rates: as `AcceptanceModel` orders them; limits: of
+    usual: float64 [slots], tokens of a request's usual steps; change: float64 [groups, 2], of `detect_change`; chances,
+    stale: of `find_chances`; averages: float64 [groups, 2], tokens of an average request's usual steps, and steps
+    learned from. ends: int64 [steps], where each step's rows end; is_noted: int64 [steps], whether its outcomes are
+    among histories; slots, drafted, accepted, made: int64 [rows]. rates: as `AcceptanceModel` orders them; limits: of
     `detect_change`.
     """
-    opinions, base, shared, pooled = chances
-    shared_usual, num_steps, num_stale = averages
     (
-        initial,
-        shared_strength,
-        history_strength,
+        _,
+        _,
+        _,
         refresh_every,
         least_usual_rate,
         weight_rate,
@@ -474,52 +532,61 @@ def learn_steps(
         untried_memory,
         trials_after_change,
     ) = rates
-    begin, num_forgotten = 0, 0
+    opinions, base, shared, pooled = chances
+    begin, num_forgotten, num_groups = 0, 0, len(pooled)
+    num_requests, num_tokens = np.zeros(num_groups, np.int64), np.zeros(num_groups)
     for step in range(len(ends)):
         end = ends[step]
         where, tried, passed, tokens = slots[begin:end], drafted[begin:end], accepted[begin:end], made[begin:end]
-        count, begin = end - begin, end
+        begin = end
         if is_noted[step] == 0:
             advance_histories(histories, where, tried, passed)
-        if num_stale >= refresh_every:
-            opinions, base, shared, pooled = find_chances(
-                state_counts, shared_counts, weights, initial, shared_strength, history_strength
+        find_chances(chances, stale, refresh_every, state_counts, shared_counts, weights, rates)
+        num_requests[:], num_tokens[:] = 0, 0.0
+        for row in range(len(where)):
+            group = learned_histories[where[row]] // NUM_HISTORIES
+            num_requests[group] += 1
+            num_tokens[group] += tokens[row]
+        for group in range(num_groups):
+            if num_requests[group] == 0:
+                continue
+            count, expected, squares, succeeded = _sum_first_drafts(
+                base, totals, learned_histories, group, weights[group, 3], pooled[group], where, tried, passed
             )
-            num_stale = 0
-        first = _sum_first_drafts(base, totals, learned_histories, where, weights[3], pooled, tried, passed)
-        if detect_change(change, first[0], first[1], first[2], first[3], limits):
-            # What was learned is kept as a guess: another text, another load, and none of it holds.
-            _fade(shared_counts, trials_after_change)
-            _fade(state_counts.reshape(-1, 2), trials_after_change)
-            _fade(totals, trials_after_change)
-            opinions, base, shared, pooled = find_chances(
-                state_counts, shared_counts, weights, initial, shared_strength, history_strength
+            if detect_change(change[group], count, expected, squares, succeeded, limits):
+                # What was learned is kept as a guess: another text, another load, and none of it holds.
+                states = state_counts[NUM_HISTORIES * group : NUM_HISTORIES * (group + 1)]
+                _fade(shared_counts[group], trials_after_change)
+                _fade(states.reshape(-1, 2), trials_after_change)
+                _fade_requests(totals, learned_histories, group, trials_after_change)
+                stale[group], num_forgotten = int(refresh_every), num_forgotten + 1
+                find_chances(chances, stale, refresh_every, state_counts, shared_counts, weights, rates)
+            averages[group, 1] += 1.0
+            usual_rate = max(least_usual_rate, 1.0 / averages[group, 1])
+            averages[group, 0] += usual_rate * (num_tokens[group] / num_requests[group] - averages[group, 0])
+            _learn_outcomes(
+                group,
+                opinions,
+                base,
+                shared[group],
+                pooled[group],
+                state_counts,
+                shared_counts[group],
+                weights[group],
+                totals,
+                learned_histories,
+                usual,
+                num_requests[group],
+                where,
+                tried,
+                passed,
+                tokens,
+                usual_rate,
+                weight_rate,
+                request_memory,
+                idle_memory,
+                shared_memory,
+                untried_memory,
             )
-            num_stale, num_forgotten = 0, num_forgotten + 1
-        num_steps += 1
-        usual_rate = max(least_usual_rate, 1.0 / num_steps)
-        shared_usual += usual_rate * (np.sum(tokens) / count - shared_usual)
-        _learn_outcomes(
-            state_counts,
-            shared_counts,
-            totals,
-            learned_histories,
-            usual,
-            weights,
-            opinions,
-            base,
-            shared,
-            pooled,
-            where,
-            tried,
-            passed,
-            tokens,
-            usual_rate,
-            weight_rate,
-            request_memory,
-            idle_memory,
-            shared_memory,
-            untried_memory,
-        )
-        num_stale += 1
-    return (opinions, base, shared, pooled), (shared_usual, num_steps, num_stale), num_forgotten
+            stale[group] += 1
+    return num_forgotten
