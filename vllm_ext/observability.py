@@ -185,7 +185,12 @@ METRICS: tuple[Metric, ...] = (
         "Requests that ended while a batch used their blocks, which went back when it had run.",
     ),
     Metric("vllm_ext:semipd_split_index", "gauge", "Number of the split in force, least prefill first."),
-    Metric("vllm_ext:semipd_switches_total", "counter", "Changes of the split, and to and from mixed batches."),
+    Metric("vllm_ext:semipd_switches_total", "counter", "Changes of split and pace, and to and from mixed batches."),
+    Metric(
+        "vllm_ext:semipd_decode_pace_seconds",
+        "gauge",
+        "Seconds from a decode step to the next while prompts are computed, 0 where none waits.",
+    ),
     Metric("vllm_ext:semipd_mixing_active", "gauge", "1 where prompts go into the batches of decode, 0 where not."),
     Metric(
         "vllm_ext:semipd_mixed_batches_total",

@@ -152,7 +152,7 @@ def test_who_waits_already_counts() -> None:
 
 def test_nothing_is_decided_before_anything_is_known() -> None:
     controller = SplitController(SPLITS, OBJECTIVES)
-    assert controller.decide(1.0, 0) == Decision(SPLITS[3], 0.0, 0.0, None, False)
+    assert controller.decide(1.0, 0) == Decision(SPLITS[3], 0.0, 0.0, None, False, prefill_share=SPLITS[3].prefill)
 
 
 @pytest.mark.parametrize(
@@ -251,6 +251,59 @@ def test_what_mixed_batches_really_take_is_learned_of_them() -> None:
         after = device.controller.decide(device.now, 0)
     assert after.ttft > 1.2 * before.ttft
     assert after.tpot > 1.2 * before.tpot
+
+
+class PacedDevice:
+    """Two lanes of half of a device each, whose decode may wait for prompts. Times are exact."""
+
+    def __init__(self, objectives: Objectives) -> None:
+        self.controller = SplitController(
+            [Split(0.5, 0.5)], objectives, paces=[part * objectives.tpot for part in (0.8, 0.4, 0.6)]
+        )
+        self.token_time, self.step_time, self.now = 1e-4, 0.01, 0.0
+        self.decision = self.controller.decide(0.0, 0)
+        self.num_switches = 0
+
+    def run(self, seconds: int, rate: int, tokens: int = 800) -> None:
+        for _ in range(seconds):
+            pace, step = self.decision.pace, self.step_time * (0.4 / 0.5 + 0.6)
+            share = 1 - 0.5 * min(1.0, step / pace) if pace else 0.5
+            for _ in range(rate):
+                self.controller.observe_arrival(self.now, tokens)
+                time = tokens * self.token_time * (0.95 / share + 0.05)
+                self.controller.observe_prefill(self.now, self.now + time, tokens, self.decision.prefill_share or 0.5)
+            for _ in range(8):
+                self.controller.observe_decode(self.now, self.now + step, 0.5)
+            self.now += 1
+            self.decision = self.controller.decide(self.now, 0)
+            if self.decision.is_switch:
+                self.num_switches += 1
+                self.controller.note_switch(self.now)
+
+
+def test_decode_waits_where_first_tokens_are_late_and_others_are_early() -> None:
+    device = PacedDevice(Objectives(ttft=0.3, tpot=0.1))
+    device.run(1, 4)
+    assert device.decision.pace == 0
+    device.run(11, 4)
+    assert round(device.decision.pace, 9) in (0.04, 0.06, 0.08)
+    assert device.num_switches == 1
+    assert device.decision.prefill_share == pytest.approx(1 - 0.5 * 0.014 / device.decision.pace, rel=0.05)
+    assert device.decision.ttft < 0.3
+    assert device.decision.tpot < 0.1
+    # Steps become longer than that pace: nothing is left to wait for.
+    device.step_time *= 8
+    device.run(40, 4)
+    assert device.decision.prefill_share == pytest.approx(0.5)
+
+
+def test_decode_never_waits_where_that_helps_nobody() -> None:
+    early, tight = PacedDevice(Objectives(ttft=3.0, tpot=0.1)), PacedDevice(Objectives(ttft=0.3, tpot=0.016))
+    for device in (early, tight):
+        device.run(30, 4)
+        assert (device.decision.pace, device.num_switches) == (0, 0)
+    with pytest.raises(ValueError, match=r"paces \[0.0\] must be positive seconds"):
+        SplitController(SPLITS, OBJECTIVES, paces=[0.0])
 
 
 def test_mixing_is_off_unless_there_is_a_budget() -> None:

@@ -114,6 +114,12 @@ def test_what_is_decided_beside_the_split() -> None:
     assert (pacer.is_mixing, pacer.max_queued_tokens, pacer.counts.switches) == (True, 500, 1)
     pacer.decide(PERIOD, 0)
     assert (pacer.is_mixing, pacer.max_queued_tokens, pacer.counts.switches) == (True, None, 1)
+    paced = Decision(SPLITS[0], 0, 0, None, True, False, 0.04, 0.7)
+    answers = iter([paced, paced._replace(is_switch=False, prefill_share=0.6)])
+    for share in (0.7, 0.6):
+        pacer.decide(pacer._decided + PERIOD, 0)
+        # The share follows how long steps are.
+        assert (pacer.is_mixing, pacer.decode_pace, pacer.paced_share) == (False, 0.04, share)
 
 
 def test_decisions_are_seldom_and_counted() -> None:

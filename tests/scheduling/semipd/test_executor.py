@@ -86,6 +86,25 @@ def test_the_engine_looks_up_while_decode_runs_alone(executor: LaneExecutor) -> 
     assert executor.driver_worker.worker.cores[Lane.DECODE] == set(executor._cores)
 
 
+def test_the_engine_is_woken_for_decode_that_waits(executor: LaneExecutor) -> None:
+    """Prompts have all cores meanwhile, and keep them beside the step."""
+    worker: Any = executor.driver_worker.worker
+    worker.ends[Lane.DECODE].set()
+    step, started = LaneStep.make_empty(), time.perf_counter()
+    step.launches.append(make_launch(Lane.PREFILL)._replace(has_all=True))
+    step.wake = started + 0.05
+    assert executor.execute_model(step) == []
+    assert 0.045 < time.perf_counter() - started < 5
+    [result] = take_turn(executor, make_launch(Lane.DECODE))
+    assert result.share == 1 / len(executor._cores)
+    worker.ends[Lane.PREFILL].set()
+    # One that is due already is no reason to wait, nor to miss what has run.
+    while not (results := executor.execute_model(LaneStep.make_empty())):
+        pass
+    assert results[0].share == 1
+    assert worker.cores == {Lane.PREFILL: set(executor._cores), Lane.DECODE: {executor._cores[-1]}}
+
+
 def test_telling_who_is_over_takes_no_cores(executor: LaneExecutor) -> None:
     worker: Any = executor.driver_worker.worker
     for end in worker.ends.values():

@@ -182,6 +182,43 @@ def test_prompts_wait_for_decode_that_is_late() -> None:
     assert (Lane.PREFILL, {"b": 37}) in turn(scheduler)
 
 
+def test_decode_waits_while_prompts_have_the_device() -> None:
+    scheduler = build_lanes(80, 64, asynchronous=False)
+    begin_decoding(scheduler, "a")
+    assert turn(scheduler) == [(Lane.DECODE, {"a": 1})]
+    scheduler.pacer.decode_pace = 60.0
+    # Nobody waits for nothing.
+    assert turn(scheduler) == [(Lane.DECODE, {"a": 1})]
+    scheduler.add_request(make_request("b", [9] * 100, 3))
+    step = scheduler.schedule()
+    assert [(launch.batch.lane, launch.has_all) for launch in step.launches] == [(Lane.PREFILL, True)]
+    assert 50 < step.wake - time.perf_counter() <= 60
+    # In good time, beside the prompt; and the one after that waits again.
+    scheduler._decode_began -= 60
+    second = scheduler.schedule()
+    assert [(launch.batch.lane, launch.has_all) for launch in second.launches] == [(Lane.DECODE, False)]
+    assert second.wake is None
+    finish(scheduler, second.launches[0])
+    assert scheduler.schedule().launches == []
+    finish(scheduler, step.launches[0])
+    # The prompt goes on at once, and when it has its token both decode without waiting.
+    assert turn(scheduler) == [(Lane.PREFILL, {"b": 36})]
+    assert turn(scheduler) == [(Lane.DECODE, {"a": 1, "b": 1})]
+    while scheduler.has_requests():
+        assert all(lane is Lane.DECODE or not tokens for lane, tokens in turn(scheduler))
+    assert scheduler.reset_prefix_cache()
+
+
+def test_decode_does_not_wait_for_prompts_that_cannot_run() -> None:
+    scheduler = build_lanes(8, 64, asynchronous=False)
+    begin_decoding(scheduler, "a")
+    scheduler.pacer.decode_pace = 60.0
+    assert turn(scheduler) == [(Lane.DECODE, {"a": 1})]
+    # More blocks than there are beside the first one's.
+    scheduler.add_request(make_request("b", [9] * 120, 2))
+    assert (Lane.DECODE, {"a": 1}) in turn(scheduler) + turn(scheduler) + turn(scheduler)
+
+
 def test_sessions_of_several_inputs() -> None:
     """A client that sends its prompt in parts: the session keeps its blocks, and the decode lane leaves it alone."""
     scheduler = build_lanes(80, 64, asynchronous=False)

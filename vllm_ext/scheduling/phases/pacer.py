@@ -48,6 +48,9 @@ class Pacer:
         self.index = 0 if controller is None else splits.index(controller.split)
         #: Whether prompts go into the batches of decode.
         self.is_mixing = False
+        #: Seconds between the beginnings of two decode steps while prompts are computed, 0 where none waits, and what
+        #: prompts then have of the device.
+        self.decode_pace, self.paced_share = 0.0, 0.0
         #: Prompt tokens beyond which who comes in is late, None where nobody is.
         self.max_queued_tokens: int | None = None
         self._controller, self._splits, self._objectives = controller, splits, objectives
@@ -128,15 +131,16 @@ class Pacer:
         return self._controller is not None and now - self._decided >= PERIOD
 
     def decide(self, now: float, queued_tokens: int) -> int:
-        """The number of the split from now on; asks the controller at most once a period. Sets `is_mixing` and
-        `max_queued_tokens` too.
+        """The number of the split from now on; asks the controller at most once a period. Sets `is_mixing`,
+        `decode_pace`, `paced_share` and `max_queued_tokens` too.
         """
         if self._controller is not None and self.is_due(now):
             self._decided = now
             decision = self._controller.decide(now, queued_tokens)
-            self.max_queued_tokens = decision.max_queued_tokens
+            self.max_queued_tokens, self.paced_share = decision.max_queued_tokens, decision.prefill_share
             if decision.is_switch:
                 self.index, self.is_mixing = self._splits.index(decision.split), decision.mixes
+                self.decode_pace = decision.pace
                 self.counts.switches += 1
                 self._controller.note_switch(now)
         return self.index

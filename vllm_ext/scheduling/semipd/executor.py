@@ -36,7 +36,7 @@ class LaneExecutor(UniProcExecutor):
             return super().execute_model(scheduler_output, non_block)
         for launch in scheduler_output.launches:
             self._launch(launch, scheduler_output)
-        results = self._wait_for_one()
+        results = self._wait_for_one(scheduler_output.wake)
         if not non_block:
             return results
         future: Future[list[LaneResult]] = Future()
@@ -50,6 +50,7 @@ class LaneExecutor(UniProcExecutor):
         # A batch without tokens tells a runner who is over, and needs no cores.
         others = [*step.launches, *(flight for flight, _, _ in self._flights.values())]
         is_alone = not self._stays and all(one.batch.lane is lane for one in others if one.batch.tokens)
+        is_alone = is_alone or launch.has_all
         split = self._splits[step.split]
         cores = None if is_alone else split.prefill if lane is Lane.PREFILL else split.decode
         share = 1.0 if cores is None else len(cores) / len(self._cores)
@@ -62,12 +63,13 @@ class LaneExecutor(UniProcExecutor):
         made = self.driver_worker.worker.run_lane(launch.batch.lane, launch.output, launch.grammar)
         return made, started, time.perf_counter()
 
-    def _wait_for_one(self) -> list[LaneResult]:
+    def _wait_for_one(self, wake: float | None) -> list[LaneResult]:
         if not self._flights:
             return []
         is_decode_alone = Lane.PREFILL not in self._flights
         futures = [future for *_, future in self._flights.values()]
-        wait(futures, POLL if is_decode_alone else None, FIRST_COMPLETED)
+        until = None if wake is None else max(0.0, wake - time.perf_counter())
+        wait(futures, POLL if is_decode_alone else until, FIRST_COMPLETED)
         for lane in (Lane.DECODE, Lane.PREFILL):
             if lane in self._flights and self._flights[lane][2].done():
                 launch, share, future = self._flights.pop(lane)

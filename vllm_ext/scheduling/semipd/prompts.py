@@ -36,8 +36,7 @@ class PromptsMixin:
             return False
         if self._pause_state == PauseState.PAUSED_ALL or not self.lanes.has_room(Lane.PREFILL):
             return False
-        decodes = any(find_phase(request) is Lane.DECODE for request in self.running)
-        return decodes and not self.policies.priority.may_prefill(now)
+        return self._decodes() and not self.policies.priority.may_prefill(now)
 
     def _count_queued(self: Any) -> int:
         """Prompt tokens that wait to be computed, without those that are held back."""

@@ -48,8 +48,9 @@ class LaneMixin(PromptsMixin):
         self._stuck: set[Lane] = set()
         #: Whether prompts wait in this turn until decode has caught up.
         self._yields = False
-        #: When the latest step of requests that still decode was over.
+        #: When the latest step of requests that still decode was over, and when that of the decode lane began.
         self._stepped: float | None = None
+        self._decode_began = float("-inf")
         #: Requests whose id belongs to one that lanes have not all forgotten yet.
         self._held: list[Request] = []
         #: Ids of each lane's latest batch: vLLM sends all tokens of a request that the batch before did not have.
@@ -73,12 +74,18 @@ class LaneMixin(PromptsMixin):
             self.pacer.decide(now, self._count_queued())
         self._release_late(now)
         self._yields = self._must_yield(now)
-        for lane in (Lane.DECODE, Lane.PREFILL):
+        step.wake = self._find_decode_start(now)
+        # A prompt that begins now is what decode waits for.
+        for lane in (Lane.DECODE, Lane.PREFILL) if step.wake is None else (Lane.PREFILL, Lane.DECODE):
+            if lane is Lane.DECODE and step.wake is not None and any(self.lanes.list_in_flight(Lane.PREFILL)):
+                continue
             if not self.has_work(lane) or (lane in self._stuck and not self.lanes.has_finished(lane)):
                 continue
             launch = self.schedule_lane(lane, throttle_prefills)
             if launch is not None:
                 step.launches.append(launch)
+                if lane is Lane.DECODE and launch.batch.tokens:
+                    self._decode_began = now
             elif not self.deferred_waiting and any(self.lanes.list_in_flight(other) for other in Lane):
                 # While decode runs alone there are many turns, in which nothing changes.
                 self._stuck.add(lane)
@@ -168,7 +175,8 @@ class LaneMixin(PromptsMixin):
             # vLLM's masks lie in one buffer of the engine, which the other lane's next batch overwrites.
             grammar.grammar_bitmask = grammar.grammar_bitmask.copy()
         num_decoding = len(decoding & output.num_scheduled_tokens.keys())
-        return LaneLaunch(self.lanes.launch(output.num_scheduled_tokens, num_decoding), output, grammar)
+        has_all = lane is Lane.PREFILL and self.pacer.decode_pace > 0
+        return LaneLaunch(self.lanes.launch(output.num_scheduled_tokens, num_decoding), output, grammar, has_all)
 
     def update_lane(self: Any, result: LaneResult) -> dict[int, Any]:
         """A lane's batch has run: vLLM's update, with what waited for it released before."""
@@ -204,14 +212,26 @@ class LaneMixin(PromptsMixin):
         if batch.is_mixed:
             self.pacer.note_mixed(started, finished, tokens - batch.num_decoding, batch.num_decoding, share)
         else:
+            share = self.pacer.paced_share if result.launch.has_all and self._decodes() else share
             self.pacer.note_batch(batch.lane, started, finished, tokens, share)
         if self.policies.priority is not None and batch.lane is Lane.DECODE:
             if self._stepped is not None:
                 self.policies.priority.observe_gap(finished - self._stepped)
-            goes_on = any(find_phase(request) is Lane.DECODE for request in self.running)
-            self._stepped = finished if goes_on else None
+            self._stepped = finished if self._decodes() else None
 
     # What a turn is made of
+
+    def _decodes(self: Any) -> bool:
+        """Whether there are requests that decode, in flight or not."""
+        return any(find_phase(request) is Lane.DECODE for request in self.running)
+
+    def _find_decode_start(self: Any, now: float) -> float | None:
+        """When the decode lane's next step may begin, where it waits for prompts that are there; None for at once."""
+        due: float = self._decode_began + self.pacer.decode_pace
+        if due <= now or self.pacer.is_mixing or self._yields:
+            return None
+        computes = any(self.lanes.list_in_flight(Lane.PREFILL)) or self.has_work(Lane.PREFILL)
+        return due if computes else None
 
     def _mixes(self: Any) -> bool:
         """Whether the decode lane's next batch is one of both phases."""

@@ -18,6 +18,10 @@ from vllm_ext.scheduling.semipd.cores import SHARES, CoreSplit, find_cores, plan
 #: Objectives where the user names none, in milliseconds: nothing to steer by, and a scale for the counters.
 TTFT_MS, TPOT_MS, PERCENTILE = 1000.0, 100.0, 90.0
 
+#: Parts of the objective between tokens that decode steps may be apart while prompts are computed. The last one leaves
+#: room for a step that takes longer, and is below `controller.COMFORT`: no reason to look for anything else.
+PACES = (0.4, 0.6, 0.8)
+
 #: Variables by which OpenMP's runtimes tie their threads to cores, whoever starts them.
 BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 
@@ -115,6 +119,7 @@ def make_pacer(vllm_config: Any) -> Pacer:
         (settings.slo_tpot_ms or TPOT_MS) / 1e3,
         (settings.percentile or PERCENTILE) / 100,
     )
+    is_paced = settings.mode == "auto" and settings.slo_tpot_ms is not None
     controller: PhaseController | None = None
     if settings.controller == "published":
         controller = NearestPublishedController(splits, objectives)
@@ -125,6 +130,8 @@ def make_pacer(vllm_config: Any) -> Pacer:
             full_when_alone=settings.mode != "always",
             refuses=policies.limits_queue(settings),
             mix_budget=vllm_config.scheduler_config.max_num_batched_tokens if settings.mode == "auto" else None,
+            # What nobody said is too slow is not slowed down.
+            paces=[part * objectives.tpot for part in PACES] if is_paced else (),
         )
     return Pacer(controller, splits, objectives)
 
@@ -141,6 +148,7 @@ def report(pacer: Pacer, lanes: Lanes[Any], index: int) -> None:
         "deferred_frees_total": lanes.counts.deferred_frees,
         "split_index": pacer.index,
         "switches_total": counts.switches,
+        "decode_pace_seconds": pacer.decode_pace,
         "first_tokens_total": counts.first_tokens,
         "first_tokens_in_time_total": counts.first_tokens_in_time,
         "finished_total": counts.finished,

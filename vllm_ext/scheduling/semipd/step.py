@@ -18,11 +18,13 @@ from vllm_ext.scheduling.phases.lanes import LaneBatch
 
 
 class LaneLaunch(NamedTuple):
-    """A batch for a lane's runner. `grammar`: masks of its structured requests, made when it is scheduled."""
+    """A batch for a lane's runner. `grammar`: masks of its structured requests, made when it is scheduled. `has_all`:
+    whether it runs on the whole device though the other lane may run too: prompts whose decode has a pace."""
 
     batch: LaneBatch[Any]
     output: SchedulerOutput
     grammar: GrammarOutput | None
+    has_all: bool = False
 
 
 class LaneResult(NamedTuple):
@@ -38,7 +40,9 @@ class LaneResult(NamedTuple):
 @dataclass
 class LaneStep(SchedulerOutput):
     """The scheduler output of a turn: itself without requests. `split`: number of the split of the device that is in
-    force."""
+    force. `wake`: when the next turn is due at the latest, in seconds of time.perf_counter; None for when a batch has
+    run."""
 
     launches: list[LaneLaunch] = field(default_factory=list)
     split: int = 0
+    wake: float | None = None
