@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vllm_ext.scheduling.phases.latency import ShareModel
-from vllm_ext.scheduling.phases.mixing import MixedModel
+from vllm_ext.scheduling.phases.mixing import GAP, MixedModel
 
 TOKEN, STEP, BUDGET = 1e-4, 0.01, 512
 PROMPTS, OUTPUTS = np.full(100, 800.0), [200, 100, 300]
@@ -44,7 +44,19 @@ def test_no_batch_is_longer_than_a_full_one(model: MixedModel) -> None:
 
 def test_few_long_prompts_are_worse_than_many_short_ones(model: MixedModel) -> None:
     uneven = np.where(np.arange(100) % 10 == 0, 8000.0, 0.0)
-    assert model.predict(uneven, 4.0, 0, OUTPUTS)[1] > 1.1 * model.predict(PROMPTS, 4.0, 0, OUTPUTS)[1]
+    assert model.predict(uneven, 6.0, 0, OUTPUTS)[1] > 1.1 * model.predict(PROMPTS, 6.0, 0, OUTPUTS)[1]
+
+
+def test_a_long_gap_counts_where_requests_see_one(model: MixedModel) -> None:
+    """A mean hides it: a hundred steps and one batch with a prompt of 400 tokens."""
+    prompts, gap = np.full(100, 400.0), STEP + 400 * TOKEN
+    seldom, often = (model.predict(prompts, rate, 0, [100])[1] for rate in (0.05, 0.2))
+    assert seldom < 1.2 * STEP
+    assert often == pytest.approx(gap / GAP, rel=0.02)
+    # One prompt in ten is long, and a tenth of the requests meets one of them: the others count.
+    uneven = np.where(np.arange(100) % 10 == 0, 400.0, 10.0)
+    assert model.predict(uneven, 0.2, 0, [100])[1] < 1.3 * STEP
+    assert model.predict(uneven, 2.0, 0, [100])[1] == pytest.approx(gap / GAP, rel=0.02)
 
 
 @pytest.mark.parametrize("slower", [0.7, 1.5])
@@ -57,14 +69,14 @@ def test_what_batches_take_is_measured(model: MixedModel, slower: float) -> None
 
 
 def test_latencies_are_corrected_by_what_is_measured(model: MixedModel) -> None:
-    ttft, tpot = model.predict(PROMPTS, 4.0, 0, OUTPUTS)
+    ttft, tpot = model.predict(PROMPTS, 6.0, 0, OUTPUTS)
     for _ in range(20):
-        model.correct(PROMPTS, 4.0, OUTPUTS, 1.3 * (ttft - STEP), None)
-    assert model.predict(PROMPTS, 4.0, 0, OUTPUTS) == pytest.approx([1.3 * (ttft - STEP) + STEP, tpot], rel=0.02)
+        model.correct(PROMPTS, 6.0, OUTPUTS, 1.3 * (ttft - STEP), None)
+    assert model.predict(PROMPTS, 6.0, 0, OUTPUTS) == pytest.approx([1.3 * (ttft - STEP) + STEP, tpot], rel=0.02)
     for _ in range(20):
-        model.correct(PROMPTS, 4.0, OUTPUTS, None, 100 * tpot)
+        model.correct(PROMPTS, 6.0, OUTPUTS, None, 100 * tpot)
     # One that is far off counts as a factor of two.
-    assert model.predict(PROMPTS, 4.0, 0, OUTPUTS)[1] == pytest.approx(2 * tpot, rel=0.02)
+    assert model.predict(PROMPTS, 6.0, 0, OUTPUTS)[1] == pytest.approx(2 * tpot, rel=0.02)
 
 
 def test_a_batch_has_room() -> None:

@@ -15,6 +15,9 @@ from vllm_ext.scheduling.phases.latency import FULL, ShareModel, find_ttft_quant
 MEMORY = 50
 #: How far what is measured may move the model, either way.
 CORRECTION = 2.0
+#: A gap between two tokens counts as one so many times as long does in the mean of a request: readers see it, and the
+#: mean hides it among short ones.
+GAP = 3.0
 
 
 class MixedModel:
@@ -24,7 +27,8 @@ class MixedModel:
     measured: below 1 where weights are read once for both. Prompts take what part of the time they take, and steps
     share the rest; no batch is longer than one that is full. How much prompt work falls into a request's time varies as
     a compound Poisson process does, so that few long prompts are worse than many short ones. Both latencies are
-    corrected by what is measured while batches are mixed.
+    corrected by what is measured while batches are mixed. And everybody waits for the batch that a long prompt is in,
+    which no lane has: where the longest gap of a request is far above its mean it counts in its place.
     """
 
     def __init__(self, budget: int, quantile: float, token_time: ShareModel, step_time: ShareModel) -> None:
@@ -59,7 +63,8 @@ class MixedModel:
         first = self._measure_queue(prompts, rate) * self._ttft_correction
         # Who comes now waits for those who are here, and for the batch in flight.
         first = max(first, (queued_tokens + float(prompts.mean())) * self.token) + step
-        return first, self._measure_pace(prompts, rate, outputs) * self._tpot_correction
+        pace = self._measure_pace(prompts, rate, outputs) * self._tpot_correction
+        return first, max(pace, self._measure_gap(prompts, rate * sum(outputs) / max(len(outputs), 1) * pace) / GAP)
 
     def correct(
         self, prompts: np.ndarray, rate: float, outputs: Sequence[int], ttft: float | None, tpot: float | None
@@ -74,6 +79,15 @@ class MixedModel:
 
     def _measure_queue(self, prompts: np.ndarray, rate: float) -> float:
         return float(find_ttft_quantile(prompts * self.token, rate, self._quantile))
+
+    def _measure_gap(self, prompts: np.ndarray, arrivals: float) -> float:
+        """The longest gap of a request at the quantile, in seconds. arrivals: prompts that come in while it decodes."""
+        # Nobody comes in of whom less than so many are expected, for the quantile of requests.
+        seldom = -math.log(self._quantile)
+        if arrivals <= seldom:
+            return 0.0
+        tokens = min(float(np.quantile(prompts, 1 - seldom / arrivals)), self._budget)
+        return (self._step_time.predict(1.0) + tokens * self._token_time.predict(1.0)) * self._ratio
 
     def _measure_pace(self, prompts: np.ndarray, rate: float, outputs: Sequence[int]) -> float:
         token, step = (model.predict(1.0) * self._ratio for model in (self._token_time, self._step_time))
