@@ -31,18 +31,24 @@ from vllm_ext.scheduling.semipd.step import LaneStep
 pytestmark = pytest.mark.engine
 
 
-def count_turns(scheduler: Any, period: int) -> list[LaneStep]:
-    """Mix and cease to mix every so many turns, whatever the controller says; returns the turns to come."""
+def count_turns(scheduler: Any, period: int, pace: float = 0.0) -> list[LaneStep]:
+    """Mix and cease to mix every so many turns, whatever the controller says, or have decode wait and not wait; returns
+    the turns to come. pace: seconds."""
     turns: list[LaneStep] = []
     schedule = scheduler.schedule
 
     def schedule_and_flip(*args: Any, **kwargs: Any) -> LaneStep:
-        scheduler.pacer.is_mixing = len(turns) // period % 2 == 0
+        is_on = len(turns) // period % 2 == 0
+        scheduler.pacer.is_mixing, scheduler.pacer.decode_pace = is_on and not pace, pace if is_on else 0.0
         turns.append(schedule(*args, **kwargs))
         return turns[-1]
 
     scheduler.schedule = schedule_and_flip
     return turns
+
+
+def list_lanes(step: LaneStep) -> list[Lane]:
+    return [launch.batch.lane for launch in step.launches if launch.batch.tokens]
 
 
 def run_fresh(llm: LLM, *requests: Any) -> list[list[int]]:
@@ -94,6 +100,19 @@ def test_auto_mixes_and_tokens_are_those_of_stock(
         flags = {launch.batch.is_mixed for step in turns for launch in step.launches if launch.batch.tokens}
         assert flags == {False, True}
         check_clean(scheduler)
+
+    # Decode waits while prompts are computed, which have all cores.
+    turns = count_turns(scheduler, 7, pace=0.02)
+    for _ in range(5):
+        assert run_fresh(ours, *requests) == expected
+        if any(step.wake is not None and list_lanes(step) == [Lane.PREFILL] for step in turns):
+            break
+    scheduler.schedule, scheduler.pacer.decode_pace = schedule, 0.0
+    assert any(step.wake is not None and list_lanes(step) == [Lane.PREFILL] for step in turns)
+    # Woken in good time, while a prompt is computed.
+    assert any(step.wake is None and list_lanes(step) == [Lane.DECODE] for step in turns)
+    assert {launch.has_all for step in turns for launch in step.launches if launch.batch.tokens} == {False, True}
+    check_clean(scheduler)
 
     # No objective can be met in no time: who comes in behind others is held back, and served as all others are.
     assert scheduler.pacer.max_queued_tokens is not None

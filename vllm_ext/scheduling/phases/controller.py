@@ -28,6 +28,9 @@ MIX_GAIN = 0.15
 #: ... and while no latency is above this part of its objective, none is: models err more than that far from where the
 #: device has been.
 COMFORT = 0.9
+#: Parts of the objective between tokens that steps of decode may be apart while prompts are computed. The last one
+#: leaves room for a step that takes longer, and is below COMFORT: no reason to look for anything else.
+PACES = (0.4, 0.6, 0.8)
 #: How far measured latency may move the model's, either way.
 CORRECTION = 2.0
 #: The ratio of the quantile of requests' TPOT to its mean where too few requests are over.

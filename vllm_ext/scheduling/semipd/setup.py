@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from vllm_ext import config, observability
-from vllm_ext.scheduling.phases.controller import Objectives, PhaseController, SplitController
+from vllm_ext.scheduling.phases.controller import PACES, Objectives, PhaseController, SplitController
 from vllm_ext.scheduling.phases.lanes import Lanes
 from vllm_ext.scheduling.phases.pacer import Pacer
 from vllm_ext.scheduling.phases.published import NearestPublishedController
@@ -17,10 +17,6 @@ from vllm_ext.scheduling.semipd.cores import SHARES, CoreSplit, find_cores, plan
 
 #: Objectives where the user names none, in milliseconds: nothing to steer by, and a scale for the counters.
 TTFT_MS, TPOT_MS, PERCENTILE = 1000.0, 100.0, 90.0
-
-#: Parts of the objective between tokens that decode steps may be apart while prompts are computed. The last one leaves
-#: room for a step that takes longer, and is below `controller.COMFORT`: no reason to look for anything else.
-PACES = (0.4, 0.6, 0.8)
 
 #: Variables by which OpenMP's runtimes tie their threads to cores, whoever starts them.
 BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
