@@ -187,7 +187,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("vllm_ext:semipd_split_index", "gauge", "Number of the split in force, least prefill first."),
     Metric("vllm_ext:semipd_switches_total", "counter", "Changes of split and pace, and to and from mixed batches."),
     Metric(
-        "vllm_ext:semipd_decode_pace_seconds",
+        "vllm_ext:semipd_decode_interval_seconds",
         "gauge",
         "Seconds from a decode step to the next while prompts are computed, 0 where none waits.",
     ),

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from bench.phases.costs import Cost, make_cost
 from bench.phases.servers import LANE_BUDGET, serve_lanes, serve_mixed, serve_separate
 from bench.phases.workload import Arrival, Served, draw_arrivals, measure_attainment
-from vllm_ext.scheduling.phases.controller import PACES, Objectives, Split, SplitController
+from vllm_ext.scheduling.phases.controller import Objectives, Split, SplitController
 from vllm_ext.scheduling.phases.published import PublishedController
 
 #: Requests of a run; rates between which the highest is looked for, and halvings of the ratio: to 4 %.
@@ -62,8 +62,7 @@ def find_best(serves: Iterable[tuple[Any, Serve]], cell: Cell) -> tuple[float, A
 
 def serve_ours(arrivals: Sequence[Arrival], cost: Cost, objectives: Objectives, *, refuses: bool) -> list[Served]:
     """Two lanes and our controller, which has seen nothing yet."""
-    paces = [part * objectives.tpot for part in PACES]
-    return serve_lanes(arrivals, cost, SplitController(SPLITS, objectives, refuses=refuses, paces=paces))
+    return serve_lanes(arrivals, cost, SplitController(SPLITS, objectives, refuses=refuses))
 
 
 def serve_published(

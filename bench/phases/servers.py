@@ -166,8 +166,6 @@ class LaneServer:
         self._tokens = 0
         self._stepping = 0
         self._limit: int | None = None
-        #: Seconds that steps of decode are apart while prompts are computed, and what those have then, on average.
-        self._apart, self._paced_share = 0.0, 0.0
         self.num_switches = 0
         self.splits: list[tuple[float, Split]] = [(0.0, split)]
 
@@ -187,7 +185,6 @@ class LaneServer:
                 now + self._left[0] * self._times[0] if self._work[0] is not None else float("inf"),
                 now + self._left[1] * self._times[1] if self._work[1] is not None else float("inf"),
                 self._served[index].arrival.time if index < len(self._served) else float("inf"),
-                self._due if self._work[1] is None and self._decoding.count and self._due > now else float("inf"),
             )
             if upto == float("inf"):
                 return self._served
@@ -210,9 +207,9 @@ class LaneServer:
     def _decide(self, now: float) -> None:
         assert self._controller is not None
         decision = self._controller.decide(now, self._prompts.tokens)
-        self._limit, self._paced_share = decision.max_queued_tokens, decision.prefill_share
-        if decision.is_switch:
-            self._split, self._apart = decision.split, decision.pace
+        self._limit = decision.max_queued_tokens
+        if decision.split != self._split:
+            self._split = decision.split
             self._controller.note_switch(now)
             self.num_switches += 1
             self.splits.append((now, decision.split))
@@ -220,24 +217,16 @@ class LaneServer:
     def _launch(self, now: float) -> None:
         room = MAX_REQUESTS - self._decoding.count
         prefill = self._work[0] is None and bool(self._prompts.waiting) and room > 0
-        waits = now < self._due and (prefill or self._work[0] is not None)
-        decode = self._work[1] is None and self._decoding.count > 0 and not waits
+        decode = self._work[1] is None and self._decoding.count > 0
         if prefill:
             tokens, pairs, self._computed = self._prompts.take(self._budget, room)
             self._tokens = tokens
             self._begin(0, self._cost.measure_prefill(tokens, pairs), now, not decode)
-            if self._apart:
-                self._share[0] = 1.0
         if decode:
             self._stepping = self._decoding.count
             self._begin(1, self._cost.measure_decode(self._stepping, self._decoding.context), now, not prefill)
         if prefill or decode:
             self._pace()
-
-    @property
-    def _due(self) -> float:
-        """When the next step of decode may begin while prompts are computed."""
-        return self._began[1] + self._apart
 
     def _begin(self, lane: int, work: Work, now: float, is_first: bool) -> None:
         is_alone = self._full_when_alone and is_first and self._work[1 - lane] is None
@@ -264,8 +253,7 @@ class LaneServer:
                     controller.observe_finished(one.first_token, now, one.arrival.output - 1)
             return
         if controller is not None:
-            is_paced = self._apart > 0 and self._decoding.count > 0
-            controller.observe_prefill(began, now, self._tokens, self._paced_share if is_paced else share)
+            controller.observe_prefill(began, now, self._tokens, share)
         for one in self._computed:
             self._decoding.add(one, now, is_stepping=self._work[1] is not None)
             if controller is not None:

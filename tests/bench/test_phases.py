@@ -16,7 +16,7 @@ from bench.phases.costs import GROUPS, Cost, Work, make_cost, read_costs
 from bench.phases.servers import serve_lanes, serve_mixed, serve_separate
 from bench.phases.workload import Arrival, Served, draw_arrivals, find_median, measure_attainment
 from bench.records import load_records
-from vllm_ext.scheduling.phases.controller import Decision, Objectives, Split
+from vllm_ext.scheduling.phases.controller import Objectives, Split
 
 CONTENT = read_costs()
 COST = Cost(
@@ -126,52 +126,6 @@ def test_lanes_slow_each_other_down_only_while_both_run() -> None:
     # Decode: memory half as fast again for that long, the first of these steps at what it began with.
     slower = 0.251 * (1 - 21.1 / 31.1)
     assert first.last_token - alone.last_token == pytest.approx(slower, rel=0.1)
-
-
-class Pacing:
-    """Says at every decision that steps of decode are to be so far apart, and keeps what it is told."""
-
-    split = HALF
-
-    def __init__(self, pace: float) -> None:
-        self.pace = pace
-        self.steps: list[float] = []
-        self.shares: list[float] = []
-
-    def decide(self, now: float, queued_tokens: int) -> Decision:
-        return Decision(HALF, 0.0, 0.0, None, True, pace=self.pace, prefill_share=0.7)
-
-    def observe_decode(self, started: float, finished: float, share: float) -> None:
-        self.steps.append(started)
-
-    def observe_prefill(self, started: float, finished: float, tokens: int, share: float) -> None:
-        self.shares.append(share)
-
-    def ignore(self, *args: float) -> None:
-        """What nothing is decided by."""
-
-    observe_arrival = observe_first_token = observe_finished = observe_mixed = note_switch = ignore
-
-
-def test_decode_that_waits_for_prompts() -> None:
-    """Its steps are apart while a prompt of some seconds is computed, which is sooner done, and only then."""
-    arrivals, firsts = [Arrival(0.0, 10, 500), Arrival(2.0, 20_000, 1)], []
-    for pace in (0.0, 0.1):
-        controller = Pacing(pace)
-        long, prompt = serve_lanes(arrivals, COST, controller)
-        assert long.last_token is not None
-        assert prompt.first_token is not None
-        firsts.append(prompt.first_token)
-        steps = np.array(controller.steps)
-        beside = (steps[:-1] > 2.0) & (steps[1:] < prompt.first_token)
-        gaps = np.diff(steps)
-        assert beside.sum() > 10
-        assert gaps[beside].min() >= pace
-        assert gaps[beside].max() < max(pace, 0.04) + 1e-6
-        assert gaps[steps[1:] > prompt.first_token + 0.2].max() < 0.03
-        assert len(steps) == 499
-        assert controller.shares[-1] == (0.7 if pace else 0.5)
-    assert firsts[1] - 2.0 < 0.8 * (firsts[0] - 2.0)
 
 
 @pytest.mark.parametrize("way", ["mixed", "separate", "lanes", "ours"])

@@ -10,7 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from vllm.sampling_params import SamplingParams
 
 from tests.scheduling.real_scheduler import build_scheduler
 from vllm_ext.scheduling import step_sweep, step_times
@@ -96,7 +98,18 @@ def test_a_lookup_is_no_part_of_a_pass(vllm_config: Any, clock: Clock) -> None:
     # Known now: neither this engine nor the next one measures.
     step_sweep.store_measured_prior(executor)
     assert executor.calls == 1
-    controller = make_controller(vllm_config, plan_control(vllm_config), {})
+    requests = {
+        rid: SimpleNamespace(sampling_params=SamplingParams(temperature=temperature))
+        for rid, temperature in {"greedy": 0.0, "sampled": 1.0}.items()
+    }
+    controller = make_controller(vllm_config, plan_control(vllm_config), requests)
+    # What one kind of requests does is not learned of the other.
+    slots, none = controller.acceptance.find_slots(["sampled", "greedy"]), np.zeros(1, np.int64)
+    for _ in range(20):
+        controller.acceptance.observe(slots[:1], none + 1, none)
+    sampled, greedy = controller.acceptance.predict_survival(slots)[:, 0]
+    assert sampled < 0.2
+    assert greedy == pytest.approx(0.6, abs=0.01)
     assert controller.step_time.is_prior_measured
     assert controller.step_time.coefficients == pytest.approx(times)
 

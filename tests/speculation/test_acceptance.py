@@ -127,6 +127,26 @@ def test_groups_learn_nothing_of_each_other() -> None:
     assert model.find_usual(model.find_slots("z"))[0] == pytest.approx(1, abs=0.1)
 
 
+def test_what_an_absent_group_was_about_to_notice_is_forgotten() -> None:
+    model = AcceptanceModel(2, find_group=lambda request: int(str(request) > "m"))
+    slots, one = model.find_slots("a"), np.ones(1, np.int64)
+    for _ in range(60):
+        model.observe(slots, one, one * 0)
+    for _ in range(2):
+        model.observe(slots, one, one)
+    hope = model.hope
+    assert hope > 1
+    # As long as only its own requests come and go it counts.
+    model.keep_only("")
+    model.find_slots("b")
+    assert model.hope == hope
+    model.keep_only("")
+    model.find_slots("x")
+    assert model.hope == 0
+    model.find_slots("c")
+    assert model.hope == 0
+
+
 @given(st.integers(0, 1000), st.lists(st.tuples(st.booleans(), st.integers(0, 3)), min_size=1, max_size=30))
 def test_a_batch_of_both_groups_is_two_batches(seed: int, steps: list[tuple[bool, int]]) -> None:
     """One model that sees both groups in the same steps says what two say that see one group each."""

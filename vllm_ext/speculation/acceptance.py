@@ -119,8 +119,10 @@ class AcceptanceModel:
         self._slots: dict[Hashable, int] = {}
         self._free: list[int] = []
         groups = NUM_GROUPS
-        self._change_sums = np.zeros((groups, 2))
-        self._changes = [ChangeDetector(sums=sums) for sums in self._change_sums]
+        #: `ChangeDetector.sums` of each group.
+        self._change_sums, self._change_limits = np.zeros((groups, 2)), ChangeDetector().limits
+        #: Requests of each group that have a slot.
+        self._group_sizes = [0] * groups
         #: Discounted successes and trials: after each history of two outcomes, and of all requests of a group together,
         #: by the number of requests.
         self._state_counts = np.zeros((groups * compiled.NUM_HISTORIES, k_max, 2))
@@ -175,14 +177,15 @@ class AcceptanceModel:
         slot = self._slots.pop(request_id, None)
         if slot is not None:
             self._free.append(slot)
+            self._group_sizes[self._histories[slot] // self._compiled.NUM_HISTORIES] -= 1
             self._last_ids, self._last_slots = [], np.zeros(0, np.int64)
             self._last_survival = None
 
     @property
     def hope(self) -> float:
         """How far recent outcomes were better than expected, of the requests asked for last: `ChangeDetector.above`."""
-        groups = set((self._histories[self._last_slots] // self._compiled.NUM_HISTORIES).tolist())
-        return max((self._changes[group].above for group in groups), default=0.0)
+        groups = self._histories[self._last_slots] // self._compiled.NUM_HISTORIES
+        return float(self._change_sums[groups, 0].max(initial=0.0))
 
     def note(self, slots: np.ndarray, drafted: Sequence[int], accepted: Sequence[int]) -> None:
         """Have a step's outcomes count as the last ones, before they are learned from.
@@ -236,7 +239,7 @@ class AcceptanceModel:
             accepted,
             made,
             self._rates,
-            self._changes[0].limits,
+            self._change_limits,
         )
         self._last_survival = None
 
@@ -298,6 +301,11 @@ class AcceptanceModel:
         slot = self._free.pop()
         self._slots[request_id] = slot
         group = 0 if self._find_group is None else self._find_group(request_id)
+        self._group_sizes[group] += 1
+        for other, size in enumerate(self._group_sizes):
+            if not size:
+                # What an absent group was in the middle of noticing will be a while ago when it comes back.
+                self._change_sums[other] = 0.0
         self._totals[slot], self._usual[slot] = 0.0, self._averages[group, 0]
         self._histories[slot] = self._learned_histories[slot] = group * self._compiled.NUM_HISTORIES
         return slot

@@ -24,15 +24,12 @@ class ChangeDetector:
     quality control", chapter 9.
     """
 
-    def __init__(self, reference: float = 0.5, threshold: float = 8.0, sums: np.ndarray | None = None) -> None:
-        """reference: standard deviations that each surprise is reduced by; threshold: sum that raises the alarm.
-
-        sums: float64 [2] to keep the two sums in, such as a row of those of many detectors; None for its own.
-        """
+    def __init__(self, reference: float = 0.5, threshold: float = 8.0) -> None:
+        """reference: standard deviations that each surprise is reduced by; threshold: sum that raises the alarm."""
         #: As `compiled.detect_change` takes them.
         self.limits = reference, threshold, float(MOST_WITNESSES), LARGEST_SURPRISE
         #: The two sums: outcomes better than expected, and worse.
-        self.sums = np.zeros(2) if sums is None else sums
+        self.sums = np.zeros(2)
         self._detect = load_compiled().detect_change
 
     @property

@@ -105,7 +105,7 @@ class GoodputController(LengthChooser):
         """
         super().__init__(
             k_max,
-            acceptance or AcceptanceModel(k_max),
+            AcceptanceModel(k_max) if acceptance is None else acceptance,
             step_time or StepTimeModel(),
             uniform_lengths=uniform_lengths,
             graph_sizes=graph_sizes,

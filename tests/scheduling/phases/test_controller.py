@@ -152,7 +152,7 @@ def test_who_waits_already_counts() -> None:
 
 def test_nothing_is_decided_before_anything_is_known() -> None:
     controller = SplitController(SPLITS, OBJECTIVES)
-    assert controller.decide(1.0, 0) == Decision(SPLITS[3], 0.0, 0.0, None, False, prefill_share=SPLITS[3].prefill)
+    assert controller.decide(1.0, 0) == Decision(SPLITS[3], 0.0, 0.0, None, False)
 
 
 @pytest.mark.parametrize(
@@ -253,12 +253,12 @@ def test_what_mixed_batches_really_take_is_learned_of_them() -> None:
     assert after.tpot > 1.2 * before.tpot
 
 
-class PacedDevice:
+class WaitingDevice:
     """Two lanes of half of a device each, whose decode may wait for prompts. Times are exact."""
 
     def __init__(self, objectives: Objectives) -> None:
         self.controller = SplitController(
-            [Split(0.5, 0.5)], objectives, paces=[part * objectives.tpot for part in (0.8, 0.4, 0.6)]
+            [Split(0.5, 0.5)], objectives, intervals=[part * objectives.tpot for part in (0.8, 0.4, 0.6)]
         )
         self.token_time, self.step_time, self.now = 1e-4, 0.01, 0.0
         self.decision = self.controller.decide(0.0, 0)
@@ -266,12 +266,12 @@ class PacedDevice:
 
     def run(self, seconds: int, rate: int, tokens: int = 800) -> None:
         for _ in range(seconds):
-            pace, step = self.decision.pace, self.step_time * (0.4 / 0.5 + 0.6)
-            share = 1 - 0.5 * min(1.0, step / pace) if pace else 0.5
+            interval, step = self.decision.decode_interval, self.step_time * (0.4 / 0.5 + 0.6)
+            share = 1 - 0.5 * min(1.0, step / interval) if interval else 0.5
             for _ in range(rate):
                 self.controller.observe_arrival(self.now, tokens)
                 time = tokens * self.token_time * (0.95 / share + 0.05)
-                self.controller.observe_prefill(self.now, self.now + time, tokens, self.decision.prefill_share or 0.5)
+                self.controller.observe_prefill(self.now, self.now + time, tokens, share)
             for _ in range(8):
                 self.controller.observe_decode(self.now, self.now + step, 0.5)
             self.now += 1
@@ -282,28 +282,59 @@ class PacedDevice:
 
 
 def test_decode_waits_where_first_tokens_are_late_and_others_are_early() -> None:
-    device = PacedDevice(Objectives(ttft=0.3, tpot=0.1))
+    device = WaitingDevice(Objectives(ttft=0.3, tpot=0.1))
     device.run(1, 4)
-    assert device.decision.pace == 0
+    assert device.decision.decode_interval == 0
     device.run(11, 4)
-    assert round(device.decision.pace, 9) in (0.04, 0.06, 0.08)
-    assert device.num_switches == 1
-    assert device.decision.prefill_share == pytest.approx(1 - 0.5 * 0.014 / device.decision.pace, rel=0.05)
+    assert round(device.decision.decode_interval, 9) in (0.04, 0.06, 0.08)
+    # Not for longer than it takes: from there it may only come down.
+    switches = device.num_switches
+    assert switches <= 3
+    device.run(20, 4)
+    assert device.num_switches == switches
     assert device.decision.ttft < 0.3
     assert device.decision.tpot < 0.1
-    # Steps become longer than that pace: nothing is left to wait for.
+    # Steps become longer than that: nothing is left to wait for, and prompts are told so.
     device.step_time *= 8
     device.run(40, 4)
-    assert device.decision.prefill_share == pytest.approx(0.5)
+    assert device.decision.decode_interval == 0
+
+
+def test_tokens_come_sooner_again_where_that_makes_nobody_late() -> None:
+    device = WaitingDevice(Objectives(ttft=0.3, tpot=0.1))
+    device.run(12, 4)
+    assert device.decision.decode_interval > 0
+    device.run(120, 1)
+    assert device.decision.decode_interval == 0
+    assert device.decision.ttft < 0.3
+
+
+def test_the_best_of_split_and_interval_is_found_from_afar() -> None:
+    """Both change at once, one split at a time."""
+    splits = [Split(tenth / 10, 1 - tenth / 10) for tenth in (3, 5, 7)]
+    controller = SplitController(splits, Objectives(ttft=0.3, tpot=0.1), start=0, intervals=[0.05, 0.08])
+    decisions = []
+    for now in range(12):
+        for _ in range(4):
+            controller.observe_arrival(now, 800)
+            controller.observe_prefill(now, now + 800e-4 * (0.95 / 0.5 + 0.05), 800, 0.5)
+            controller.observe_decode(now, now + 0.014, 0.5)
+        decisions.append(controller.decide(now + 0.5, 0))
+        if decisions[-1].is_switch:
+            controller.note_switch(now + 0.5)
+    moves = np.diff([splits.index(decision.split) for decision in decisions])
+    assert np.abs(moves).max() == 1
+    assert decisions[-1].decode_interval > 0
+    assert decisions[-1].ttft < 0.3
 
 
 def test_decode_never_waits_where_that_helps_nobody() -> None:
-    early, tight = PacedDevice(Objectives(ttft=3.0, tpot=0.1)), PacedDevice(Objectives(ttft=0.3, tpot=0.016))
+    early, tight = WaitingDevice(Objectives(ttft=3.0, tpot=0.1)), WaitingDevice(Objectives(ttft=0.3, tpot=0.016))
     for device in (early, tight):
         device.run(30, 4)
-        assert (device.decision.pace, device.num_switches) == (0, 0)
-    with pytest.raises(ValueError, match=r"paces \[0.0\] must be positive seconds"):
-        SplitController(SPLITS, OBJECTIVES, paces=[0.0])
+        assert (device.decision.decode_interval, device.num_switches) == (0, 0)
+    with pytest.raises(ValueError, match=r"intervals \[0.0\] must be positive seconds"):
+        SplitController(SPLITS, OBJECTIVES, intervals=[0.0])
 
 
 def test_mixing_is_off_unless_there_is_a_budget() -> None:

@@ -114,12 +114,25 @@ def test_what_is_decided_beside_the_split() -> None:
     assert (pacer.is_mixing, pacer.max_queued_tokens, pacer.counts.switches) == (True, 500, 1)
     pacer.decide(PERIOD, 0)
     assert (pacer.is_mixing, pacer.max_queued_tokens, pacer.counts.switches) == (True, None, 1)
-    paced = Decision(SPLITS[0], 0, 0, None, True, False, 0.04, 0.7)
-    answers = iter([paced, paced._replace(is_switch=False, prefill_share=0.6)])
-    for share in (0.7, 0.6):
+    paced = Decision(SPLITS[0], 0, 0, None, True, False, 0.04)
+    answers = iter([paced, paced._replace(is_switch=False, decode_interval=0.0)])
+    for interval in (0.04, 0.0):
         pacer.decide(pacer._decided + PERIOD, 0)
-        # The share follows how long steps are.
-        assert (pacer.is_mixing, pacer.decode_pace, pacer.paced_share) == (False, 0.04, share)
+        # Steps that fill an interval end it, which is no switch.
+        assert (pacer.is_mixing, pacer.decode_interval) == (False, interval)
+
+
+def test_what_prompts_have_of_a_device_beside_steps() -> None:
+    pacer = Pacer(Recorder(), SPLITS, Objectives(1.0, 0.1))
+    prefill = SPLITS[pacer.index].prefill
+    assert pacer.measure_share(1.0, 2.0, None) == 1.0
+    pacer.note_batch(Lane.DECODE, 0.9, 1.1, 4, 0.5)
+    pacer.note_batch(Lane.DECODE, 1.4, 1.5, 4, 0.5)
+    # A tenth of the time beside a step, and another one; and three more tenths beside one that still runs.
+    assert pacer.measure_share(1.0, 2.0, None) == pytest.approx(1 - 0.2 * (1 - prefill))
+    assert pacer.measure_share(1.0, 2.0, 1.7) == pytest.approx(1 - 0.5 * (1 - prefill))
+    assert pacer.measure_share(1.0, 1.0, 0.5) == 1.0
+    assert pacer.measure_share(3.0, 4.0, 2.0) == pytest.approx(prefill)
 
 
 def test_decisions_are_seldom_and_counted() -> None:

@@ -31,15 +31,15 @@ from vllm_ext.scheduling.semipd.step import LaneStep
 pytestmark = pytest.mark.engine
 
 
-def count_turns(scheduler: Any, period: int, pace: float = 0.0) -> list[LaneStep]:
+def count_turns(scheduler: Any, period: int, interval: float = 0.0) -> list[LaneStep]:
     """Mix and cease to mix every so many turns, whatever the controller says, or have decode wait and not wait; returns
-    the turns to come. pace: seconds."""
+    the turns to come. interval: seconds."""
     turns: list[LaneStep] = []
     schedule = scheduler.schedule
 
     def schedule_and_flip(*args: Any, **kwargs: Any) -> LaneStep:
         is_on = len(turns) // period % 2 == 0
-        scheduler.pacer.is_mixing, scheduler.pacer.decode_pace = is_on and not pace, pace if is_on else 0.0
+        scheduler.pacer.is_mixing, scheduler.pacer.decode_interval = is_on and not interval, interval if is_on else 0.0
         turns.append(schedule(*args, **kwargs))
         return turns[-1]
 
@@ -102,15 +102,19 @@ def test_auto_mixes_and_tokens_are_those_of_stock(
         check_clean(scheduler)
 
     # Decode waits while prompts are computed, which have all cores.
-    turns = count_turns(scheduler, 7, pace=0.02)
+    turns = count_turns(scheduler, 7, interval=0.02)
     for _ in range(5):
         assert run_fresh(ours, *requests) == expected
         if any(step.wake is not None and list_lanes(step) == [Lane.PREFILL] for step in turns):
             break
-    scheduler.schedule, scheduler.pacer.decode_pace = schedule, 0.0
+    scheduler.schedule, scheduler.pacer.decode_interval = schedule, 0.0
     assert any(step.wake is not None and list_lanes(step) == [Lane.PREFILL] for step in turns)
-    # Woken in good time, while a prompt is computed.
-    assert any(step.wake is None and list_lanes(step) == [Lane.DECODE] for step in turns)
+    # Woken in good time, while the prompts of an earlier turn are computed.
+    assert any(
+        list_lanes(step) == [Lane.DECODE]
+        and sum(step.launches[0].batch.tokens.values()) < step.total_num_scheduled_tokens
+        for step in turns
+    )
     assert {launch.has_all for step in turns for launch in step.launches if launch.batch.tokens} == {False, True}
     check_clean(scheduler)
 

@@ -99,7 +99,8 @@ def test_the_engine_is_woken_for_decode_that_waits(executor: LaneExecutor) -> No
     assert result.share == 1 / len(executor._cores)
     worker.ends[Lane.PREFILL].set()
     # One that is due already is no reason to wait, nor to miss what has run.
-    while not (results := executor.execute_model(LaneStep.make_empty())):
+    step.launches, step.wake = [], started
+    while not (results := executor.execute_model(step)):
         pass
     assert results[0].share == 1
     assert worker.cores == {Lane.PREFILL: set(executor._cores), Lane.DECODE: {executor._cores[-1]}}

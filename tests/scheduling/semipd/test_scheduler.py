@@ -186,7 +186,7 @@ def test_decode_waits_while_prompts_have_the_device() -> None:
     scheduler = build_lanes(80, 64, asynchronous=False)
     begin_decoding(scheduler, "a")
     assert turn(scheduler) == [(Lane.DECODE, {"a": 1})]
-    scheduler.pacer.decode_pace = 60.0
+    scheduler.pacer.decode_interval = 60.0
     # Nobody waits for nothing.
     assert turn(scheduler) == [(Lane.DECODE, {"a": 1})]
     scheduler.add_request(make_request("b", [9] * 100, 3))
@@ -209,10 +209,34 @@ def test_decode_waits_while_prompts_have_the_device() -> None:
     assert scheduler.reset_prefix_cache()
 
 
+def test_what_prompts_had_of_the_device_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = build_lanes(80, 64, asynchronous=False)
+    scheduler.pacer.decode_interval = 60.0
+    asked, shares = [], []
+    monkeypatch.setattr(scheduler.pacer, "measure_share", lambda *times: asked.append(times[2]) or 0.7)
+    monkeypatch.setattr(scheduler.pacer, "note_batch", lambda *batch: shares.append((batch[0], batch[-1])))
+    # Nobody decodes beside the first one; beside the second one runs a step, and the device itself says what that had.
+    begin_decoding(scheduler, "a")
+    scheduler.add_request(make_request("b", [9] * 40, 3))
+    scheduler._decode_began = float("-inf")
+    step = scheduler.schedule()
+    assert list_lanes(step) == [Lane.DECODE, Lane.PREFILL]
+    finish(scheduler, step.launches[1])
+    finish(scheduler, step.launches[0])
+    assert asked == [None, scheduler._decode_began]
+    assert [share for lane, share in shares if lane is Lane.PREFILL] == [0.7, 0.7]
+    assert [lane for lane, _ in shares] == [Lane.PREFILL, Lane.PREFILL, Lane.DECODE]
+    # Without an interval the executor's word counts.
+    scheduler.pacer.decode_interval = 0.0
+    scheduler.add_request(make_request("c", [8] * 40, 3))
+    turn(scheduler)
+    assert len(asked) == 2
+
+
 def test_decode_does_not_wait_for_prompts_that_cannot_run() -> None:
     scheduler = build_lanes(8, 64, asynchronous=False)
     begin_decoding(scheduler, "a")
-    scheduler.pacer.decode_pace = 60.0
+    scheduler.pacer.decode_interval = 60.0
     assert turn(scheduler) == [(Lane.DECODE, {"a": 1})]
     # More blocks than there are beside the first one's.
     scheduler.add_request(make_request("b", [9] * 120, 2))

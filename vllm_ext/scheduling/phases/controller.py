@@ -29,8 +29,12 @@ MIX_GAIN = 0.15
 #: device has been.
 COMFORT = 0.9
 #: Parts of the objective between tokens that steps of decode may be apart while prompts are computed. The last one
-#: leaves room for a step that takes longer, and is below COMFORT: no reason to look for anything else.
-PACES = (0.4, 0.6, 0.8)
+#: leaves room for steps that take longer.
+INTERVALS = (0.4, 0.6, 0.8)
+#: Steps that take this part of an interval leave prompts no time worth speaking of.
+FILLED = 0.9
+#: Tokens come sooner again where no latency would be above this part of its objective.
+RELAX = 0.75
 #: How far measured latency may move the model's, either way.
 CORRECTION = 2.0
 #: The ratio of the quantile of requests' TPOT to its mean where too few requests are over.
@@ -65,9 +69,7 @@ class Decision(NamedTuple):
     mixes: bool = False
     #: Seconds from the beginning of a decode step to that of the next while prompts are computed, which have the whole
     #: device between them; 0 where decode does not wait, and prompts stay on their share.
-    pace: float = 0.0
-    #: The share that prompts then have on average.
-    prefill_share: float = 0.0
+    decode_interval: float = 0.0
 
 
 class PhaseController(Protocol):
@@ -111,12 +113,13 @@ class SplitController:
     prompts are bounded. Mixed batches are one candidate more, whose latencies follow from the times of both phases on
     the whole device; so are its costs compared with those of splits.
 
-    A split may have a pace: decode, whose steps take about as long for many requests as for few, then begins them no
-    sooner than it says, and prompts have the whole device in between. Tokens that come before anybody asked for them
-    cost prompts more than any split gives back where there are few to choose from.
+    Steps of decode, which take about as long for many requests as for few, may be held apart while prompts are
+    computed, which have the whole device in between: tokens that come before anybody asked for them cost prompts more
+    than any split gives back where there are few to choose from.
 
     Source: semi-PD, Algorithm 1 (`published.PublishedController`). It moves in steps towards the objective that is
-    violated without asking what the other one suffers, and does nothing while both are or none is. It has no paces.
+    violated without asking what the other one suffers, and does nothing while both are or none is. There are no
+    intervals.
     """
 
     def __init__(
@@ -128,29 +131,29 @@ class SplitController:
         full_when_alone: bool = True,
         refuses: bool = True,
         mix_budget: int | None = None,
-        paces: Sequence[float] = (),
+        intervals: Sequence[float] = (),
     ) -> None:
         """splits: what the device can do. start: the index of the first one, default the middle.
         full_when_alone: a lane has the whole device while the other is idle. refuses: whether prompts may be refused.
-        mix_budget: tokens of a mixed batch, None where there are none. paces: seconds that decode steps may be told to
-        be apart; not to wait is always one of them.
+        mix_budget: tokens of a mixed batch, None where there are none. intervals: seconds that decode steps may be
+        held apart; not at all is always one choice.
 
-        Raises ValueError for no splits, a share outside (0, 1], objectives or paces that are not positive, or a budget
-        below 1.
+        Raises ValueError for no splits, a share outside (0, 1], objectives or intervals that are not positive, or a
+        budget below 1.
         """
         if not splits or not all(0 < share <= 1 for split in splits for share in split):
             raise ValueError(f"splits {[tuple(split) for split in splits]} must be shares in (0, 1], at least one pair")
         if min(objectives.ttft, objectives.tpot) <= 0 or not 0 < objectives.quantile < 1:
             raise ValueError(f"{objectives} must be positive seconds and a quantile between 0 and 1")
-        if not all(pace > 0 for pace in paces):
-            raise ValueError(f"paces {list(paces)} must be positive seconds")
+        if not all(interval > 0 for interval in intervals):
+            raise ValueError(f"intervals {list(intervals)} must be positive seconds")
         self._splits = sorted(set(splits))
         self._objectives = objectives
         self._index = self._splits.index(splits[len(splits) // 2 if start is None else start])
         self._full_when_alone, self._refuses = full_when_alone, refuses
         self._token_time = ShareModel(PREFILL_SCALING, memory=PREFILL_MEMORY)
         self._step_time = ShareModel(DECODE_SCALING, memory=DECODE_MEMORY)
-        self._paces, self._pace = (0.0, *sorted(paces)), 0.0
+        self._intervals, self._interval = (0.0, *sorted(intervals)), 0.0
         self._mixed, self._mixes = None, False
         if mix_budget is not None:
             self._mixed = MixedModel(mix_budget, objectives.quantile, self._token_time, self._step_time)
@@ -161,7 +164,7 @@ class SplitController:
         self._outputs: deque[int] = deque(maxlen=SAMPLES)
         self._switched = float("-inf")
         self._correction = 1.0
-        self._candidate: int | None = None
+        self._candidate: tuple[int, int, bool] | None = None
         self._agreed = 0
 
     @property
@@ -215,8 +218,8 @@ class SplitController:
         prompts = np.array(self._prompts, np.float64)
         self._correct(prompts, rate)
         predicted = []
-        for pace in self._paces:
-            predicted += self.predict(self._splits, prompts, rate, queued_tokens, pace)
+        for interval in self._intervals:
+            predicted += self.predict(self._splits, prompts, rate, queued_tokens, interval)
         if self._mixed is not None:
             predicted.append(self._mixed.predict(prompts, rate, queued_tokens, self._outputs))
         ttft, tpot = self._objectives.ttft, self._objectives.tpot
@@ -233,38 +236,42 @@ class SplitController:
         return self._describe(*predicted[self._current], limit, is_switch)
 
     def predict(
-        self, splits: Sequence[Split], prompts: np.ndarray, rate: float, queued_tokens: int = 0, pace: float = 0.0
+        self, splits: Sequence[Split], prompts: np.ndarray, rate: float, queued_tokens: int = 0, interval: float = 0.0
     ) -> list[tuple[float, float]]:
-        """(TTFT, TPOT) at the quantile, in seconds, of each split at a pace; prompts: tokens of samples of who comes
-        in."""
-        token_times = np.array([self._token_time.predict(self._find_prefill_share(split, pace)) for split in splits])
+        """(TTFT, TPOT) at the quantile, in seconds, of each split with decode's steps held apart; prompts: tokens of
+        samples of who comes in."""
+        token_times = np.array([self._time_token(split, interval) for split in splits])
         first = find_ttft_quantile(token_times[:, None] * prompts, rate, self._objectives.quantile) * self._correction
         means = token_times * float(prompts.mean())
         # Who comes now waits for those who are here, however seldom there are so many.
         first = np.maximum(first, queued_tokens * token_times + means)
         busy = np.minimum(1.0, rate * means) if self._full_when_alone else np.ones(len(splits))
-        beside = np.array([max(self._step_time.predict(split.decode), pace) for split in splits])
+        beside = np.array([max(self._step_time.predict(split.decode), interval) for split in splits])
         further = (busy * beside + (1 - busy) * self._step_time.predict(1.0)) * self._measure_spread()
         return list(zip(first.tolist(), further.tolist(), strict=True))
 
     @property
     def _current(self) -> int:
-        """The place of what is in force among the candidates: all splits at the first pace, at the next one, and then
-        mixed batches."""
-        num_splits, num_paces = len(self._splits), len(self._paces)
-        return num_splits * num_paces if self._mixes else num_splits * self._paces.index(self._pace) + self._index
+        """The place of what is in force among the candidates: all splits with the first interval, with the next one,
+        and then mixed batches."""
+        place = len(self._intervals) if self._mixes else self._intervals.index(self._interval)
+        return len(self._splits) * place + (0 if self._mixes else self._index)
 
     def _describe(self, ttft: float, tpot: float, limit: int | None, is_switch: bool) -> Decision:
         """What is in force, with what is expected of it."""
-        pace = 0.0 if self._mixes else self._pace
-        share = self._find_prefill_share(self.split, pace)
-        return Decision(self.split, ttft, tpot, limit, is_switch, self._mixes, pace, share)
+        interval = 0.0 if self._mixes or not self._has_pauses(self.split, self._interval) else self._interval
+        return Decision(self.split, ttft, tpot, limit, is_switch, self._mixes, interval)
 
-    def _find_prefill_share(self, split: Split, pace: float) -> float:
-        """What prompts have of the device on average: all of it between two steps of decode, their share beside one."""
-        step = self._step_time.predict(split.decode)
-        waiting = max(0.0, 1 - step / pace) if pace else 0.0
-        return waiting + (1 - waiting) * split.prefill
+    def _has_pauses(self, split: Split, interval: float) -> bool:
+        return self._step_time.predict(split.decode) < FILLED * interval
+
+    def _time_token(self, split: Split, interval: float) -> float:
+        """Seconds of a prompt token: prompts have the whole device between two steps of decode, and about their share
+        beside one, whose cores are taken from their team."""
+        if not self._has_pauses(split, interval):
+            return self._token_time.predict(split.prefill)
+        waiting = 1 - self._step_time.predict(split.decode) / interval
+        return self._token_time.predict(waiting + (1 - waiting) * split.prefill)
 
     def _measure_spread(self) -> float:
         high = find_quantile(self._tpot, self._objectives.quantile)
@@ -279,47 +286,60 @@ class SplitController:
         if self._mixes and self._mixed is not None:
             self._mixed.correct(prompts, rate, self._outputs, measured, find_quantile(self._tpot, quantile))
         elif measured is not None:
-            services = prompts * self._token_time.predict(self._find_prefill_share(self.split, self._pace))
+            services = prompts * self._time_token(self.split, self._interval)
             predicted = float(find_ttft_quantile(services, rate, quantile))
             self._correction = follow(self._correction, measured / predicted, 0.3, CORRECTION)
 
     def _limit_queue(self, index: int, prompts: np.ndarray, tpot: float) -> int:
-        """Tokens that can wait at a split, or for mixed batches, and still have their first token in time."""
+        """Tokens that can wait with a candidate, and still have their first token in time."""
         place, number = divmod(index, len(self._splits))
-        if place == len(self._paces) and self._mixed is not None:
-            token_time = self._mixed.token
+        if place == len(self._intervals) and self._mixed is not None:
+            token_time, tpot = self._mixed.token, self._mixed.pace
         else:
-            share = self._find_prefill_share(self._splits[number], self._paces[place])
-            token_time = self._token_time.predict(share)
+            token_time = self._time_token(self._splits[number], self._intervals[place])
         own = float(np.quantile(prompts, self._objectives.quantile)) * token_time
         tokens = max(0.0, self._objectives.ttft - own) / token_time
         # Decode that is too slow as well is slow because too many are served.
         return int(tokens * min(1.0, self._objectives.tpot / tpot))
 
     def _agree(self, best: int, costs: Sequence[float]) -> bool:
-        """Whether to switch, one split towards one that was clearly better often enough, to another pace, or to or from
-        mixed batches.
+        """Whether to switch: one split towards one that was clearly better often enough, to its interval, or to or from
+        mixed batches; and back to a shorter interval where that is comfortable too.
 
         Not further: what models say about splits far from where the device has been is a guess, and the next one is
-        measured before the one after it is tried. Of mixed batches both phases are known, wherever the device is, and
-        so is what a pace does.
+        measured before the one after it is tried.
         """
         current, count = self._current, len(self._splits)
-        mixed, following = count * len(self._paces), best
-        if mixed not in (best, current):
-            wanted, index = best % count, self._index
-            following = best - wanted + index + (wanted > index) - (wanted < index)
-        gain = MIX_GAIN if following == mixed else GAIN
-        is_better = best != current and costs[best] <= (1 - gain) * costs[current]
-        if costs[current] <= COMFORT or not is_better or costs[following] >= costs[current]:
+        mixed = count * len(self._intervals)
+        if costs[current] <= COMFORT:
+            shorter = current - count
+            following = shorter if not self._mixes and self._interval and costs[shorter] <= RELAX else current
+        elif mixed in (best, current):
+            gain = MIX_GAIN if best == mixed else GAIN
+            following = best if costs[best] <= (1 - gain) * costs[current] else current
+        else:
+            place, wanted = divmod(best, count)
+            nearer = self._index + (wanted > self._index) - (wanted < self._index)
+            here = current - self._index
+            # The split, the interval, or both: whichever is best.
+            following = min((here + nearer, count * place + self._index, count * place + nearer), key=costs.__getitem__)
+            if costs[best] > (1 - GAIN) * costs[current] or costs[following] >= costs[current]:
+                following = current
+        if following == current:
             self._candidate, self._agreed = None, 0
             return False
         # The same direction is agreement: how far the best one is moves with the queue.
-        self._agreed = self._agreed + 1 if following == self._candidate else 1
-        self._candidate = following
+        direction = _sign(following // count - current // count), _sign(best % count - self._index), following == mixed
+        self._agreed = self._agreed + 1 if direction == self._candidate else 1
+        self._candidate = direction
         if self._agreed < PATIENCE:
             return False
         self._mixes, self._candidate, self._agreed = following == mixed, None, 0
         if not self._mixes:
-            self._pace, self._index = self._paces[following // count], following % count
+            place, self._index = divmod(following, count)
+            self._interval = self._intervals[place]
         return True
+
+
+def _sign(number: int) -> int:
+    return (number > 0) - (number < 0)

@@ -41,6 +41,8 @@ class MixedModel:
         self._budget, self._quantile = budget, quantile
         self._token_time, self._step_time = token_time, step_time
         self._ratio = self._ttft_correction = self._tpot_correction = 1.0
+        #: Seconds from token to token at the quantile, without what their longest gap counts for, as predicted last.
+        self.pace = 0.0
 
     @property
     def token(self) -> float:
@@ -63,8 +65,9 @@ class MixedModel:
         first = self._measure_queue(prompts, rate) * self._ttft_correction
         # Who comes now waits for those who are here, and for the batch in flight.
         first = max(first, (queued_tokens + float(prompts.mean())) * self.token) + step
-        pace = self._measure_pace(prompts, rate, outputs) * self._tpot_correction
-        return first, max(pace, self._measure_gap(prompts, rate * sum(outputs) / max(len(outputs), 1) * pace) / GAP)
+        self.pace = self._measure_pace(prompts, rate, outputs) * self._tpot_correction
+        arrivals = rate * sum(outputs) / max(len(outputs), 1) * self.pace
+        return first, max(self.pace, self._measure_gap(prompts, arrivals) / GAP)
 
     def correct(
         self, prompts: np.ndarray, rate: float, outputs: Sequence[int], ttft: float | None, tpot: float | None

@@ -48,9 +48,8 @@ class Pacer:
         self.index = 0 if controller is None else splits.index(controller.split)
         #: Whether prompts go into the batches of decode.
         self.is_mixing = False
-        #: Seconds between the beginnings of two decode steps while prompts are computed, 0 where none waits, and what
-        #: prompts then have of the device.
-        self.decode_pace, self.paced_share = 0.0, 0.0
+        #: Seconds between the beginnings of two decode steps while prompts are computed, 0 where none waits.
+        self.decode_interval = 0.0
         #: Prompt tokens beyond which who comes in is late, None where nobody is.
         self.max_queued_tokens: int | None = None
         self._controller, self._splits, self._objectives = controller, splits, objectives
@@ -89,6 +88,13 @@ class Pacer:
         elif self._controller is not None:
             self._controller.observe_decode(started, finished, share)
         self._count_busy(lane, started, finished)
+
+    def measure_share(self, started: float, finished: float, since: float | None) -> float:
+        """What a prefill batch that was given the whole device had of it, beside steps that took their cores from it.
+        Ask before the batch is noted. since: when the decode batch that still runs began, None for none."""
+        steps = [*self._unmatched[Lane.DECODE], *([] if since is None else [(since, finished)])]
+        beside = sum(max(0.0, min(finished, end) - max(started, begin)) for begin, end in steps)
+        return 1 - (1 - self._splits[self.index].prefill) * min(1.0, beside / max(finished - started, 1e-9))
 
     def _count_busy(self, lane: Lane, started: float, finished: float) -> None:
         # Of two batches that overlap, the one that is noted second finds the first, and no later one can overlap that.
@@ -132,15 +138,14 @@ class Pacer:
 
     def decide(self, now: float, queued_tokens: int) -> int:
         """The number of the split from now on; asks the controller at most once a period. Sets `is_mixing`,
-        `decode_pace`, `paced_share` and `max_queued_tokens` too.
+        `decode_interval` and `max_queued_tokens` too.
         """
         if self._controller is not None and self.is_due(now):
             self._decided = now
             decision = self._controller.decide(now, queued_tokens)
-            self.max_queued_tokens, self.paced_share = decision.max_queued_tokens, decision.prefill_share
+            self.max_queued_tokens, self.decode_interval = decision.max_queued_tokens, decision.decode_interval
             if decision.is_switch:
                 self.index, self.is_mixing = self._splits.index(decision.split), decision.mixes
-                self.decode_pace = decision.pace
                 self.counts.switches += 1
                 self._controller.note_switch(now)
         return self.index

@@ -77,7 +77,7 @@ class LaneMixin(PromptsMixin):
         step.wake = self._find_decode_start(now)
         # A prompt that begins now is what decode waits for.
         for lane in (Lane.DECODE, Lane.PREFILL) if step.wake is None else (Lane.PREFILL, Lane.DECODE):
-            if lane is Lane.DECODE and step.wake is not None and any(self.lanes.list_in_flight(Lane.PREFILL)):
+            if lane is Lane.DECODE and step.wake is not None and not self.lanes.may_mix():
                 continue
             if not self.has_work(lane) or (lane in self._stuck and not self.lanes.has_finished(lane)):
                 continue
@@ -175,7 +175,7 @@ class LaneMixin(PromptsMixin):
             # vLLM's masks lie in one buffer of the engine, which the other lane's next batch overwrites.
             grammar.grammar_bitmask = grammar.grammar_bitmask.copy()
         num_decoding = len(decoding & output.num_scheduled_tokens.keys())
-        has_all = lane is Lane.PREFILL and self.pacer.decode_pace > 0
+        has_all = lane is Lane.PREFILL and self.pacer.decode_interval > 0
         return LaneLaunch(self.lanes.launch(output.num_scheduled_tokens, num_decoding), output, grammar, has_all)
 
     def update_lane(self: Any, result: LaneResult) -> dict[int, Any]:
@@ -212,7 +212,9 @@ class LaneMixin(PromptsMixin):
         if batch.is_mixed:
             self.pacer.note_mixed(started, finished, tokens - batch.num_decoding, batch.num_decoding, share)
         else:
-            share = self.pacer.paced_share if result.launch.has_all and self._decodes() else share
+            if result.launch.has_all:
+                is_beside = any(one.tokens for one in self.lanes.list_in_flight(Lane.DECODE))
+                share = self.pacer.measure_share(started, finished, self._decode_began if is_beside else None)
             self.pacer.note_batch(batch.lane, started, finished, tokens, share)
         if self.policies.priority is not None and batch.lane is Lane.DECODE:
             if self._stepped is not None:
@@ -227,10 +229,11 @@ class LaneMixin(PromptsMixin):
 
     def _find_decode_start(self: Any, now: float) -> float | None:
         """When the decode lane's next step may begin, where it waits for prompts that are there; None for at once."""
-        due: float = self._decode_began + self.pacer.decode_pace
+        due: float = self._decode_began + self.pacer.decode_interval
         if due <= now or self.pacer.is_mixing or self._yields:
             return None
-        computes = any(self.lanes.list_in_flight(Lane.PREFILL)) or self.has_work(Lane.PREFILL)
+        # Who is over is told in a batch without tokens: nobody waits for that.
+        computes = not self.lanes.may_mix() or (self._has_prompts() and self.has_work(Lane.PREFILL))
         return due if computes else None
 
     def _mixes(self: Any) -> bool:

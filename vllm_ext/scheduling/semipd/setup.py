@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from vllm_ext import config, observability
-from vllm_ext.scheduling.phases.controller import PACES, Objectives, PhaseController, SplitController
+from vllm_ext.scheduling.phases.controller import INTERVALS, Objectives, PhaseController, SplitController
 from vllm_ext.scheduling.phases.lanes import Lanes
 from vllm_ext.scheduling.phases.pacer import Pacer
 from vllm_ext.scheduling.phases.published import NearestPublishedController
@@ -115,7 +115,7 @@ def make_pacer(vllm_config: Any) -> Pacer:
         (settings.slo_tpot_ms or TPOT_MS) / 1e3,
         (settings.percentile or PERCENTILE) / 100,
     )
-    is_paced = settings.mode == "auto" and settings.slo_tpot_ms is not None
+    may_wait = settings.mode == "auto" and settings.slo_tpot_ms is not None
     controller: PhaseController | None = None
     if settings.controller == "published":
         controller = NearestPublishedController(splits, objectives)
@@ -127,7 +127,7 @@ def make_pacer(vllm_config: Any) -> Pacer:
             refuses=policies.limits_queue(settings),
             mix_budget=vllm_config.scheduler_config.max_num_batched_tokens if settings.mode == "auto" else None,
             # What nobody said is too slow is not slowed down.
-            paces=[part * objectives.tpot for part in PACES] if is_paced else (),
+            intervals=[part * objectives.tpot for part in INTERVALS] if may_wait else (),
         )
     return Pacer(controller, splits, objectives)
 
@@ -144,7 +144,7 @@ def report(pacer: Pacer, lanes: Lanes[Any], index: int) -> None:
         "deferred_frees_total": lanes.counts.deferred_frees,
         "split_index": pacer.index,
         "switches_total": counts.switches,
-        "decode_pace_seconds": pacer.decode_pace,
+        "decode_interval_seconds": pacer.decode_interval,
         "first_tokens_total": counts.first_tokens,
         "first_tokens_in_time_total": counts.first_tokens_in_time,
         "finished_total": counts.finished,
