@@ -112,6 +112,11 @@ METRICS: tuple[Metric, ...] = (
     Metric("vllm_ext:structured_compiles_total", "counter", "Specifications compiled in the engine."),
     Metric("vllm_ext:structured_compile_seconds_total", "counter", "Time that took, in threads beside it."),
     Metric(
+        "vllm_ext:structured_masks_aside_total",
+        "counter",
+        "Masks of slow grammars filled beside the steps, while their requests waited.",
+    ),
+    Metric(
         "vllm_ext:structured_over_budget_total", "counter", "Requests ended because their masks took too much time."
     ),
     Metric("vllm_ext:smartspec_draft_length", "gauge", "Drafts asked for the next step, mean over its requests."),

@@ -16,7 +16,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
 from vllm_ext import observability
-from vllm_ext.structured import validation
+from vllm_ext.structured import budgets, validation
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
@@ -48,7 +48,9 @@ def ask(**given: Any) -> SamplingParams:
     return SamplingParams(max_tokens=80, temperature=1, seed=3, structured_outputs=StructuredOutputsParams(**given))
 
 
-def test_requests_go_to_the_engine_that_honours_them(tiny_moe: str, engine_in_process: None, tmp_path: Path) -> None:
+def test_requests_go_to_the_engine_that_honours_them(
+    tiny_moe: str, engine_in_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prewarm = tmp_path / "specs.jsonl"
     prewarm.write_text(json.dumps({"json": EASY[1]}) + "\n" + json.dumps({"json": {"not": {}}}) + "\n")
     block = {
@@ -89,6 +91,22 @@ def test_requests_go_to_the_engine_that_honours_them(tiny_moe: str, engine_in_pr
         assert counts[0, "vllm_ext:structured_xgrammar_requests_total"] >= 7
         assert counts[0, "vllm_ext:structured_refused_total"] == 1
         assert any((tmp_path / "store").glob("*.spec.json"))
+
+        # Slow masks, in the steps and beside them: the same tokens.
+        plain = SamplingParams(max_tokens=60, temperature=1, seed=4, ignore_eos=True)
+        slow = [ask(grammar='root ::= s\ns ::= s s | [a-z ] | "7"') for _ in range(2)]
+        made = []
+        # On a busy machine these masks take longer than a request may.
+        monkeypatch.setattr(budgets, "CREDIT_MS", 1e9)
+        for limit in (1e9, -1.0):
+            monkeypatch.setattr(budgets, "SLOW_MS", limit)
+            monkeypatch.setattr(budgets, "SLOW_SHARE", 0.0)
+            outputs = llm.generate(["x", "y", "z", "w"], [plain, slow[0], plain, slow[1]], use_tqdm=False)
+            assert [each.outputs[0].finish_reason for each in outputs] == ["length"] * 4
+            made.append([each.outputs[0].token_ids for each in outputs])
+        assert made[0] == made[1]
+        counts = observability.read_records(os.environ[observability.DIRECTORY_ENV])
+        assert counts[0, "vllm_ext:structured_masks_aside_total"] >= 2
     finally:
         llm.llm_engine.engine_core.shutdown()
         validation.close_gates()

@@ -12,6 +12,7 @@ from vllm.v1.core.sched.output import GrammarOutput
 from vllm.v1.structured_output.utils import strip_speculative_padding
 
 from vllm_ext import observability
+from vllm_ext.scheduling.slow_masks import SlowMasks, has_room, leave_out
 from vllm_ext.speculation.draft_source import DraftToken, merge_drafts
 from vllm_ext.structured import carrier
 from vllm_ext.structured.grammar_states import StateMaker
@@ -41,7 +42,8 @@ class _Drafts(NamedTuple):
 class ForcedTokensMixin:
     """Forced tokens around vLLM's `Scheduler` or `AsyncScheduler`, and around the goodput mixin.
 
-    schedule            puts forced tokens into spec_token_ids, and says in certain_drafts how many cannot be rejected
+    schedule            puts forced tokens into spec_token_ids, and says in certain_drafts how many cannot be rejected;
+                        leaves out requests that wait for a slow mask
     get_grammar_bitmask fills masks many rows at a time; of a certain draft the mask is known
     update_from_output  counts what became of them
 
@@ -58,6 +60,7 @@ class ForcedTokensMixin:
         self._engine_index = vllm_config.parallel_config.data_parallel_index
         manager = self.structured_output_manager  # type: ignore[attr-defined]
         self._masks = MaskFiller(manager)
+        self._slow_masks = SlowMasks(manager, self._engine_index)
         plan = carrier.plan_forced_tokens(vllm_config)
         self._drafts_forced = plan.is_on
         for name, value in (("active", plan.is_on), ("limit_index", plan.limit_index)):
@@ -90,7 +93,16 @@ class ForcedTokensMixin:
         super().add_request(request)  # type: ignore[misc]
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        """As vLLM's, with forced tokens as drafts."""
+        """As vLLM's, with forced tokens as drafts, and without requests that wait for their masks."""
+        slow = self._slow_masks.find(self.running)  # type: ignore[attr-defined]
+        if slow and has_room(self):
+            held = self._slow_masks.hold(slow, len(self.running))  # type: ignore[attr-defined]
+            with leave_out(self, held):
+                return self._schedule(slow, *args, **kwargs)
+        return self._schedule(slow, *args, **kwargs)
+
+    def _schedule(self, slow: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """slow: requests whose grammars are not looked at, by id."""
         if self._drafts_forced:
             self._forced = {}
             self.certain_drafts = {}
@@ -100,7 +112,8 @@ class ForcedTokensMixin:
             if self._alone:
                 self._alone.intersection_update(self.requests)  # type: ignore[attr-defined]
             if not self._alone:
-                self._draft(self.running)  # type: ignore[attr-defined]
+                running = self.running  # type: ignore[attr-defined]
+                self._draft([one for one in running if one.request_id not in slow] if slow else running)
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         if self._is_v2 and self._forced:
             # Read by patches/structured_v2.py in the workers.
@@ -123,7 +136,8 @@ class ForcedTokensMixin:
                 if drafts is None:
                     continue
             state, observer = drafts.state, drafts.observer
-            if state is None:
+            # A mask that is being filled (slow_masks.py) has the grammar for itself.
+            if state is None or getattr(request.structured_output_request.grammar, "ahead", None) is not None:
                 continue
             length = request.num_output_tokens
             observer.read(request.output_token_ids)
@@ -187,6 +201,11 @@ class ForcedTokensMixin:
         if masks is None:
             return None
         return GrammarOutput(ids, masks, [len(strip_speculative_padding(drafts.get(rid, []))) for rid in ids])
+
+    def shutdown(self) -> None:
+        """As vLLM's."""
+        self._slow_masks.close()
+        super().shutdown()  # type: ignore[misc]
 
     def update_draft_token_ids(self, draft_token_ids: Any) -> None:
         """As vLLM's; without a drafter there are none but the forced ones."""

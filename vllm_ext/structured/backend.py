@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import threading
 import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +34,7 @@ from vllm_ext.structured.options import Options, read_options
 from vllm_ext.structured.routing import Plan, plan_spec
 from vllm_ext.structured.specs import SMALL_TEXT
 from vllm_ext.structured.store import SpecStore
+from vllm_ext.structured.threads import start_thread
 from vllm_ext.structured.validation import serves_guidance
 
 logger = logging.getLogger("vllm.vllm_ext")
@@ -46,8 +46,6 @@ MOST_MATCHER_BYTES, STATE_BYTES = 220 << 20, 220
 #: Bytes of xgrammar's compiled grammars that are kept, beside those of its own cache. That one's limit,
 #: VLLM_XGRAMMAR_CACHE_MB, is also one of each cache here: who sets it low has little memory.
 MOST_COMPILED_BYTES = 64 << 20
-#: Compiling threads give way to the engine (nice).
-NICENESS = 5
 
 
 @dataclass
@@ -72,13 +70,10 @@ class ExtBackend(XgrammarBackend):
         #: By plan, whether xgrammar may be asked what is forced.
         self._little: OrderedDict[bytes, bool] = OrderedDict()
         # Two lanes: a grammar that takes a second must not keep small ones waiting.
-        self._lanes = {
-            is_plain: ThreadPoolExecutor(1, f"vllm-ext-compile-{is_plain}", initializer=_give_way)
-            for is_plain in (True, False)
-        }
+        self._lanes = {is_plain: start_thread(f"compile-{is_plain}") for is_plain in (True, False)}
         self._store = SpecStore(self.options, engines.read_vocabulary(self.compiler))
         # Behind nobody: a list to pre-warm may take minutes, and requests come meanwhile.
-        self._prewarming = ThreadPoolExecutor(1, "vllm-ext-prewarm", initializer=_give_way)
+        self._prewarming = start_thread("prewarm")
         self._ll_tokenizer: Future[Any] = self._lanes[True].submit(self._build_tokenizer)
         self._prewarming.submit(self._prewarm)
 
@@ -152,10 +147,12 @@ class ExtBackend(XgrammarBackend):
     def make_grammar(self, plan: Plan, stop_token_ids: set[int] | None = None) -> StructuredOutputGrammar:
         """A new grammar of a plan, compiled now unless it is known. Raises GrammarError."""
         grammar: StructuredOutputGrammar
+        family = None
         if plan.engine == "guidance":
-            matcher = self._find_matcher(plan)
+            # Its copies share a lexer, and the lock of it.
+            family = self._find_matcher(plan)
             tokenizer = self._ll_tokenizer.result()
-            grammar = GuidanceGrammar(ll_matcher=matcher, ll_tokenizer=tokenizer, vocab_size=self.vocab_size)
+            grammar = GuidanceGrammar(ll_matcher=family.deep_copy(), ll_tokenizer=tokenizer, vocab_size=self.vocab_size)
         else:
             compiled = self._find_compiled(plan)
             stops = list(stop_token_ids) if stop_token_ids else None
@@ -166,7 +163,7 @@ class ExtBackend(XgrammarBackend):
             # Read by grammar_states.py: only such grammars are looked at.
             grammar.forces_little = self._forces_little(plan, compiled)
         observability.add(f"vllm_ext:structured_{plan.engine}_requests_total", 1, self._rank)
-        return make_budgeted(grammar, self.steps, self._rank) if plan.is_budgeted else grammar
+        return make_budgeted(grammar, self.steps, self._rank, family) if plan.is_budgeted else grammar
 
     def _forces_little(self, plan: Plan, compiled: Any) -> bool:
         """Whether the scheduler may ask what the grammar forces, found out once."""
@@ -190,7 +187,7 @@ class ExtBackend(XgrammarBackend):
         return grammar
 
     def _find_matcher(self, plan: Plan) -> Any:
-        """A matcher in its first state: a copy of the one that was compiled."""
+        """A matcher in its first state, to be copied."""
         key = _digest(plan)
         with self._lock:
             matcher, _ = self._matchers.get(key, (None, 0))
@@ -201,7 +198,7 @@ class ExtBackend(XgrammarBackend):
             with self._lock:
                 self._matchers[key] = matcher, plan.states
                 _drop_oldest(self._matchers, lambda kept: kept[1], self._most_states)
-        return matcher.deep_copy()
+        return matcher
 
     def _build_tokenizer(self) -> Any:
         """llguidance's tokenizer, of which a large vocabulary takes seconds; None where it knows no such tokenizer."""
@@ -268,8 +265,3 @@ def _name_key(kind: str, text: str, engine: str) -> bytes:
 
 def _digest(plan: Plan) -> bytes:
     return hashlib.sha256(f"{plan.engine}\0{plan.kind}\0{plan.text}".encode()).digest()
-
-
-def _give_way() -> None:
-    """Lower this thread's priority; on Linux the thread's own."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
