@@ -14,6 +14,7 @@ from bench.speculation.engines import (
     OFF,
     OURS,
     compare_draws,
+    compare_held_out,
     describe_case,
     main,
     make_engines,
@@ -66,6 +67,22 @@ def test_a_draw_counts_once() -> None:
     # Student's t of two values, far wider than that of four.
     assert found.low < 0.2
     assert found.high > 10
+
+
+def test_the_best_by_other_draws() -> None:
+    """Two settings that are equal but for luck: each draw is compared with the one that was better in the others."""
+    by_draw = {"k1": (100.0, 110.0, 130.0), "k3": (120.0, 100.0, 100.0)}
+    records = [make_record(OURS, 2 * draw, 100.0) for draw in range(3)]
+    records += [
+        make_record(arm, 2 * draw, value) for arm, values in by_draw.items() for draw, value in enumerate(values)
+    ]
+    # By the same runs k1, which is ahead by luck; by the other draws k1, k1 and k3.
+    assert min(compare_draws(records, arm).ratio for arm in by_draw) == pytest.approx((1 / 1.1 / 1.3) ** (1 / 3))
+    ratio, low, high = compare_held_out(records)
+    assert ratio == pytest.approx((1 / 1.0 / 1.1 / 1.0) ** (1 / 3))
+    assert low < ratio < high
+    with pytest.raises(ValueError, match="two draws or more, and here are 0"):
+        compare_held_out([record for record in records if record.repetition == 0])
 
 
 def test_settings_of_one_name_are_refused(tmp_path: Path) -> None:
