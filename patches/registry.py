@@ -50,10 +50,10 @@ RECORDS: tuple[PatchRecord, ...] = (
             Symbol("vllm.v1.worker.gpu_model_runner:GPUModelRunner.propose_draft_token_ids", "9e3287256f36"),
         ),
         reason="vLLM tells a list drafter one number of drafts for the whole batch, and neither request ids nor who "
-        "has left",
-        change="gives list drafters of the V1 model runner a length per request: rows of length 0 are not searched, "
-        "the others cut; where smartspec.drafter is trie, drafts come from tries instead of the n-gram drafter; other "
-        "drafters and engines without smartspec pass through",
+        "has left; its n-gram drafter takes a tenth of a millisecond where the search takes a few microseconds",
+        change="gives list drafters of the V1 model runner a length per request, by which drafts are cut; under "
+        "smartspec n-grams are searched by the pack, which finds the same drafts, and where smartspec.drafter is trie, "
+        "drafts come from tries; other drafters and engines without smartspec pass through",
         without="drafters make as many drafts for every request as the longest needs, verification cuts them, and the "
         "trie drafter is the n-gram drafter that carries it",
         removal="SchedulerOutput carries a number of drafts by request, and custom_class drafters are given request "

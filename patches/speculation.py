@@ -9,11 +9,11 @@ from vllm_ext.patches.wrapping import wrap
 
 
 def wrap_drafting() -> None:
-    """Both changes of record `drafting`: lengths by request, and the trie drafter in the place of the n-gram one."""
-    from vllm_ext.patches import trie_drafter
+    """Both changes of record `drafting`: lengths by request, and the pack's drafters in the place of the n-gram one."""
+    from vllm_ext.patches import lookup_drafters
 
     wrap_propose_draft_token_ids()
-    trie_drafter.wrap_model_runner()
+    lookup_drafters.wrap_model_runner()
 
 
 def wrap_propose_draft_token_ids() -> None:
@@ -31,11 +31,6 @@ def _honour_draft_lengths(original: Any) -> Any:
         if lengths is None or not isinstance(sampled_token_ids, list):
             return original(self, scheduler_output, sampled_token_ids, *args, **kwargs)
         ids = self.input_batch.req_ids
-        if self.speculative_config.method == "ngram":
-            # The n-gram drafter keeps nothing between steps, and skips a row without new tokens.
-            sampled_token_ids = [
-                tokens if lengths.get(rid, 1) else [] for rid, tokens in zip(ids, sampled_token_ids, strict=False)
-            ]
         drafts = original(self, scheduler_output, sampled_token_ids, *args, **kwargs)
         if not isinstance(drafts, list):
             return drafts

@@ -55,7 +55,7 @@ def test_tokens_are_those_of_no_speculation(
         additional_config={"vllm_ext": {"smartspec": {"drafter": "trie"}, "cache_dir": str(tmp_path)}},
         **ENGINE,
     )  # fmt: skip
-    (proposer,) = llm.collective_rpc(lambda worker: worker.model_runner.trie_proposer)
+    (proposer,) = llm.collective_rpc(lambda worker: worker.model_runner.lookup_proposer)
     drafter = proposer.drafter
     free = drafter._segments.count_free()
 

@@ -16,8 +16,9 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from tests.child import run_child
 from vllm_ext import config, observability
-from vllm_ext.patches import speculation, trie_drafter
+from vllm_ext.patches import lookup_drafters, speculation
 from vllm_ext.scheduling import trie_proposer
+from vllm_ext.scheduling.ngram_proposer import NgramProposer
 from vllm_ext.scheduling.trie_proposer import TrieProposer, check_drafter
 from vllm_ext.speculation import trie_drafter as drafter_module
 from vllm_ext.speculation.trie import CAPACITY, SegmentAllocator
@@ -35,6 +36,7 @@ def describe_engine(
             method=method, num_speculative_tokens=K, prompt_lookup_min=1, prompt_lookup_max=longest
         ),
         model_config=SimpleNamespace(max_model_len=40, get_vocab_size=lambda: 1000),
+        scheduler_config=SimpleNamespace(max_num_seqs=4),
         parallel_config=SimpleNamespace(rank=rank, data_parallel_index=0),
         use_v2_model_runner=uses_v2,
         additional_config={"vllm_ext": {"smartspec": {"drafter": "trie", **smartspec}}},
@@ -52,10 +54,10 @@ class State:
 class Runner:
     """The part of GPUModelRunner that the wraps see: persistent batch, requests, drafter."""
 
-    def __init__(self, trie_proposer: Any = None) -> None:
+    def __init__(self, lookup_proposer: Any = None) -> None:
         self.requests: dict[str, Any] = {}
         self.speculative_config = SimpleNamespace(method="ngram")
-        self.trie_proposer = trie_proposer
+        self.lookup_proposer = lookup_proposer
         tokens, lengths = np.zeros((4, 40), np.int32), np.zeros(4, np.int32)
         self.input_batch = SimpleNamespace(req_ids=[], token_ids_cpu=tokens, num_tokens_no_spec=lengths)
 
@@ -299,7 +301,7 @@ def test_the_wraps_of_the_runner_combine(
 
     monkeypatch.setattr(GPUModelRunner, "propose_draft_token_ids", propose_draft_token_ids)
     monkeypatch.setattr(GPUModelRunner, "__init__", lambda self, vllm_config: None)
-    wraps = (speculation.wrap_propose_draft_token_ids, trie_drafter.wrap_model_runner)
+    wraps = (speculation.wrap_propose_draft_token_ids, lookup_drafters.wrap_model_runner)
     for number in (*order, *order):
         wraps[number]()
     wrapped = GPUModelRunner.propose_draft_token_ids
@@ -321,10 +323,10 @@ def test_the_wraps_of_the_runner_combine(
     stock = Runner()
     stock.input_batch = runner.input_batch
     assert propose(stock, output, [[2], [2], [2]]) == [[99] * 2, [], [99] * K]
-    assert asked == [[[2], [], [2]]]
+    assert asked == [[[2], [2], [2]]]
 
 
-def test_only_engines_that_ask_for_it_get_a_trie(compiled: TrieProposer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engines_get_the_proposer_that_they_ask_for(compiled: TrieProposer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TrieDrafter, "compile", lambda self: None)
 
     def start(self: Any, vllm_config: Any, device: str) -> None:
@@ -333,15 +335,16 @@ def test_only_engines_that_ask_for_it_get_a_trie(compiled: TrieProposer, monkeyp
 
     monkeypatch.setattr(GPUModelRunner, "__init__", start)
     monkeypatch.setattr(GPUModelRunner, "propose_draft_token_ids", GPUModelRunner.propose_draft_token_ids)
-    trie_drafter.wrap_model_runner()
+    lookup_drafters.wrap_model_runner()
 
     def make(vllm_config: Any) -> Any:
         runner: Any = GPUModelRunner(vllm_config, "cpu")  # type: ignore[arg-type]
-        return runner.trie_proposer
+        return runner.lookup_proposer
 
     assert isinstance(make(describe_engine()), TrieProposer)
     assert make(describe_engine(enabled=False)) is None
-    assert make(describe_engine(drafter="carrier")) is None
+    assert isinstance(make(describe_engine(drafter="carrier")), NgramProposer)
+    assert make(describe_engine("suffix", drafter="carrier")) is None
     assert make(SimpleNamespace(additional_config={})) is None
     other = describe_engine()
     # A runner without a drafter: an earlier stage of a pipeline.
@@ -353,9 +356,9 @@ def test_numba_is_left_to_the_worker() -> None:
     """vLLM's CPU worker does not start where numba was imported before it: not by the check, nor by the wraps."""
     code = """
 import json, sys
-import vllm_ext.patches.trie_drafter
+import vllm_ext.patches.lookup_drafters
 from vllm_ext import config, observability
-from vllm_ext.scheduling import trie_proposer
+from vllm_ext.scheduling import ngram_proposer, trie_proposer
 trie_proposer.check_drafter(None, config.SmartSpecSettings())
 print(json.dumps("numba" in sys.modules))
 """

@@ -54,6 +54,9 @@ def check_drafter(vllm_config: Any, settings: config.SmartSpecSettings) -> None:
 class TrieProposer:
     """Keeps a TrieDrafter in step with a V1 model runner: who runs, what was sampled, who has left."""
 
+    #: It has to see every step.
+    keeps_texts = True
+
     def __init__(self, vllm_config: Any) -> None:
         from vllm_ext.speculation.trie_drafter import TrieCounts, TrieDrafter
 
