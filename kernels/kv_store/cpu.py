@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`store_kv` on the CPU: cpu.cpp where the compiled kernels know the layout, the reference elsewhere."""
+"""`store_kv` and `store_key_groups` on the CPU: cpu.cpp and key_groups.cpp where the compiled kernels know the layout,
+the reference elsewhere."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import torch
 
 from ..native.load import load_ops
 from . import reference
-from .arguments import check_cache, check_rows
+from .arguments import check_cache, check_groups, check_rows
 from .codec import CodecTensors
 from .layout import CellLayout, Codec, SideSections
 
@@ -49,14 +50,38 @@ def store_kv(
     )  # fmt: skip
 
 
+def store_key_groups(
+    keys: torch.Tensor,
+    cache: torch.Tensor,
+    first_slots: torch.Tensor,
+    layout: CellLayout,
+    key_tensors: CodecTensors,
+    clips: Sequence[float],
+) -> None:
+    """Same arguments, result and errors as `vllm_ext.kernels.kv_store.store_key_groups`; otherwise as `store_kv`."""
+    check_groups(keys, cache, first_slots, layout)
+    ops = load_ops() if knows(layout, key_tensors) else None
+    if ops is None:
+        reference.store_key_groups(keys, cache, first_slots, layout, key_tensors, clips)
+        return
+    ops.kv_store_key_groups(
+        keys, cache, first_slots, list_fields(layout), key_tensors.order, key_tensors.smooth, key_tensors.shift,
+        key_tensors.clip, clips,
+    )  # fmt: skip
+
+
 @functools.lru_cache(maxsize=64)
 def list_fields(layout: CellLayout) -> tuple[int, ...] | None:
     """A layout as cells.h reads it; None for one that the compiled kernels do not know.
 
     They know uniform codes of `WIDTHS` without outliers, head sizes that are multiples of 16, and groups of tokens
-    that are multiples of 16 and fit a tile of 128 a whole number of times, or the other way round.
+    that are multiples of 16 and fit a tile of 128 a whole number of times, or the other way round; of keys alone.
     """
-    if layout.head_dim % 16 or not all(_knows_codec(codec) for codec in (layout.key, layout.value)):
+    if (
+        layout.head_dim % 16
+        or layout.value.per_channel
+        or not all(_knows_codec(codec) for codec in (layout.key, layout.value))
+    ):
         return None
     sides = [
         *_list_side(layout.key, layout.key_sections),

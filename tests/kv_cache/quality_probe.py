@@ -25,9 +25,8 @@ from vllm_ext.compress.evaluation import measure_perplexity
 from vllm_ext.compress.profile import load_model
 from vllm_ext.kernels.kv_decode import attend
 from vllm_ext.kernels.kv_decode.rope import rotate
-from vllm_ext.kernels.kv_store import store_kv
+from vllm_ext.kernels.kv_store import store_completed_groups, store_kv
 from vllm_ext.kernels.kv_store.codec import CodecTensors
-from vllm_ext.kernels.kv_store.reference import store_completed_groups
 from vllm_ext.kv_cache.calibration import calibrate_layer
 from vllm_ext.kv_cache.presets import PRESETS, Preset
 

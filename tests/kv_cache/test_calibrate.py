@@ -16,9 +16,8 @@ from tests.compress.runnable_model import add_tokenizer, write_runnable
 from vllm_ext import cli
 from vllm_ext.compress.calibration import CalibrationError
 from vllm_ext.kernels.kv_decode import attend as attend_pages
-from vllm_ext.kernels.kv_store import store_kv
+from vllm_ext.kernels.kv_store import store_completed_groups, store_kv
 from vllm_ext.kernels.kv_store.codec import CodecTensors
-from vllm_ext.kernels.kv_store.reference import store_completed_groups
 from vllm_ext.kv_cache.calibrate import Task, calibrate_model, check_context, find_preset, load_task
 from vllm_ext.kv_cache.calibrate_attention import (
     Angles,

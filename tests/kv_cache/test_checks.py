@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_ext.kernels.kv_store import store_kv
+from vllm_ext.kernels.kv_store import store_completed_groups, store_kv
 from vllm_ext.kernels.kv_store.codec import CodecTensors
-from vllm_ext.kernels.kv_store.reference import store_completed_groups
 from vllm_ext.kv_cache.backend import KVCacheMetadata
 from vllm_ext.kv_cache.checks import check_step, list_expected, list_whole_groups
 from vllm_ext.kv_cache.presets import PRESETS

@@ -32,10 +32,9 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from vllm_ext import observability
 from vllm_ext.kernels.kv_decode import attend
 from vllm_ext.kernels.kv_decode.rope import rotate
-from vllm_ext.kernels.kv_store import store_kv
+from vllm_ext.kernels.kv_store import store_completed_groups, store_kv
 from vllm_ext.kernels.kv_store.codec import CodecTensors
 from vllm_ext.kernels.kv_store.layout import CellLayout
-from vllm_ext.kernels.kv_store.reference import store_completed_groups
 from vllm_ext.kv_cache.presets import Preset
 from vllm_ext.kv_cache.ranges import count_lost_groups
 

@@ -11,10 +11,9 @@ import torch
 from vllm_ext.kernels.kv_decode import attend
 from vllm_ext.kernels.kv_decode.reference import read_keys, read_values
 from vllm_ext.kernels.kv_decode.rope import rotate
-from vllm_ext.kernels.kv_store import store_kv
+from vllm_ext.kernels.kv_store import store_completed_groups, store_kv
 from vllm_ext.kernels.kv_store.codec import CodecTensors, from_stored
 from vllm_ext.kernels.kv_store.layout import CellLayout
-from vllm_ext.kernels.kv_store.reference import store_completed_groups
 
 #: Tokens of a full-precision page.
 PAGE_TOKENS = 4

@@ -18,10 +18,9 @@ from tests.kernels.native.conftest import isa, ops  # noqa: F401  (fixtures)
 from tests.kernels.native.sanitizers import run_sanitized
 from vllm_ext.kernels.kv_decode import attend, cpu, reference
 from vllm_ext.kernels.kv_store import cpu as store_cpu
-from vllm_ext.kernels.kv_store import store_kv
+from vllm_ext.kernels.kv_store import store_key_groups, store_kv
 from vllm_ext.kernels.kv_store.codec import CodecTensors
 from vllm_ext.kernels.kv_store.layout import CellLayout, Codec, plan_cells, view_section
-from vllm_ext.kernels.kv_store.reference import store_key_groups
 from vllm_ext.kernels.native import recipe
 from vllm_ext.kernels.tolerances import relative_error
 

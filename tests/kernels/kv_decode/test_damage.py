@@ -10,10 +10,9 @@ import torch
 
 from tests.kernels.native.conftest import isa, ops  # noqa: F401  (fixtures)
 from vllm_ext.kernels.kv_decode import attend
-from vllm_ext.kernels.kv_store import store_kv
+from vllm_ext.kernels.kv_store import store_completed_groups, store_kv
 from vllm_ext.kernels.kv_store.codec import CodecTensors
 from vllm_ext.kernels.kv_store.layout import CellLayout, Codec, plan_cells
-from vllm_ext.kernels.kv_store.reference import store_completed_groups
 
 PLAIN = CodecTensors()
 TOKENS, DAMAGED = 200, 100

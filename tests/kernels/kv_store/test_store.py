@@ -9,11 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_ext.kernels.kv_decode.reference import read_keys, read_values
-from vllm_ext.kernels.kv_store import reference, store_kv
+from vllm_ext.kernels.kv_store import reference, store_completed_groups, store_key_groups, store_kv
 from vllm_ext.kernels.kv_store.codec import CodecTensors, dequantize, quantize
 from vllm_ext.kernels.kv_store.layout import CellLayout, Codec, plan_cells
 from vllm_ext.kernels.kv_store.recent import gather_recent, list_completed_groups
-from vllm_ext.kernels.kv_store.reference import store_completed_groups, store_key_groups
 
 PLAIN = CodecTensors()
 TOKENS = plan_cells(Codec(2, 8), Codec(1.5, 16), 16, 8)
@@ -117,8 +116,10 @@ def test_misuse_is_refused_by_name() -> None:
     cache = make_cache(CHANNELS)
     with pytest.raises(ValueError, match="multiples of the group of 4 tokens"):
         store_key_groups(key.unsqueeze(0), cache, torch.tensor([2]), CHANNELS, PLAIN, (1.0,))
-    with pytest.raises(ValueError, match=r"keys must be \[1, 4, 2, 16\], got \[1, 3, 2, 16\]"):
+    with pytest.raises(ValueError, match=r"keys must be float \[1, 4, 2, 16\], got torch\.float32 \[1, 3, 2, 16\]"):
         store_key_groups(key[None, :3], cache, torch.tensor([0]), CHANNELS, PLAIN, (1.0,))
+    with pytest.raises(ValueError, match="slot 24 is past the cache's 3 blocks of 8"):
+        store_key_groups(key.unsqueeze(0), cache, torch.tensor([24]), CHANNELS, PLAIN, (1.0,))
     step = torch.cat([key, value], -1)
     with pytest.raises(ValueError, match="request 0 has no full-precision key for its group at 4: keep 3 tokens"):
         store_completed_groups(
