@@ -242,7 +242,8 @@ def test_what_is_slow_depends_on_the_step(monkeypatch: pytest.MonkeyPatch) -> No
     steps = StepTimes()
     for milliseconds, slow_ms in ((5, 2.0), (50, 5.0), (3000, 10.0)):
         now[0] += milliseconds / 1e3
-        steps.begin()
+        # Every step counts, those without structured requests too.
+        make_slow_masks(steps).begin_step()
         assert steps.slow_ms == pytest.approx(slow_ms)
 
 
@@ -290,15 +291,16 @@ def test_nothing_is_lost_where_scheduling_fails() -> None:
     assert scheduler.running == running
 
 
-@pytest.mark.parametrize(("free", "expected"), [(3, False), (4, True)])
-def test_nobody_is_held_back_where_blocks_are_scarce(free: int, expected: bool) -> None:
-    """A prompt of 33 more tokens, in blocks of 16, and a request that goes on."""
+@pytest.mark.parametrize(("free", "most", "expected"), [(3, 64, False), (4, 64, True), (2, 8, True), (1, 8, False)])
+def test_nobody_is_held_back_where_blocks_are_scarce(free: int, most: int, expected: bool) -> None:
+    """A prompt of 33 more tokens, in blocks of 16, of which a step has no more than `most`; and one that goes on."""
     running = [make_request("prompt", None, num_tokens=40, num_computed_tokens=7), make_request("goes on", None)]
     scheduler = SimpleNamespace(
         running=running,
         block_size=16,
         num_lookahead_tokens=0,
         num_spec_tokens=0,
+        max_num_scheduled_tokens=most,
         kv_cache_config=SimpleNamespace(kv_cache_groups=[None]),
         kv_cache_manager=SimpleNamespace(block_pool=SimpleNamespace(get_num_free_blocks=lambda: free)),
     )

@@ -6,6 +6,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -135,6 +136,33 @@ def test_its_row_is_not_given_away(gate: threading.Event) -> None:
     assert [request.request_id for request in scheduler.running] == list("abcefghi")
     gate.set()
     assert set(model.run(2000)) == set("abcefghijk")
+
+
+@pytest.mark.parametrize("free", [0, 100])
+def test_nobody_is_held_for_whom_another_would_be_preempted(free: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks are never filled beside the steps here: who is held stands still."""
+    monkeypatch.setattr(Budgeted, "fill_ahead", lambda grammar, executor, masks: setattr(grammar, "ahead", Future()))
+    scheduler = build_scheduler()
+    add_requests(scheduler, "ab")
+    model = Model(scheduler)
+    model.step()
+    monkeypatch.setattr(scheduler.kv_cache_manager.block_pool, "get_num_free_blocks", lambda: free)
+    for _ in range(3):
+        model.step()
+    assert [len(model.outputs[rid]) for rid in "ab"] == ([4, 4] if not free else [4, 1])
+
+
+def test_a_step_is_timed_whatever_is_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = build_scheduler()
+    add_requests(scheduler, "ab", max_tokens=2)
+    model = Model(scheduler)
+    model.run()
+    add_requests(scheduler, "c", max_tokens=3)
+    begun: list[StepTimes] = []
+    monkeypatch.setattr(StepTimes, "begin", lambda steps: begun.append(steps))
+    model.run()
+    # Not the one more that finds nothing to schedule.
+    assert begun == [scheduler.structured_output_manager.backend.steps] * 3
 
 
 def test_aborts_and_preemptions_of_who_waits(gate: threading.Event, expected: dict[str, list[int]]) -> None:

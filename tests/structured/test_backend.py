@@ -270,6 +270,17 @@ def test_requests_share_the_time_of_a_step(server: Server) -> None:
     assert steps.mask_ms == pytest.approx(budgets.MASK_MS / 4)
 
 
+def test_grammars_of_one_lexer_are_a_family(server: Server) -> None:
+    """Copies of an llguidance grammar lock each other out (scheduling/slow_masks.py); xgrammar's do not."""
+    first, second = (server.compile(json={"enum": [f"member {i}" for i in range(1000)]}) for _ in range(2))
+    assert isinstance(first, BudgetedGuidance)
+    assert first.family is second.family
+    other = server.compile(json={"enum": [f"relative {i}" for i in range(1000)]})
+    assert other.family is not first.family
+    plain, again = (server.compile(regex="[a-z]c") for _ in range(2))
+    assert plain.family is not again.family
+
+
 def test_the_store_brings_back_what_was_compiled(server: Server, tmp_path: Path) -> None:
     info = server.manager.backend._store._info
     options = SimpleNamespace(prewarm=None, store_dir=tmp_path / "store", whitespace="any")

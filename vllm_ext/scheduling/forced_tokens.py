@@ -61,6 +61,8 @@ class ForcedTokensMixin:
         manager = self.structured_output_manager  # type: ignore[attr-defined]
         self._masks = MaskFiller(manager)
         self._slow_masks = SlowMasks(manager, self._engine_index)
+        #: Whether the last schedule() made a step: of a pipeline that is not full every other one is empty.
+        self._has_scheduled = True
         plan = carrier.plan_forced_tokens(vllm_config)
         self._drafts_forced = plan.is_on
         for name, value in (("active", plan.is_on), ("limit_index", plan.limit_index)):
@@ -94,6 +96,8 @@ class ForcedTokensMixin:
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's, with forced tokens as drafts, and without requests that wait for their masks."""
+        if self._has_scheduled:
+            self._slow_masks.begin_step()
         slow = self._slow_masks.find(self.running)  # type: ignore[attr-defined]
         if slow and has_room(self):
             held = self._slow_masks.hold(slow, len(self.running))  # type: ignore[attr-defined]
@@ -115,6 +119,7 @@ class ForcedTokensMixin:
                 running = self.running  # type: ignore[attr-defined]
                 self._draft([one for one in running if one.request_id not in slow] if slow else running)
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        self._has_scheduled = output.total_num_scheduled_tokens > 0
         if self._is_v2 and self._forced:
             # Read by patches/structured_v2.py in the workers.
             output.forced_drafts = tuple(self._forced)

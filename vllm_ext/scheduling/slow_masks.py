@@ -42,6 +42,12 @@ class SlowMasks:
         self._is_on = not is_counted and not is_repeated
         self._thread = start_thread("mask", LAST)
 
+    def begin_step(self) -> None:
+        """Another step begins, whether anything of it is structured or not."""
+        steps = getattr(self._manager.backend, "steps", None)
+        if steps is not None:
+            steps.begin()
+
     def find(self, running: Sequence[Any]) -> dict[str, Any]:
         """Of these requests, those whose next mask will be slow, and those that share a grammar with them, by id."""
         steps = getattr(self._manager.backend, "steps", None)
@@ -120,9 +126,11 @@ def leave_out(scheduler: Any, held: set[str]) -> Iterator[None]:
 
 def has_room(scheduler: Any) -> bool:
     """Whether a vLLM scheduler's next step preempts nobody: held requests keep blocks that an older one may need."""
-    size, ahead = scheduler.block_size, scheduler.num_lookahead_tokens + scheduler.num_spec_tokens
-    missing = [request.num_tokens - request.num_computed_tokens + ahead for request in scheduler.running]
-    blocks = sum(1 + max(count, 0) // size for count in missing)
+    running, ahead = scheduler.running, scheduler.num_lookahead_tokens + scheduler.num_spec_tokens
+    missing = sum(max(request.num_tokens - request.num_computed_tokens, 0) for request in running)
+    # Each begins a block, and a step has so many tokens and no more.
+    tokens = min(missing, scheduler.max_num_scheduled_tokens) + ahead * len(running)
+    blocks = len(running) + tokens // scheduler.block_size
     groups = len(scheduler.kv_cache_config.kv_cache_groups)
     free: int = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
     return blocks * groups <= free

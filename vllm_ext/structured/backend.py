@@ -65,7 +65,7 @@ class ExtBackend(XgrammarBackend):
         self._compiled: OrderedDict[bytes, Any] = OrderedDict()
         #: By specification, what has been compiled: its engine's cache has it, so no thread is needed.
         self._plans: OrderedDict[bytes, Plan] = OrderedDict()
-        #: What timed grammars of one step take together; MaskFiller begins steps.
+        #: What timed grammars of one step take together; SlowMasks begins steps.
         self.steps = StepTimes()
         #: By plan, whether xgrammar may be asked what is forced.
         self._little: OrderedDict[bytes, bool] = OrderedDict()

@@ -87,9 +87,6 @@ class MaskFiller:
             return None
         if self._is_diffusion:
             return self._manager.grammar_bitmask(requests, request_ids, drafts)
-        steps = getattr(self._manager.backend, "steps", None)
-        if steps is not None:
-            steps.begin()
         rows: list[_Row] = []
         total = longest = 0
         for rid in request_ids:
