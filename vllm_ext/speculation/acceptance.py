@@ -268,8 +268,8 @@ class AcceptanceModel:
     def describe(self, slots: np.ndarray) -> tuple[object, ...]:
         """What chances of requests are predicted from, as the compiled loops take it."""
         self._refresh()
-        _, base, _, pooled = self._chances
-        return base, self._totals, self._histories, slots, self._weights, pooled, LOWEST, HIGHEST
+        _, odds, _, pooled = self._chances
+        return odds, self._totals, self._histories, slots, self._weights, pooled, LOWEST, HIGHEST
 
     @property
     def usual(self) -> np.ndarray:

@@ -11,7 +11,9 @@ Arrays that several functions share:
     shared_counts  float64 [g, k_max, 2]       the same whatever the history, by the number of requests
     opinions       float64 [16 g, k_max, 3]    logits of the chance at each position, each less the one before: of all
                                                requests less over all positions, after the newer outcome, after both
-    base           float64 [16 g, k_max]       these mixed: logit over all positions + opinions @ weights[group, :3]
+    odds           float64 [16 g, k_max]       against a draft, these mixed: exp(-(logit over all positions + opinions @
+                                               weights[group, :3])); of a request times its factor, which saves an
+                                               exponential for each of its positions
     shared         float64 [g, k_max]          chances of an average request at each position
     pooled         float64 [g]                 and over all of them
     weights        float64 [g, 4]              of the three opinions, and of what a request does better than anybody
@@ -35,8 +37,8 @@ NUM_HISTORIES = NUM_OUTCOMES * NUM_OUTCOMES
 
 #: Trials that what all requests do counts for in what one request does.
 _REQUEST_STRENGTH = 2.0
-#: Logits stay inside: nothing observed in a finite number of steps is impossible or certain.
-_LARGEST_LOGIT = 6.0
+#: Logits stay within 6: nothing observed in a finite number of steps is impossible or certain.
+_LEAST_CHANCE = 1.0 / (1.0 + math.exp(6.0))
 _LARGEST_WEIGHT = 1.5
 #: Trials that a history counts for which was not seen yet.
 _RARE_HISTORY = 1e-3
@@ -81,22 +83,21 @@ def _pool_counts(shared_counts: np.ndarray, shared: np.ndarray, initial: float, 
 
 @compile_loop
 def _find_logit(chance: float) -> float:
-    least = 1.0 / (1.0 + math.exp(_LARGEST_LOGIT))
-    chance = min(max(chance, least), 1.0 - least)
+    chance = min(max(chance, _LEAST_CHANCE), 1.0 - _LEAST_CHANCE)
     return math.log(chance / (1.0 - chance))
 
 
 @compile_loop
 def _find_opinions(
     opinions: np.ndarray,
-    base: np.ndarray,
+    odds: np.ndarray,
     state_counts: np.ndarray,
     shared: np.ndarray,
     pooled: float,
     strength: float,
     weights: np.ndarray,
 ) -> None:
-    """What the counts of one group say of every history and position: opinions and base, in place.
+    """What the counts of one group say of every history and position: opinions and odds, in place.
 
     strength: trials that the chance of all counts for after one outcome, and that after one outcome for the chance
     after two.
@@ -117,8 +118,8 @@ def _find_opinions(
                 opinion[0] = of_all - everywhere
                 opinion[1] = after_newer - of_all
                 opinion[2] = after_both - after_newer
-                base[history, place] = everywhere + weights[0] * opinion[0] + weights[1] * opinion[1]
-                base[history, place] += weights[2] * opinion[2]
+                logit = everywhere + weights[0] * opinion[0] + weights[1] * opinion[1] + weights[2] * opinion[2]
+                odds[history, place] = math.exp(-logit)
 
 
 @compile_loop
@@ -131,20 +132,20 @@ def find_chances(
     weights: np.ndarray,
     rates: tuple[float, ...],
 ) -> None:
-    """Set chances, (opinions, base, shared, pooled), to what the counts are now, of every group that at least so many
+    """Set chances, (opinions, odds, shared, pooled), to what the counts are now, of every group that at least so many
     steps were learned from since its own were found: `stale`, int64 [groups], which is set to 0 there.
 
     rates: as `AcceptanceModel` orders them.
     """
     initial, shared_strength, history_strength = rates[:3]
-    opinions, base, shared, pooled = chances
+    opinions, odds, shared, pooled = chances
     for group in range(len(stale)):
         if stale[group] >= least_stale:
             begin, end = NUM_HISTORIES * group, NUM_HISTORIES * (group + 1)
             pooled[group] = _pool_counts(shared_counts[group], shared[group], initial, shared_strength)
             _find_opinions(
                 opinions[begin:end],
-                base[begin:end],
+                odds[begin:end],
                 state_counts[begin:end],
                 shared[group],
                 pooled[group],
@@ -167,31 +168,31 @@ def _find_offset(totals: np.ndarray, pooled: float) -> float:
 
 
 @compile_loop
-def _weigh_offset(
+def _find_factor(
     totals: np.ndarray, histories: np.ndarray, slot: int, weights: np.ndarray, pooled: np.ndarray
 ) -> float:
-    """What a request does better counts for, as a difference of logits."""
+    """What the odds against a request's drafts are multiplied by for what it does better."""
     group = histories[slot] // NUM_HISTORIES
-    return weights[group, 3] * _find_offset(totals[slot], pooled[group])
+    return math.exp(-weights[group, 3] * _find_offset(totals[slot], pooled[group]))
 
 
 @compile_loop
-def _find_chance(logit: float, lowest: float, highest: float) -> float:
-    return min(max(1.0 / (1.0 + math.exp(-logit)), lowest), highest)
+def _find_chance(odds: float, lowest: float, highest: float) -> float:
+    return min(max(1.0 / (1.0 + odds), lowest), highest)
 
 
 @compile_loop
-def _fill_survival(survival: np.ndarray, logits: np.ndarray, offset: float, lowest: float, highest: float) -> None:
-    """P(the first j drafts are all accepted) of one request after one history; survival, logits: float64 [k_max]."""
+def _fill_survival(survival: np.ndarray, odds: np.ndarray, factor: float, lowest: float, highest: float) -> None:
+    """P(the first j drafts are all accepted) of one request after one history; survival, odds: float64 [k_max]."""
     alive = 1.0
-    for place in range(len(logits)):
-        alive *= _find_chance(logits[place] + offset, lowest, highest)
+    for place in range(len(odds)):
+        alive *= _find_chance(factor * odds[place], lowest, highest)
         survival[place] = alive
 
 
 @compile_loop
 def predict_survival(
-    base: np.ndarray,
+    odds: np.ndarray,
     totals: np.ndarray,
     histories: np.ndarray,
     slots: np.ndarray,
@@ -204,17 +205,17 @@ def predict_survival(
 
     lowest, highest: bounds of the chance at one position.
     """
-    survival = np.empty((len(slots), base.shape[1]))
+    survival = np.empty((len(slots), odds.shape[1]))
     for row in range(len(slots)):
         slot = slots[row]
-        offset = _weigh_offset(totals, histories, slot, weights, pooled)
-        _fill_survival(survival[row], base[histories[slot]], offset, lowest, highest)
+        factor = _find_factor(totals, histories, slot, weights, pooled)
+        _fill_survival(survival[row], odds[histories[slot]], factor, lowest, highest)
     return survival
 
 
 @compile_loop
 def predict_best(
-    base: np.ndarray,
+    odds: np.ndarray,
     totals: np.ndarray,
     histories: np.ndarray,
     slots: np.ndarray,
@@ -225,14 +226,14 @@ def predict_best(
 ) -> np.ndarray:
     """The most that `predict_survival` may say after one more step, whatever its outcome, by what is learned now:
     float64 [n, k_max]."""
-    k_max = base.shape[1]
+    k_max = odds.shape[1]
     best, survival = np.zeros((len(slots), k_max)), np.empty(k_max)
     for row in range(len(slots)):
         slot = slots[row]
-        offset = _weigh_offset(totals, histories, slot, weights, pooled)
+        factor = _find_factor(totals, histories, slot, weights, pooled)
         for outcome in range(NUM_OUTCOMES):
             history = _follow(histories[slot], outcome)
-            _fill_survival(survival, base[history], offset, lowest, highest)
+            _fill_survival(survival, odds[history], factor, lowest, highest)
             for place in range(k_max):
                 best[row, place] = max(best[row, place], survival[place])
     return best
@@ -241,7 +242,7 @@ def predict_best(
 @compile_loop
 def predict_mean(
     state_counts: np.ndarray,
-    base: np.ndarray,
+    odds: np.ndarray,
     totals: np.ndarray,
     histories: np.ndarray,
     slots: np.ndarray,
@@ -253,16 +254,16 @@ def predict_mean(
     """`predict_survival` of a step that may come after any two outcomes, by how often drafts were tried after them:
     float64 [n, k_max]. Long drafts survive more often than chances at each position would say: good steps come in
     rows."""
-    k_max = base.shape[1]
+    k_max = odds.shape[1]
     mean, survival, total = np.zeros((len(slots), k_max)), np.empty(k_max), np.zeros(len(pooled))
     for history in range(len(state_counts)):
         total[history // NUM_HISTORIES] += state_counts[history, 0, 1] + _RARE_HISTORY
     for row in range(len(slots)):
-        offset = _weigh_offset(totals, histories, slots[row], weights, pooled)
+        factor = _find_factor(totals, histories, slots[row], weights, pooled)
         group = histories[slots[row]] // NUM_HISTORIES
         for history in range(NUM_HISTORIES * group, NUM_HISTORIES * (group + 1)):
             share = (state_counts[history, 0, 1] + _RARE_HISTORY) / total[group]
-            _fill_survival(survival, base[history], offset, lowest, highest)
+            _fill_survival(survival, odds[history], factor, lowest, highest)
             for place in range(k_max):
                 mean[row, place] += share * survival[place]
     return mean
@@ -292,7 +293,7 @@ def drop_least(lengths: np.ndarray, values: np.ndarray, base_tokens: int, multip
 
 @compile_loop
 def choose_again(
-    base: np.ndarray,
+    odds: np.ndarray,
     totals: np.ndarray,
     histories: np.ndarray,
     slots: np.ndarray,
@@ -316,15 +317,15 @@ def choose_again(
     more; multiple: as `drop_least`; all else as there.
     """
     least, gained = price * per_token, 0.0
-    lengths, values = np.zeros(len(slots), np.int64), np.empty((len(slots), base.shape[1]))
+    lengths, values = np.zeros(len(slots), np.int64), np.empty((len(slots), odds.shape[1]))
     for row in range(len(slots)):
         slot = slots[row]
-        opinion = base[histories[slot]]
-        offset, alive = _weigh_offset(totals, histories, slot, weights, pooled), 1.0
+        against = odds[histories[slot]]
+        factor, alive = _find_factor(totals, histories, slot, weights, pooled), 1.0
         request_weight = request_weights[row] if len(request_weights) else 1.0
         average = usual[slot] + share * (1.0 - usual[slot])
-        for place in range(min(len(opinion), caps[row])):
-            alive *= _find_chance(opinion[place] + offset, lowest, highest)
+        for place in range(min(len(against), caps[row])):
+            alive *= _find_chance(factor * against[place], lowest, highest)
             more = share * alive
             value = request_weight * math.log1p(more / average) / share
             # They fall along a draft.
@@ -342,7 +343,7 @@ def choose_again(
 
 @compile_loop
 def _sum_first_drafts(
-    base: np.ndarray,
+    odds: np.ndarray,
     totals: np.ndarray,
     histories: np.ndarray,
     group: int,
@@ -360,8 +361,8 @@ def _sum_first_drafts(
     for row in range(len(slots)):
         history = histories[slots[row]]
         if drafted[row] > 0 and history // NUM_HISTORIES == group:
-            logit = base[history, 0] + weight * _find_offset(totals[slots[row]], pooled)
-            chance = _find_chance(logit, 0.0, 1.0)
+            factor = math.exp(-weight * _find_offset(totals[slots[row]], pooled))
+            chance = _find_chance(factor * odds[history, 0], 0.0, 1.0)
             count += 1
             total += chance
             squares += chance * chance
@@ -373,7 +374,7 @@ def _sum_first_drafts(
 def _learn_outcomes(
     group: int,
     opinions: np.ndarray,
-    base: np.ndarray,
+    odds: np.ndarray,
     shared: np.ndarray,
     pooled: float,
     state_counts: np.ndarray,
@@ -396,7 +397,7 @@ def _learn_outcomes(
 ) -> None:
     """Learn from what one group did in one step: counts, weights, histories and tokens of usual steps, all in place.
 
-    opinions, base, shared, pooled: by which chances are predicted (`find_chances`), the last two of the group, as are
+    opinions, odds, shared, pooled: by which chances are predicted (`find_chances`), the last two of the group, as are
     shared_counts and weights; num_requests: of the group in the step. usual: float64 [slots]; drafted, accepted, made:
     int64 [n]. weight_rate: how fast weights follow; memories: what counts keep at each step.
     """
@@ -414,6 +415,7 @@ def _learn_outcomes(
             continue
         usual[slot] += usual_rate * (made[row] - usual[slot])
         offset = _find_offset(own, pooled)
+        factor = math.exp(-weights[3] * offset)
         histories[slot] = _advance(history, given, right)
         memory = request_memory if given > 0 else idle_memory
         for kind in range(3):
@@ -421,7 +423,7 @@ def _learn_outcomes(
         # Censored: nothing is known of what is behind the first failure.
         for place in range(min(right + 1, given)):
             passed = 1.0 if place < right else 0.0
-            error = passed - _find_chance(base[history, place] + weights[3] * offset, 0.0, 1.0)
+            error = passed - _find_chance(factor * odds[history, place], 0.0, 1.0)
             for kind in range(3):
                 gradient[kind] += error * opinions[history, place, kind]
             gradient[3] += error * offset
@@ -532,7 +534,7 @@ def learn_steps(
         untried_memory,
         trials_after_change,
     ) = rates
-    opinions, base, shared, pooled = chances
+    opinions, odds, shared, pooled = chances
     begin, num_forgotten, num_groups = 0, 0, len(pooled)
     num_requests, num_tokens = np.zeros(num_groups, np.int64), np.zeros(num_groups)
     for step in range(len(ends)):
@@ -551,7 +553,7 @@ def learn_steps(
             if num_requests[group] == 0:
                 continue
             count, expected, squares, succeeded = _sum_first_drafts(
-                base, totals, learned_histories, group, weights[group, 3], pooled[group], where, tried, passed
+                odds, totals, learned_histories, group, weights[group, 3], pooled[group], where, tried, passed
             )
             if detect_change(change[group], count, expected, squares, succeeded, limits):
                 # What was learned is kept as a guess: another text, another load, and none of it holds.
@@ -567,7 +569,7 @@ def learn_steps(
             _learn_outcomes(
                 group,
                 opinions,
-                base,
+                odds,
                 shared[group],
                 pooled[group],
                 state_counts,
