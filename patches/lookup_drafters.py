@@ -35,7 +35,7 @@ def _ask_proposer(original: Any) -> Any:
         self: Any, scheduler_output: Any, sampled_token_ids: Any, *args: Any, **kwargs: Any
     ) -> Any:
         lengths = getattr(scheduler_output, "draft_lengths", None)
-        # Without lengths smartspec is not in charge (bench/speculation/switched.py), and n-gram drafts are vLLM's.
+        # Without lengths smartspec plans no drafts, or is not in charge (bench/speculation/switched.py): vLLM's search.
         if self.lookup_proposer is None or (lengths is None and not self.lookup_proposer.keeps_texts):
             return original(self, scheduler_output, sampled_token_ids, *args, **kwargs)
         return self.lookup_proposer.propose(

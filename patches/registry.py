@@ -50,9 +50,9 @@ RECORDS: tuple[PatchRecord, ...] = (
             Symbol("vllm.v1.worker.gpu_model_runner:GPUModelRunner.propose_draft_token_ids", "9e3287256f36"),
         ),
         reason="vLLM tells a list drafter one number of drafts for the whole batch, and neither request ids nor who "
-        "has left; its n-gram drafter takes a tenth of a millisecond where the search takes a few microseconds",
-        change="gives list drafters of the V1 model runner a length per request, by which drafts are cut; under "
-        "smartspec n-grams are searched by the pack, which finds the same drafts, and where smartspec.drafter is trie, "
+        "has left; its n-gram drafter takes several times as long as its search",
+        change="gives list drafters of the V1 model runner a length per request, by which drafts are cut; n-grams "
+        "with such lengths are searched by the pack, which finds the same drafts, and where smartspec.drafter is trie, "
         "drafts come from tries; other drafters and engines without smartspec pass through",
         without="drafters make as many drafts for every request as the longest needs, verification cuts them, and the "
         "trie drafter is the n-gram drafter that carries it",

@@ -78,11 +78,14 @@ def test_the_best_by_other_draws() -> None:
     ]
     # By the same runs k1, which is ahead by luck; by the other draws k1, k1 and k3.
     assert min(compare_draws(records, arm).ratio for arm in by_draw) == pytest.approx((1 / 1.1 / 1.3) ** (1 / 3))
-    ratio, low, high = compare_held_out(records)
+    held_out = compare_held_out(records)
+    assert held_out is not None
+    ratio, low, high = held_out
     assert ratio == pytest.approx((1 / 1.0 / 1.1 / 1.0) ** (1 / 3))
     assert low < ratio < high
-    with pytest.raises(ValueError, match="two draws or more, and here are 0"):
-        compare_held_out([record for record in records if record.repetition == 0])
+    assert compare_held_out([record for record in records if record.repetition == 0]) is None
+    # An interrupted run: of the second draw there is nothing to compare yet.
+    assert compare_held_out([one for one in records if one.repetition == 0 or one.arm == OURS]) is None
 
 
 def test_settings_of_one_name_are_refused(tmp_path: Path) -> None:

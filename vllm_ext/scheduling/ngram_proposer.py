@@ -2,8 +2,8 @@
 """vLLM's n-gram drafts with a length for each request, in the V1 model runner.
 
 The same drafts as vLLM's NgramProposer finds. That one reads a Python list through numba's reflection, sets the number
-of threads and back, starts a parallel region of one, and looks for every row in that list: 150 us of a step of one
-request, and more than a millisecond with 256. Here it is one compiled call.
+of threads and back, starts a parallel region of one, and looks for every row in that list. Here it is one compiled call
+(docs/smartspec.md says how long both take).
 
 numba is imported where a NgramProposer is made, as with trie_proposer.py.
 """
