@@ -248,6 +248,12 @@ def _is_cpu() -> bool:
     return bool(current_platform.is_cpu())
 
 
+def _is_cuda() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cuda())
+
+
 def _runs_eagerly(engine_args: Any) -> bool:
     """Whether nothing is compiled, by any of vLLM's three ways to say so."""
     mode = engine_args.compilation_config.mode
@@ -371,10 +377,10 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "kv_cache",
-        "GPUs",
-        lambda engine_args: not _is_cpu(),
-        "in this release its backend runs on CPUs only",
-        "use --kv-cache-dtype fp8 or turboquant_k8v4 of vLLM itself, which have kernels for GPUs",
+        "devices other than CPUs and CUDA",
+        lambda engine_args: not (_is_cpu() or _is_cuda()),
+        "its torch reference was written for these",
+        "use a --kv-cache-dtype of vLLM's own",
     ),
     Refusal(
         "kv_cache",

@@ -121,6 +121,8 @@ def test_what_runs_in_torch_is_said_at_start_up(tiny_moe: str, tmp_path: Path, m
     assert engine_setup.find_slow(plain, plain.plan_cells(64, 128), torch.float32) == (
         "the model is float32; serve it in bfloat16"
     )
+    on_gpu = engine_setup.find_slow(plain, plain.plan_cells(64, 128), torch.bfloat16, is_cpu=False)
+    assert on_gpu == "in this release they run on CPUs only, and torch is far too slow to serve with"
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ class Layer:
     ) -> Any:
         """One step of both requests, [tokens, heads, D]; two rows of padding at its end."""
         query_start_loc, seq_lens = torch.tensor(starts).int(), torch.tensor(lens).int()
-        position = list_positions(query_start_loc, seq_lens)
+        position = list_positions(query_start_loc, seq_lens, starts[-1])
         request = torch.repeat_interleave(query_start_loc.diff())
         slots = {
             name: table[request, position // size].long() * size + position % size
@@ -139,7 +139,7 @@ def test_runs_without_requests_store_nothing(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_positions_of_a_step() -> None:
     """A prompt's second chunk, a request without tokens in this step, and one that decodes."""
-    positions = list_positions(torch.tensor([0, 3, 3, 4]), torch.tensor([10, 5, 8]))
+    positions = list_positions(torch.tensor([0, 3, 3, 4]), torch.tensor([10, 5, 8]), 4)
     assert positions.tolist() == [7, 8, 9, 7]
 
 

@@ -21,6 +21,13 @@ from vllm_ext.kv_cache.calibrated import _cut
 from vllm_ext.kv_cache.settings import choose_preset
 
 
+def make_impl(preset: Any, layer_name: str) -> Any:
+    """What is read of a KVCacheImpl."""
+    return SimpleNamespace(
+        preset=preset, head_size=64, num_kv_heads=1, layer_name=layer_name, device=torch.device("cpu")
+    )
+
+
 def test_calibration_of_another_preset_is_refused(tiny_moe: str, tmp_path: Path) -> None:
     path = tmp_path / "sidecar.safetensors"
     tensors = CodecTensors(smooth=torch.ones(2, 64))
@@ -43,20 +50,17 @@ def test_a_layer_takes_its_tensors_from_the_file(
     monkeypatch.setattr(calibrated, "get_tensor_model_parallel_rank", lambda: 1)
     preset = choose_preset("skvq_k2v2", None, 64)
     with set_current_vllm_config(built):
-        found = [
-            calibrated.find_tensors(SimpleNamespace(preset=preset, head_size=64, num_kv_heads=1, layer_name=layer))
-            for layer in layers
-        ]
+        found = [calibrated.find_tensors(make_impl(preset, layer)) for layer in layers]
         assert found[0][0].order is not None
         assert found[0][0].order.tolist() == [list(range(64))]
         assert found[1] == (CodecTensors(), CodecTensors())
         # A file that is calibrated again between two engines of a process is read again.
         write_calibration(path, tiny_moe, {name: CodecTensors(order=order.flip(-1))}, layers=LAYERS[:2])
         os.utime(path, ns=(0, 0))
-        impl = SimpleNamespace(preset=preset, head_size=64, num_kv_heads=1, layer_name=name)
+        impl = make_impl(preset, name)
         assert calibrated.find_tensors(impl)[0].order.tolist() == [list(range(63, -1, -1))]
-        impl = SimpleNamespace(preset=preset, head_size=64, num_kv_heads=1, layer_name="model.layers.0.self_attn.attn")
-        unknown = SimpleNamespace(preset=preset, head_size=64, num_kv_heads=1, layer_name="model.layers.7")
+        impl = make_impl(preset, "model.layers.0.self_attn.attn")
+        unknown = make_impl(preset, "model.layers.7")
         with pytest.raises(ValueError, match=r"has nothing about model\.layers\.7: calibrate this model"):
             calibrated.find_tensors(unknown)
         del layers[name]

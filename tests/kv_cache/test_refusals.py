@@ -70,10 +70,12 @@ def test_refused_combinations(tiny_moe: str, arguments: dict[str, Any], message:
         make_config(tiny_moe, **arguments)
 
 
-def test_gpus_are_refused(tiny_moe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_devices_are_refused(tiny_moe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "_is_cpu", lambda: False)
-    with pytest.raises(config.ConfigError, match="kv_cache does not run with GPUs: in this release"):
+    with pytest.raises(config.ConfigError, match="kv_cache does not run with devices other than CPUs and CUDA: its"):
         make_config(tiny_moe)
+    monkeypatch.setattr(config, "_is_cuda", lambda: True)
+    assert make_config(tiny_moe).cache_config.cache_dtype == "skvq_k2v2"
 
 
 def test_a_changed_attention_layer_is_refused(tiny_moe: str, monkeypatch: pytest.MonkeyPatch) -> None:

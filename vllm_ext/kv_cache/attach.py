@@ -11,6 +11,7 @@ import torch
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
 
 from vllm_ext import config, observability
 from vllm_ext.kernels.native.load import load_ops
@@ -35,8 +36,9 @@ def make_layer(original: Callable[..., None], layer: Any, *args: Any, **kwargs: 
         )
     every_setting = config.read_settings(vllm_config)
     settings = every_setting.kv_cache
-    # Compiled now, where no request waits for it.
-    load_ops(every_setting.cache_dir)
+    if current_platform.is_cpu():
+        # Compiled now, where no request waits for it.
+        load_ops(every_setting.cache_dir)
     num_layers = vllm_config.model_config.get_total_num_hidden_layers()
     presets = choose_presets(cache_dtype, settings, given["head_size"], num_layers)
     number = find_number(given.get("prefix", ""), num_layers) if is_mixed(presets) else 0

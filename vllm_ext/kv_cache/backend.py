@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention over quantized pages in vLLM's V1 engine on CPUs: backend, metadata and implementation.
+"""Attention over quantized pages in vLLM's V1 engine: backend, metadata and implementation.
 
 A step of a layer:
 
     do_kv_cache_update   codes into the quantized pages; K and V as they are into the pages of the window
     forward              per-channel keys: groups that this step completes; then `kv_decode.attend`
 
-All requests of a step are one call of a compiled kernel each; nothing here loops over them.
+All requests of a step are one call of a compiled kernel each; nothing here loops over them. On CUDA the kernels are
+their references in torch, which wait for the device; what is made here for them does not, but for `completes_groups`.
 """
 
 from __future__ import annotations
@@ -80,24 +81,25 @@ class KVCacheMetadataBuilder(AttentionMetadataBuilder[KVCacheMetadata]):
         """See `AttentionMetadataBuilder.build`."""
         common = common_attn_metadata
         starts, lens, size = common.query_start_loc, common.seq_lens, self.group_tokens
+        num_tokens = int(common.query_start_loc_cpu[-1])
         completes = bool(size) and bool((lens // size > (lens - starts.diff()) // size).any())
         return KVCacheMetadata(
             starts,
             lens,
             common.block_table_tensor,
             common.block_table_tensor[:, :0],
-            int(common.query_start_loc_cpu[-1]),
+            num_tokens,
             completes,
-            list_positions(starts, lens) if self.needs_positions else None,
+            list_positions(starts, lens, num_tokens) if self.needs_positions else None,
         )
 
 
-def list_positions(query_start_loc: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
-    """Position of every token of a step, int64 [tokens]. Arguments as `kv_decode.attend`."""
-    starts = query_start_loc.long()
-    ends = seq_lens.long() - starts[1:]
-    row = torch.arange(int(starts[-1]), device=starts.device)
-    return row + ends.repeat_interleave(starts.diff())
+def list_positions(query_start_loc: torch.Tensor, seq_lens: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Position of every token of a step, int64 [num_tokens]. Arguments as `kv_decode.attend`. Waits for no device."""
+    ends = query_start_loc[1:].long()
+    row = torch.arange(num_tokens, device=ends.device)
+    request = torch.searchsorted(ends, row, right=True)
+    return row + (seq_lens.long() - ends)[request]
 
 
 class KVCacheBackend(AttentionBackend):
@@ -202,7 +204,9 @@ class KVCacheImpl(AttentionImpl):
         self.clips: Sequence[float] = preset.clips
         self.tensors = (CodecTensors(), CodecTensors())
         self.layout: CellLayout | None = None
+        # Made where vLLM makes the layer's weights.
         self.no_recent = torch.empty(1, self.num_kv_heads, 1, 2 * self.head_size, dtype=dtype)
+        self.device = self.no_recent.device
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Take this rank's part of the layer's calibration, where the engine has one."""

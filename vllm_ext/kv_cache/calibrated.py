@@ -42,8 +42,8 @@ def find_tensors(impl: Any) -> Sides:
     # Ranks beyond the number of heads share them.
     size = vllm_config.parallel_config.tensor_parallel_size
     first = get_tensor_model_parallel_rank() * total // size
-    key, value = layers[impl.layer_name]
-    return _cut(key, first, impl.num_kv_heads), _cut(value, first, impl.num_kv_heads)
+    key, value = (_cut(side, first, impl.num_kv_heads) for side in layers[impl.layer_name])
+    return _move(key, impl.device), _move(value, impl.device)
 
 
 def _find_change(path: Path) -> int:
@@ -59,6 +59,10 @@ def _read(
     path: Path, _changed: int, preset: Preset, num_kv_heads: int, head_dim: int, model: str
 ) -> Mapping[str, Sides]:
     return read_sidecar(path, preset, num_kv_heads, head_dim, model)
+
+
+def _move(tensors: CodecTensors, device: torch.device) -> CodecTensors:
+    return CodecTensors(*(x if x is None else x.to(device) for x in tensors))
 
 
 def _cut(tensors: CodecTensors, first: int, count: int) -> CodecTensors:

@@ -49,14 +49,14 @@ def check_step(
     request, position = list_expected(step, preset.retained_window, preset.sinks)
     if request.numel() == 0:
         return
-    empty = torch.zeros(0, impl.num_kv_heads, 2 * impl.head_size, dtype=recent.dtype)
+    empty = recent.new_zeros(0, impl.num_kv_heads, 2 * impl.head_size)
     # No rows of the step: what is found comes from the pages.
     none = torch.zeros_like(step.query_start_loc)
     rows, kept = gather_recent(empty, none, step.seq_lens, recent, recent_table, request, position)
     if not bool(kept.all()):
         _fail(impl, "has no full-precision page for", request, position, ~kept)
-    scratch = torch.zeros(-(-len(rows) // layout.block_size), *cache.shape[1:], dtype=torch.uint8)
-    slots = torch.arange(len(rows))
+    scratch = cache.new_zeros(-(-len(rows) // layout.block_size), *cache.shape[1:])
+    slots = torch.arange(len(rows), device=cache.device)
     key, value = rows[..., : impl.head_size].contiguous(), rows[..., impl.head_size :].contiguous()
     if impl.cos_sin is not None:
         key = rotate(key, impl.cos_sin[position], inverse=True)
@@ -90,7 +90,7 @@ def list_whole_groups(request: torch.Tensor, position: torch.Tensor, group_token
     first = first[first + group_tokens <= len(position)]
     last = first + group_tokens - 1
     is_whole = (request[last] == request[first]) & (position[last] == position[first] + group_tokens - 1)
-    return first[is_whole][:, None] + torch.arange(group_tokens)
+    return first[is_whole][:, None] + torch.arange(group_tokens, device=first.device)
 
 
 def _compare(
@@ -116,7 +116,7 @@ def list_expected(step: KVCacheMetadata, window: int, sinks: int) -> tuple[torch
     """
     lens, lengths = step.seq_lens.long(), step.query_start_loc.diff().long()
     past = torch.where(lengths > 0, lens - lengths, 0)
-    position = torch.arange(int(past.max()) if past.numel() else 0)
+    position = torch.arange(int(past.max()) if past.numel() else 0, device=past.device)
     needed = (position < sinks) | (position >= (past - window + 1)[:, None])
     request, position = (needed & (position < past[:, None])).nonzero().unbind(1)
     return request, position

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.platforms import current_platform
 
 from vllm_ext import config
 from vllm_ext.kernels.kv_store.cpu import WIDTHS, knows
@@ -66,7 +67,7 @@ def check_engine(vllm_config: Any) -> None:
             layout = preset.plan_cells(head_dim, vllm_config.cache_config.block_size)
         except ValueError as error:
             raise config.ConfigError(f"--kv-cache-dtype {name}: {error} (--block-size)") from error
-        if reason := find_slow(preset, layout, model.dtype):
+        if reason := find_slow(preset, layout, model.dtype, is_cpu=current_platform.is_cpu()):
             logger.warning("KV-cache preset %s runs in torch and not in a compiled kernel: %s", preset.name, reason)
     calibration = None if settings is None else settings.calibration
     if calibration is None and has_key_bias(model.hf_text_config) and (named := list_mixing(presets)):
@@ -98,8 +99,10 @@ def list_mixing(presets: Sequence[Preset]) -> list[str]:
     return list(dict.fromkeys(mixing))
 
 
-def find_slow(preset: Preset, layout: CellLayout, dtype: torch.dtype) -> str | None:
+def find_slow(preset: Preset, layout: CellLayout, dtype: torch.dtype, *, is_cpu: bool = True) -> str | None:
     """Why the compiled kernels do not run a fitted preset; None where they do, if the machine has a compiler."""
+    if not is_cpu:
+        return "in this release they run on CPUs only, and torch is far too slow to serve with"
     if dtype == torch.float32:
         return "the model is float32; serve it in bfloat16"
     if preset.pre_rope:

@@ -40,7 +40,7 @@ class RecentMetadata:
 class RecentMetadataBuilder(AttentionMetadataBuilder[RecentMetadata]):
     """Makes `RecentMetadata` once per step, for all layers."""
 
-    # How many rows are kept depends on the step (`nonzero`), and `KVCacheMetadataBuilder` waits for counts, too.
+    # How many rows are kept depends on the step, and `KVCacheMetadataBuilder` waits for counts, too.
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
 
     # vLLM's is abstract.
@@ -52,9 +52,11 @@ class RecentMetadataBuilder(AttentionMetadataBuilder[RecentMetadata]):
     ) -> RecentMetadata:
         """See `AttentionMetadataBuilder.build`."""
         slots, size = common_attn_metadata.slot_mapping, self.kv_cache_spec.block_size
-        # Padding is -1, and tokens that are not kept lie in the null block, 0.
-        row = (slots >= size).nonzero().squeeze(-1)
-        kept = slots[row]
+        # Padding is -1, and tokens that are not kept lie in the null block, 0, of which nothing is read. Writing them
+        # too saves waiting for a device; a CPU has nothing to wait for.
+        is_cpu = slots.device.type == "cpu"
+        row = (slots >= size).nonzero().squeeze(-1) if is_cpu else torch.arange(len(slots), device=slots.device)
+        kept = slots[row] if is_cpu else slots.clamp(min=0)
         return RecentMetadata(common_attn_metadata.block_table_tensor, row, kept // size, kept % size)
 
 
